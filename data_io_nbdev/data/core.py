@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd  # type: ignore
 
 # %% auto #0
-__all__ = ['ItemT', 'utc_us', 'from_us', 'episode_id', 'same_steps', 'Steps', 'Episode', 'conform', 'concat', 'Record', 'records',
-           'as_episode', 'PoolQuery', 'steps_in']
+__all__ = ['ItemT', 'utc_us', 'from_us', 'episode_id', 'same_steps', 'Steps', 'state_digest', 'Episode', 'conform', 'concat',
+           'Record', 'records', 'as_episode', 'PoolQuery', 'steps_in']
 
 # %% ../../nbs/data/core.ipynb #31f24e26
 from ..errors import DataIOError, QueryError, SchemaError
@@ -66,11 +66,11 @@ def episode_id(
     text = json.dumps([sorted(who.items()), int(start)], separators=(",", ":"))  # JSON keeps 7 and "7" apart
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
-# %% ../../nbs/data/core.ipynb #89b3cb8c
+# %% ../../nbs/data/core.ipynb #8b3cdee9
 def _bits(block: np.ndarray) -> list[np.ndarray]:
     "The bytes of a block as unsigned integers, `(steps, n)` each; a structured block gives one a field, without its padding"
     if block.dtype.names: return [b for name in block.dtype.names for b in _bits(block[name])]
-    flat = np.ascontiguousarray(block).reshape(len(block), -1)
+    flat = np.ascontiguousarray(block).reshape(len(block), int(np.prod(block.shape[1:])))
     return [flat.view(f"u{min(flat.dtype.itemsize, 8)}")]
 
 def same_steps(
@@ -126,6 +126,13 @@ def _digest(blocks: Sequence[np.ndarray]) -> str:
     for block in blocks:
         for bits in _bits(block): sha.update(memoryview(bits))
     return sha.hexdigest()
+
+# %% ../../nbs/data/core.ipynb #10db5148
+def state_digest(
+    state: np.ndarray, # `(1, *state)`
+) -> str: # 16 hexadecimal digits
+    "A short digest of one state, the same exactly for states that are equal bit for bit"
+    return _digest([state])[:16]
 
 # %% ../../nbs/data/core.ipynb #6c1eebad
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -396,13 +403,13 @@ def _units(schema: Schema) -> dict[str, dict[str, str]]:
         if f.unit: units.setdefault(f.role, {})[f.name] = f.unit
     return units
 
-# %% ../../nbs/data/core.ipynb #21289dc9
+# %% ../../nbs/data/core.ipynb #b6dcd6e7
 def conform(
     episode: Episode, # Of any schema
     schema: Schema, # To follow
 ) -> Episode: # The same steps, laid out as `schema` says
     "The episode under another schema; raises `SchemaError` that lists what differs"
-    if episode.schema is schema: return episode
+    if episode.schema == schema: return episode
     schema.check(episode.schema)
     if [(f.role, f.name) for f in schema.fields] == [(f.role, f.name) for f in episode.schema.fields]: blocks = episode.blocks
     else: blocks = {r: b if r in FLAGS else schema.join(r, episode.fields(r)) for r, b in episode.blocks.items()}
