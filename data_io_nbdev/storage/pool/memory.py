@@ -117,7 +117,7 @@ def _same(url: str, mode: str, at: Optional[int]) -> MemoryPool:
     pool = _NAMED[url]
     return pool if mode == "a" else view(pool, at)
 
-# %% ../../../nbs/storage/pool/memory.ipynb #a88c171f
+# %% ../../../nbs/storage/pool/memory.ipynb #e2555205
 class MemoryPool(Pool):
     "Episodes in memory; with a path, also in a file that `save` replaces in one step"
 
@@ -181,8 +181,9 @@ class MemoryPool(Pool):
 
     def __reduce__(self): return super().__reduce__() if self.path else (_same, (self.url, self.mode, self._at))
 
-    def lend(self, part: Part, read: Callable[[], Episode]) -> None: self._steps[part.where] = read
+    def lend(self, part: Part, steps: Episode | Callable[[], Episode]) -> None: self._steps[part.where] = steps
     def forget(self, parts: Iterable[Part]) -> None: _forget(self, parts)
+    def reclaim(self) -> None: self._steps = {k: steps() if callable(steps) else steps for k, steps in self._steps.items()}
 
 # %% ../../../nbs/storage/pool/memory.ipynb #8ebde8f3
 def _save(pool: MemoryPool, path: Optional[Path], overwrite: bool) -> None:

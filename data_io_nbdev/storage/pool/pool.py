@@ -384,7 +384,7 @@ def _catalogue(found: Sequence[Sequence[Part]], schema: Optional[Schema]) -> pd.
                "version": number(lambda ps: ps[-1].version)}
     return pd.DataFrame(columns, index=pd.Index([ps[0].id for ps in found], name="id", dtype="str"))
 
-# %% ../../../nbs/storage/pool/pool.ipynb #b9974bef
+# %% ../../../nbs/storage/pool/pool.ipynb #8ae1dda9
 class Pool(PoolReader):
     "A durable, append-only, versioned log of episodes"
     durable: ClassVar[bool] = False  # Whether what `store` acknowledged survives a crash
@@ -437,9 +437,13 @@ class Pool(PoolReader):
         "Drop what a writer that died left behind and no commit names"
         return []
 
-    def save(self, path: str | os.PathLike) -> None:
-        "Copy everything to one file that `MemoryPool` opens, atomically"
-        with backend("memory").from_url(str(path)) as file: self.copy_to(file)
+    def save(self,
+        path: str | os.PathLike, # Of the file
+        overwrite: bool = False, # Replace a file that holds other experience
+    ) -> None:
+        "Copy everything to one file that `MemoryPool` opens, in one step"
+        self.copy_to(copy := backend("memory")())
+        copy.save(path, overwrite)
 
 # %% ../../../nbs/storage/pool/pool.ipynb #4c3dcd0c
 class Plan(NamedTuple):
