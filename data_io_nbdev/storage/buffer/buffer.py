@@ -28,7 +28,7 @@ from ..pool.memory import MemoryPool, episode_of
 from .rows import Ledger, Rows, row_dtype
 from .sampler import Draw, Sampler, Uniform, sampler_state
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #810018f8
+# %% ../../../nbs/storage/buffer/buffer.ipynb #a42caaab
 class Batch(tuple):
     "`(state, action, reward, nstate)`, with the rest as attributes"
     terminated: np.ndarray  # `(batch,)` bool: the task came to its end here
@@ -41,9 +41,11 @@ class Batch(tuple):
     step: np.ndarray  # Its number in the episode: the machine's, or else its position; -1 in padding
     timestamp: np.ndarray  # datetime64[us], UTC; NaT in padding
 
-    def __new__(cls, transition: Iterable[np.ndarray], schema: Schema, **rest: Any) -> Batch:
-        self = super().__new__(cls, transition)
-        self.__dict__.update(rest, schema=schema)
+    schema: Schema
+
+    def __new__(cls, transition: Iterable[np.ndarray], rest: dict[str, Any]) -> Batch:
+        self = tuple.__new__(cls, transition)
+        self.__dict__ = rest
         return self
 
     @property
@@ -72,11 +74,9 @@ class Batch(tuple):
 
     def __reduce__(self):
         rest = {name: getattr(self, name) for name in _LAZY if name != "info" or "info" in self.schema.roles}
-        return _unpickle, (tuple(map(np.ascontiguousarray, self)), self.schema, rest)
+        return Batch, (tuple(map(np.ascontiguousarray, self)), {**rest, "schema": self.schema})
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #59f6c26e
-def _unpickle(transition: tuple, schema: Schema, rest: dict) -> Batch: return Batch(transition, schema, **rest)
-
+# %% ../../../nbs/storage/buffer/buffer.ipynb #3b4d8293
 def _trace(batch: Batch) -> dict[str, np.ndarray]:
     "Where the rows of a batch came from"
     found = batch._ledger.trace(batch._slots)
@@ -107,17 +107,16 @@ def _batch_frame(batch: Batch, role: str) -> pd.DataFrame:
     frame.columns.names = ["role", "name", "element"]
     return frame
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #3de5d35c
+# %% ../../../nbs/storage/buffer/buffer.ipynb #cb4bebda
 def make_batch(
     rows: Rows, # Where the steps are
     draw: Draw, # Which of them
 ) -> Batch:
     "The rows of a draw as a batch; what a mask hides is zero"
     wanted, mask, weight = draw
-    taken = rows.take(wanted if mask is None else wanted[mask])
-    transition, flags = taken.transition, taken.rows
+    transition, flags, slots = rows.take(wanted if mask is None else wanted[mask])
     if mask is not None: transition, flags = [_spread(a, mask) for a in transition], _spread(flags, mask)
-    return Batch(transition, rows.schema, _rows=flags, _slots=taken.slots, _ledger=rows.ledger, _mask=mask, _weight=weight)
+    return Batch(transition, {"schema": rows.schema, "_rows": flags, "_slots": slots, "_ledger": rows.ledger, "_mask": mask, "_weight": weight})
 
 # %% ../../../nbs/storage/buffer/buffer.ipynb #d85fdb88
 @dataclass(kw_only=True, eq=False)
@@ -362,7 +361,7 @@ def _len(buffer: Buffer) -> int:
     rows = _loaded(buffer)
     return 0 if rows is None else len(rows)
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #5f21ec7c
+# %% ../../../nbs/storage/buffer/buffer.ipynb #7110004c
 def _draw(buffer: Buffer, n: Optional[int]) -> Batch:
     "A batch of `n` items, by default `batch_size`; raises `NotEnoughData` where there is no row"
     if n is None: n = buffer.batch_size
@@ -370,7 +369,9 @@ def _draw(buffer: Buffer, n: Optional[int]) -> Batch:
     with buffer._lock:
         rows = _loaded(buffer)
         if rows is None or not len(rows): raise NotEnoughData(f"nothing to draw: no step in {buffer.pool!r} matches {buffer.query!r}")
-        return make_batch(rows, buffer.sampler.draw(n, buffer._rng, rows))
+        draw = buffer.sampler.draw(n, buffer._rng, rows)
+        if not buffer.sampler.in_range: rows.check(draw.rows)
+        return make_batch(rows, draw)
 
 # %% ../../../nbs/storage/buffer/buffer.ipynb #9446d210
 def _state_dict(buffer: Buffer) -> dict[str, Any]:

@@ -81,7 +81,7 @@ class Taken(NamedTuple):
     rows: np.ndarray  # `(n,)` structured: every role but perhaps `nstate`
     slots: np.ndarray  # `(n,)` int64: where they were
 
-# %% ../../../nbs/storage/buffer/rows.ipynb #e8cf21fc
+# %% ../../../nbs/storage/buffer/rows.ipynb #51a03882
 class Rows:
     "Steps as rows of one structured array: unbounded, or a ring of the last `capacity` steps"
     def __init__(self,
@@ -117,10 +117,17 @@ class Rows:
         _hide(self, id)
 
     def take(self,
-        rows: np.ndarray, # `(n,)` int64 logical row numbers
+        rows: np.ndarray, # `(n,)` int64 logical row numbers, which must exist
     ) -> Taken:
         "Rows for a batch, copied"
         return _take(self, rows)
+
+    def check(self,
+        rows: np.ndarray, # `(n,)` int64
+    ) -> None:
+        "Raise `IndexError` unless all of these rows exist: a ring would wrap around in silence"
+        if rows.size and not 0 <= rows.min() <= rows.max() < len(self):
+            raise IndexError(f"rows 0 to {len(self) - 1} can be drawn, got {rows.min()} to {rows.max()}")
 
     def episodes(self) -> list[np.ndarray]: # Logical rows of each, in the order in which they entered
         "Every episode that can be drawn"
@@ -133,19 +140,18 @@ class Rows:
         "Steps by serial number, hidden ones too, as an episode has them"
         return _read(self, serial, n)
 
-# %% ../../../nbs/storage/buffer/rows.ipynb #5c677f76
+# %% ../../../nbs/storage/buffer/rows.ipynb #195293bc
+_RESERVE = 64 << 20  # Bytes of address space to begin with: above what malloc keeps for itself, so that all of it is given back
+
 def _make_room(rows: Rows, first: int, need: int) -> None:
     "Make room for slots up to `need`, keeping what is in those from `first` on"
     size = len(rows.data)
-    if rows.capacity:
-        if need - first <= size: return
-        data, held = np.empty(need - first + size // 16, rows.dtype), np.arange(first, rows.slot)
-        data[held % len(data)] = rows.data[held % size]
-        rows.data = data
-    elif need > size:
-        size = max(need, size + size // 16)
-        try: rows.data.resize(size)
-        except ValueError: rows.data = np.concatenate([rows.data, np.empty(size - len(rows.data), rows.dtype)])
+    if need - first <= size if rows.capacity else need <= size: return
+    data = np.empty(need - first + size // 16 if rows.capacity else max(need, 2 * size, _RESERVE // rows.dtype.itemsize), rows.dtype)
+    wraps = {slot for n in (size, len(data)) if n for slot in range(first - first % n + n, rows.slot, n)}
+    ends = sorted({first, rows.slot, *wraps})  # between two of these, slots lie side by side in both arrays
+    for a, b in zip(ends, ends[1:]): data[a % len(data):][:b - a] = rows.data[a % size:][:b - a]
+    rows.data = data
 
 # %% ../../../nbs/storage/buffer/rows.ipynb #24d48de6
 def _append(rows: Rows, episode: Episode) -> int:
@@ -215,23 +221,20 @@ def _hide(rows: Rows, id: str) -> None:
         keep[a:b] = False
     rows._slots, rows._episodes = Growing(slots[keep]), None
 
-# %% ../../../nbs/storage/buffer/rows.ipynb #d1b47593
+# %% ../../../nbs/storage/buffer/rows.ipynb #44b539bd
 _PAIR = np.array([0, 1])  # a row, and the one that holds its next state
 
 def _take(rows: Rows, wanted: np.ndarray) -> Taken:
-    if wanted.size and np.maximum.reduce(wanted.view("u8")) >= len(rows):  # as unsigned, a negative number is huge
-        raise IndexError(f"rows 0 to {len(rows) - 1} can be drawn, got {wanted.min()} to {wanted.max()}")
-    if rows._slots is not None: slots = rows._slots.values.take(wanted)
-    else: slots = wanted + rows.oldest() if rows.capacity else wanted
-    return _at(rows, slots)
+    if rows._slots is not None: return _at(rows, rows._slots.values.take(wanted))
+    return _at(rows, wanted + rows.oldest() if rows.capacity else wanted)
 
 def _at(rows: Rows, slots: np.ndarray) -> Taken:
     "The rows in some slots"
     mode = "wrap" if rows.capacity else "raise"
     if not rows.once:
-        taken = rows.data.take(slots, mode=mode)
+        taken = rows.data.take(slots, None, None, mode)
         return Taken((taken["state"], taken["action"], taken["reward"], taken["nstate"]), taken, slots)
-    pairs = rows.data.take(slots[:, None] + _PAIR, mode=mode)
+    pairs = rows.data.take(slots[:, None] + _PAIR, None, None, mode)
     taken, states = pairs[:, 0], pairs["state"]
     return Taken((states[:, 0], taken["action"], taken["reward"], states[:, 1]), taken, slots)
 
