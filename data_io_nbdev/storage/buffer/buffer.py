@@ -118,7 +118,7 @@ def make_batch(
     if mask is not None: transition, flags = [_spread(a, mask) for a in transition], _spread(flags, mask)
     return Batch(transition, {"schema": rows.schema, "_rows": flags, "_slots": slots, "_ledger": rows.ledger, "_mask": mask, "_weight": weight})
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #d85fdb88
+# %% ../../../nbs/storage/buffer/buffer.ipynb #4446c593
 @dataclass(kw_only=True, eq=False)
 class Buffer(abc.ABC, Generic[ItemT]):
     """
@@ -213,7 +213,9 @@ class Buffer(abc.ABC, Generic[ItemT]):
         "Go on where another buffer stopped; raises `SnapshotNotFound` where the pool does not hold its versions"
         _load_state(self, state)
 
-    def __len__(self) -> int: return _len(self) # Rows that can be drawn
+    @property
+    def nbytes(self) -> int: return self._view.rows.nbytes if self._view.rows else 0  # bytes of memory that the rows take
+    def __len__(self) -> int: return _len(self)  # rows that can be drawn
     def __bool__(self) -> bool: return True  # an empty buffer is still a buffer
     def _acquire(self) -> None: _acquire(self)
     def _load(self) -> None: _load(self)

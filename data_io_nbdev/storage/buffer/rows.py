@@ -81,7 +81,7 @@ class Taken(NamedTuple):
     rows: np.ndarray  # `(n,)` structured: every role but perhaps `nstate`
     slots: np.ndarray  # `(n,)` int64: where they were
 
-# %% ../../../nbs/storage/buffer/rows.ipynb #51a03882
+# %% ../../../nbs/storage/buffer/rows.ipynb #459ee561
 class Rows:
     "Steps as rows of one structured array: unbounded, or a ring of the last `capacity` steps"
     def __init__(self,
@@ -103,6 +103,11 @@ class Rows:
     def oldest(self, more: int = 0) -> int: # After `more` steps
         "Serial number of the oldest row that is still here"
         return max(0, self.serial + more - self.capacity) if self.capacity else 0
+
+    @property
+    def nbytes(self) -> int: # Of the rows that were ever filled; room that was never touched costs nothing
+        "Memory that the rows take"
+        return min(self.slot, len(self.data)) * self.dtype.itemsize + (0 if self._slots is None else self._slots.values.nbytes)
 
     def append(self,
         episode: Episode, # Steps to add behind the last row
