@@ -134,100 +134,6 @@ def state_digest(
     "A short digest of one state, the same exactly for states that are equal bit for bit"
     return _digest([state])[:16]
 
-# %% ../../nbs/data/core.ipynb #6c1eebad
-@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class Episode(Steps):
-    "Steps of one subject in time order, with who and when; immutable"
-    who: Mapping[str, str | int]  # In the order of the schema's identity levels
-    start: int  # When the episode began, in UTC microseconds
-    zone: str = "UTC"  # The zone in which its times are shown
-
-    @staticmethod
-    def from_frame(
-        frame: pd.DataFrame, # One episode: rows indexed by identity levels, `episodestart`, `timestamp`; columns (role, name[, element])
-        schema: Optional[Schema] = None, # To fit; by default it is inferred
-        final_state: Any = None, # The state after the last step, where the frame has no `nstate`: like one step of `state`
-    ) -> Episode:
-        "An episode from a frame; raises `SchemaError` where it is not exactly one"
-        return _from_frame(frame, schema, final_state)
-
-    @staticmethod
-    def from_arrays(*,
-        state: Any, # `(steps, …)`, or field name to `(steps, …)`, nested like a Gymnasium `Dict` or `Tuple`
-        action: Any, # Likewise
-        reward: Any, # `(steps,)`
-        timestamp: Any, # `(steps,)` timezone-aware times
-        nstate: Any = None, # Like `state`; by default the next step's state
-        who: Optional[Mapping[str, str | int]] = None, # Identity, for example `{"vehicle": "VB7"}`
-        episodestart: Any = None, # By default the first time stamp
-        terminated: Any = None, # `(steps,)` bool: the task came to its end
-        truncated: Any = None, # `(steps,)` bool: somebody stopped looking
-        info: Any = None, # `(steps, …)` or by field name: whatever else to keep
-        step: Optional[int] = None, # Number of the first step, where the machine numbers them
-        final_state: Any = None, # The state after the last step, where `nstate` is not given
-        schema: Optional[Schema] = None, # To fit; by default it is inferred
-    ) -> Episode:
-        "An episode from arrays, which are copied; raises `SchemaError` where they don't fit together"
-        values = dict(state=state, action=action, reward=reward, nstate=nstate, terminated=terminated, truncated=truncated, info=info)
-        return _from_arrays(values, timestamp, episodestart, who or {}, step, final_state, schema)
-
-    def to_frame(self) -> pd.DataFrame: # As `from_frame` takes it, in the order of the schema
-        "The episode as a frame"
-        return _to_frame(self)
-
-    @cached_property
-    def id(self) -> str:
-        "The hash of who and when"
-        return episode_id(self.who, self.start)
-
-    @property
-    def episodestart(self) -> pd.Timestamp: return from_us(self.start, self.zone)  # in the episode's zone
-    @property
-    def timestamp(self) -> pd.DatetimeIndex: return from_us(self.times, self.zone)  # `(steps,)`, in the episode's zone
-    @property
-    def step(self) -> np.ndarray: # `(steps,)` int64: the machine's numbers, or else positions in the episode
-        return np.arange(len(self)) + (self.offset if self.first is None else self.first)
-
-    def __getitem__(self, steps: slice) -> Episode: return _cut(self, steps)
-    def __eq__(self, other) -> bool: return isinstance(other, Episode) and _same(self, other)
-    def __hash__(self) -> int: return hash(self.id)
-    def __repr__(self) -> str:
-        who = ", ".join(f"{k}={v!r}" for k, v in self.who.items())
-        return f"Episode({who or 'nobody'}, {self.episodestart.isoformat()}, {len(self)} steps)"
-
-# %% ../../nbs/data/core.ipynb #814f4f01
-def _same(a: Episode, b: Episode) -> bool:
-    return (a.id, a.offset, a.first, a.digest, a.schema) == (b.id, b.offset, b.first, b.digest, b.schema)
-
-# %% ../../nbs/data/core.ipynb #ff11dbfa
-def _cut(episode: Episode, steps: slice) -> Episode:
-    if not isinstance(steps, slice) or steps.step not in (None, 1):
-        raise SchemaError(f"an episode is cut by a slice without a stride, episode[a:b], got {steps!r}")
-    a, b, _ = steps.indices(len(episode))
-    if b <= a: raise SchemaError(f"an episode has at least one step; {steps!r} leaves none of {len(episode)}")
-    if (a, b) == (0, len(episode)): return episode
-    return replace(episode, times=episode.times[a:b], blocks={r: x[a:b] for r, x in episode.blocks.items()},
-                   first=None if episode.first is None else episode.first + a, offset=episode.offset + a)
-
-# %% ../../nbs/data/core.ipynb #c0734df2
-def _sound(schema: Schema, who: Mapping, start: int, zone: str, times: np.ndarray, blocks: dict, first: Optional[int]) -> Episode:
-    "An episode of checked parts; `blocks` may lack flags, which are then all false"
-    if not len(times): raise SchemaError("an episode has at least one step, got none")
-    if len(back := np.flatnonzero(np.diff(times) <= 0)):
-        i = int(back[0]); what = "twice" if times[i] == times[i + 1] else "out of order"
-        raise SchemaError(f"time stamps must increase; step {i + 1} is {what}: {from_us(times[i + 1])} after {from_us(times[i])}; "
-                          "sort the frame by timestamp and drop duplicates")
-    for flag in FLAGS:
-        flags = blocks.setdefault(flag, np.zeros(len(times), bool))
-        if flags[:-1].any():
-            raise SchemaError(f"step {int(np.argmax(flags))} is {flag}, and {len(times) - 1 - int(np.argmax(flags))} steps follow; "
-                              "nothing follows an end: split the frame there")
-    for role in schema.roles:
-        if len(blocks[role]) != len(times): raise SchemaError(f"{role} has {len(blocks[role])} steps, and there are {len(times)} times")
-    if set(who) != set(schema.levels): raise SchemaError(f"expected identity {list(schema.levels)}, got {list(who)}")
-    return Episode(schema=schema, who={name: who_value(name, kind, who[name]) for name, kind in schema.identity},
-                   start=start, zone=zone, times=times, blocks={r: blocks[r] for r in schema.roles}, first=first)
-
 # %% ../../nbs/data/core.ipynb #f9fbc3dc
 def _derive_nstate(blocks: dict, times: np.ndarray, final: Optional[np.ndarray]) -> tuple[dict, np.ndarray]:
     "Add `nstate` to blocks that lack it, dropping a last step that led nowhere known"
@@ -296,22 +202,6 @@ def _frame_flags(frame: pd.DataFrame, columns: Mapping) -> dict[str, np.ndarray]
         if column.dtype != bool: raise SchemaError(f"{role} must be bool, got {column.dtype}; convert it with astype(bool)")
     return {role: column.to_numpy(copy=True) for role, column in flags.items()}
 
-# %% ../../nbs/data/core.ipynb #e22826a7
-def _from_frame(frame: pd.DataFrame, schema: Optional[Schema], final_state: Any) -> Episode:
-    if not isinstance(frame, pd.DataFrame): raise SchemaError(f"expected a pandas DataFrame, got {type(frame).__name__}")
-    if not len(frame): raise SchemaError("an episode has at least one step, got an empty frame")
-    inferred = Schema.from_frame(frame)
-    if schema is None: schema = inferred
-    else: schema.check(_fit(inferred, schema))
-    columns = columns_of(frame)
-    who, start, zone, times = _who_and_when(frame.index)
-    roles = [r for r in schema.roles if r not in FLAGS and (r != "nstate" or any(role == "nstate" for role, _ in columns))]
-    blocks = {**{r: _frame_block(frame, columns, r, schema) for r in roles}, **_frame_flags(frame, columns)}
-    if "nstate" not in blocks:
-        final = None if final_state is None else _array_block(final_state, "state", schema, lift=True)
-        blocks, times = _derive_nstate(blocks, times, final)
-    return _sound(schema, who, start, zone, times, blocks, _first_number(frame, columns))
-
 # %% ../../nbs/data/core.ipynb #79e9f1ec
 def _flat(value: Any, path: str = "") -> dict[str, Any]:
     "Leaves of nested mappings and tuples by their path"
@@ -319,13 +209,15 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
     if items is None: return {path: value}
     return {p: leaf for k, v in items for p, leaf in _flat(v, f"{path}.{k}" if path else str(k)).items()}
 
-# %% ../../nbs/data/core.ipynb #d685cb63
+# %% ../../nbs/data/core.ipynb #ea624a39
 def _array(value: Any, dtype: Optional[str], lift: bool) -> np.ndarray:
     "A fresh array; `lift` adds the axis of steps to a single step"
-    known = hasattr(value, "dtype")
-    a = np.array(value)
-    if a.dtype == object: raise SchemaError(f"expected numbers of one shape, got a ragged or mixed list: {value!r:.80}")
-    if not known and (dtype or a.dtype.kind == "f"): a = a.astype(dtype or "float32")
+    try: a = np.array(value)
+    except ValueError: a = np.array(None)  # numpy's word for ragged
+    if a.dtype.kind not in "biufc": raise SchemaError(f"expected numbers of one shape, got ragged or other values: {value!r:.80}")
+    if not hasattr(value, "dtype") and (dtype or a.dtype.kind == "f"):
+        given, a = a, a.astype(dtype or "float32")
+        if a.dtype.kind in "biu" and (a != given).any(): raise SchemaError(f"expected {a.dtype}, got values that it cannot hold: {value!r:.80}")
     return a[None] if lift else a
 
 def _array_block(value: Any, role: str, schema: Schema, lift: bool = False) -> np.ndarray:
@@ -353,7 +245,103 @@ def _infer(values: Mapping[str, Any], who: Mapping) -> Schema:
             fields.append(Field(role, name or role, a.shape[1:], a.dtype.name))
     return Schema(tuple(fields), {name: str if isinstance(v, str) else int for name, v in who.items()})
 
-# %% ../../nbs/data/core.ipynb #fd927204
+# %% ../../nbs/data/core.ipynb #6c1eebad
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class Episode(Steps):
+    "Steps of one subject in time order, with who and when; immutable"
+    who: Mapping[str, str | int]  # In the order of the schema's identity levels
+    start: int  # When the episode began, in UTC microseconds
+    zone: str = "UTC"  # The zone in which its times are shown
+
+    @staticmethod
+    def from_frame(
+        frame: pd.DataFrame, # One episode: rows indexed by identity levels, `episodestart`, `timestamp`; columns (role, name[, element])
+        schema: Optional[Schema] = None, # To fit; by default it is inferred
+        final_state: Any = None, # The state after the last step, where the frame has no `nstate`: like one step of `state`
+    ) -> Episode:
+        "An episode from a frame; raises `SchemaError` where it is not exactly one"
+        return _from_frame(frame, schema, final_state)
+
+    @staticmethod
+    def from_arrays(*,
+        state: Any, # `(steps, …)`, or field name to `(steps, …)`, nested like a Gymnasium `Dict` or `Tuple`
+        action: Any, # Likewise
+        reward: Any, # `(steps,)`
+        timestamp: Any, # `(steps,)` timezone-aware times
+        nstate: Any = None, # Like `state`; by default the next step's state
+        who: Optional[Mapping[str, str | int]] = None, # Identity, for example `{"vehicle": "VB7"}`
+        episodestart: Any = None, # By default the first time stamp
+        terminated: Any = None, # `(steps,)` bool: the task came to its end
+        truncated: Any = None, # `(steps,)` bool: somebody stopped looking
+        info: Any = None, # `(steps, …)` or by field name: whatever else to keep
+        step: Optional[int] = None, # Number of the first step, where the machine numbers them
+        final_state: Any = None, # The state after the last step, where `nstate` is not given
+        schema: Optional[Schema] = None, # To fit; by default it is inferred
+    ) -> Episode:
+        "An episode from arrays, which are copied; raises `SchemaError` where they don't fit together"
+        values = dict(state=state, action=action, reward=reward, nstate=nstate, terminated=terminated, truncated=truncated, info=info)
+        return _from_arrays(values, timestamp, episodestart, who or {}, step, final_state, schema)
+
+    def to_frame(self) -> pd.DataFrame: # As `from_frame` takes it, in the order of the schema
+        "The episode as a frame"
+        return _to_frame(self)
+
+    @cached_property
+    def id(self) -> str:
+        "The hash of who and when"
+        return episode_id(self.who, self.start)
+
+    @property
+    def episodestart(self) -> pd.Timestamp: return from_us(self.start, self.zone)  # in the episode's zone
+    @property
+    def timestamp(self) -> pd.DatetimeIndex: return from_us(self.times, self.zone)  # `(steps,)`, in the episode's zone
+    @property
+    def step(self) -> np.ndarray: # `(steps,)` int64: the machine's numbers, or else positions in the episode
+        return np.arange(len(self)) + (self.offset if self.first is None else self.first)
+
+    def __getitem__(self, steps: slice) -> Episode: return _cut(self, steps)
+    def __eq__(self, other) -> bool: return isinstance(other, Episode) and _same(self, other)
+    def __hash__(self) -> int: return hash(self.id)
+    def __repr__(self) -> str:
+        who = ", ".join(f"{k}={v!r}" for k, v in self.who.items())
+        return f"Episode({who or 'nobody'}, {self.episodestart.isoformat()}, {len(self)} steps)"
+
+# %% ../../nbs/data/core.ipynb #c0734df2
+def _sound(schema: Schema, who: Mapping, start: int, zone: str, times: np.ndarray, blocks: dict, first: Optional[int]) -> Episode:
+    "An episode of checked parts; `blocks` may lack flags, which are then all false"
+    if not len(times): raise SchemaError("an episode has at least one step, got none")
+    if len(back := np.flatnonzero(np.diff(times) <= 0)):
+        i = int(back[0]); what = "twice" if times[i] == times[i + 1] else "out of order"
+        raise SchemaError(f"time stamps must increase; step {i + 1} is {what}: {from_us(times[i + 1])} after {from_us(times[i])}; "
+                          "sort the frame by timestamp and drop duplicates")
+    for flag in FLAGS:
+        flags = blocks.setdefault(flag, np.zeros(len(times), bool))
+        if flags[:-1].any():
+            raise SchemaError(f"step {int(np.argmax(flags))} is {flag}, and {len(times) - 1 - int(np.argmax(flags))} steps follow; "
+                              "nothing follows an end: split the frame there")
+    for role in schema.roles:
+        if len(blocks[role]) != len(times): raise SchemaError(f"{role} has {len(blocks[role])} steps, and there are {len(times)} times")
+    if set(who) != set(schema.levels): raise SchemaError(f"expected identity {list(schema.levels)}, got {list(who)}")
+    return Episode(schema=schema, who={name: who_value(name, kind, who[name]) for name, kind in schema.identity},
+                   start=start, zone=zone, times=times, blocks={r: blocks[r] for r in schema.roles}, first=first)
+
+# %% ../../nbs/data/core.ipynb #e22826a7
+def _from_frame(frame: pd.DataFrame, schema: Optional[Schema], final_state: Any) -> Episode:
+    if not isinstance(frame, pd.DataFrame): raise SchemaError(f"expected a pandas DataFrame, got {type(frame).__name__}")
+    if not len(frame): raise SchemaError("an episode has at least one step, got an empty frame")
+    inferred = Schema.from_frame(frame)
+    if schema is None: schema = inferred
+    else: schema.check(_fit(inferred, schema))
+    columns = columns_of(frame)
+    who, start, zone, times = _who_and_when(frame.index)
+    roles = [r for r in schema.roles if r not in FLAGS and (r != "nstate" or any(role == "nstate" for role, _ in columns))]
+    blocks = {**{r: _frame_block(frame, columns, r, schema) for r in roles}, **_frame_flags(frame, columns)}
+    if "nstate" not in blocks:
+        final = None if final_state is None else _array_block(final_state, "state", schema, lift=True)
+        blocks, times = _derive_nstate(blocks, times, final)
+    return _sound(schema, who, start, zone, times, blocks, _first_number(frame, columns))
+
+# %% ../../nbs/data/core.ipynb #1aed485f
 def _from_arrays(values: dict, timestamp: Any, episodestart: Any, who: Mapping, step: Optional[int], final_state: Any,
                  schema: Optional[Schema]) -> Episode:
     if missing := [r for r in ("state", "action", "reward") if values[r] is None]: raise SchemaError(f"missing: {', '.join(missing)}")
@@ -361,9 +349,10 @@ def _from_arrays(values: dict, timestamp: Any, episodestart: Any, who: Mapping, 
     times, zone = utc_us(timestamp)
     start = int(times[0] if episodestart is None else utc_us(episodestart)[0][0]) if len(times) else 0
     flags = {f: values.pop(f) for f in FLAGS}
-    blocks = {r: _array_block(v, r, schema) for r, v in values.items() if v is not None}
-    if extra := set(blocks) - set(schema.roles): raise SchemaError(f"got {extra}, which the schema does not have")
-    if lacking := set(schema.roles) - set(blocks) - {*FLAGS, "nstate"}: raise SchemaError(f"missing: {', '.join(lacking)}")
+    given = {r for r, v in values.items() if v is not None}
+    if extra := given - set(schema.roles): raise SchemaError(f"got {', '.join(extra)}, which the schema does not have")
+    if lacking := set(schema.roles) - given - {*FLAGS, "nstate"}: raise SchemaError(f"missing: {', '.join(lacking)}")
+    blocks = {r: _array_block(values[r], r, schema) for r in schema.roles if r in given}
     if ragged := {r: len(b) for r, b in blocks.items() if len(b) != len(times)}:
         raise SchemaError(f"expected {len(times)} steps, one a time stamp, got {ragged}")
     for f, v in flags.items():
@@ -374,6 +363,20 @@ def _from_arrays(values: dict, timestamp: Any, episodestart: Any, who: Mapping, 
     if "nstate" not in blocks:
         blocks, times = _derive_nstate(blocks, times, None if final_state is None else _array_block(final_state, "state", schema, lift=True))
     return _sound(schema, who, start, zone, times, blocks, step)
+
+# %% ../../nbs/data/core.ipynb #ff11dbfa
+def _cut(episode: Episode, steps: slice) -> Episode:
+    if not isinstance(steps, slice) or steps.step not in (None, 1):
+        raise SchemaError(f"an episode is cut by a slice without a stride, episode[a:b], got {steps!r}")
+    a, b, _ = steps.indices(len(episode))
+    if b <= a: raise SchemaError(f"an episode has at least one step; {steps!r} leaves none of {len(episode)}")
+    if (a, b) == (0, len(episode)): return episode
+    return replace(episode, times=episode.times[a:b], blocks={r: x[a:b] for r, x in episode.blocks.items()},
+                   first=None if episode.first is None else episode.first + a, offset=episode.offset + a)
+
+# %% ../../nbs/data/core.ipynb #814f4f01
+def _same(a: Episode, b: Episode) -> bool:
+    return (a.id, a.offset, a.first, a.digest, a.schema) == (b.id, b.offset, b.first, b.digest, b.schema)
 
 # %% ../../nbs/data/core.ipynb #64182501
 def _to_frame(e: Episode) -> pd.DataFrame:

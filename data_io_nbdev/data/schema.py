@@ -82,7 +82,7 @@ def who_value(name: str, kind: str, value: Any) -> str | int:
         return int(value)
     raise SchemaError(f"identity level {name!r}: expected {kind}, got {value!r} of type {type(value).__name__}")
 
-# %% ../../nbs/data/schema.ipynb #61431003
+# %% ../../nbs/data/schema.ipynb #12e6e824
 def _block(role: str, fields: Sequence[Field]) -> np.dtype:
     "The dtype of one step of a role"
     dtypes, first = {f.dtype for f in fields}, fields[0]
@@ -90,7 +90,7 @@ def _block(role: str, fields: Sequence[Field]) -> np.dtype:
         return np.dtype((first.dtype, first.shape))
     if len(dtypes) == 1 and all(len(f.shape) < 2 for f in fields):
         return np.dtype((first.dtype, (sum(int(np.prod(f.shape)) for f in fields),)))
-    return np.dtype([(f.name, f.dtype, f.shape) for f in fields], align=True)
+    return np.dtype([(f.name or " ", f.dtype, f.shape) for f in fields], align=True)  # numpy would name a nameless one f0
 
 # %% ../../nbs/data/schema.ipynb #6d1fd47a
 Units = Mapping[str, Mapping[str, str]]  # {role: {field: unit}}
@@ -187,9 +187,9 @@ class Schema:
 
     def _repr_markdown_(self) -> str: return _table(self)
 
-# %% ../../nbs/data/schema.ipynb #c2f20ad2
+# %% ../../nbs/data/schema.ipynb #de9c63b6
 def _split(fields: Sequence[Field], dtype: np.dtype, block: np.ndarray) -> dict[str, np.ndarray]:
-    if dtype.names: return {f.name: block[f.name] for f in fields}
+    if dtype.names: return {f.name: block[name] for f, name in zip(fields, dtype.names)}
     if dtype.shape == fields[0].shape: return {fields[0].name: block}
     lead, sizes = block.shape[:-1], [int(np.prod(f.shape)) for f in fields]
     return {f.name: block[..., end - n:end].reshape(*lead, *f.shape) for f, n, end in zip(fields, sizes, np.cumsum(sizes))}

@@ -28,7 +28,7 @@ from ..pool.memory import MemoryPool, episode_of
 from .rows import Ledger, Rows, row_dtype
 from .sampler import Draw, Sampler, Uniform, sampler_state
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #a42caaab
+# %% ../../../nbs/storage/buffer/buffer.ipynb #f6cac285
 class Batch(tuple):
     "`(state, action, reward, nstate)`, with the rest as attributes"
     terminated: np.ndarray  # `(batch,)` bool: the task came to its end here
@@ -36,7 +36,6 @@ class Batch(tuple):
     info: np.ndarray  # `(batch, *info)`, where the schema has it
     mask: np.ndarray  # `(batch,)` or `(batch, length)` bool: False is padding
     weight: np.ndarray  # `(batch,)` importance weights, 1 unless the sampler gives others
-    index: np.ndarray  # Serial number of each row in its buffer, never used again; -1 in padding
     episode: np.ndarray  # Id of each row's episode in the pool; "" in padding
     step: np.ndarray  # Its number in the episode: the machine's, or else its position; -1 in padding
     timestamp: np.ndarray  # datetime64[us], UTC; NaT in padding
@@ -56,6 +55,9 @@ class Batch(tuple):
     def reward(self) -> np.ndarray: return self[2]  # `(batch, *reward)`, `(batch,)` for one scalar
     @property
     def nstate(self) -> np.ndarray: return self[3]  # `(batch, *state)`
+    @property
+    def index(self) -> np.ndarray: # Serial number of each row in its buffer, never used again; -1 in padding
+        return self.__getattr__("index") if "index" not in self.__dict__ else self.__dict__["index"]  # a tuple has an `index` of its own
 
     def fields(self,
         role: str, # `state`, `action`, `reward`, `nstate` or `info`
@@ -118,7 +120,7 @@ def make_batch(
     if mask is not None: transition, flags = [_spread(a, mask) for a in transition], _spread(flags, mask)
     return Batch(transition, {"schema": rows.schema, "_rows": flags, "_slots": slots, "_ledger": rows.ledger, "_mask": mask, "_weight": weight})
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #4446c593
+# %% ../../../nbs/storage/buffer/buffer.ipynb #424c6629
 @dataclass(kw_only=True, eq=False)
 class Buffer(abc.ABC, Generic[ItemT]):
     """
@@ -155,9 +157,10 @@ class Buffer(abc.ABC, Generic[ItemT]):
     def __post_init__(self):
         """Use a weakref finalizer to make sure that the pool is closed when the object is destroyed"""
         _check_options(self)
-        self._own, self._lock, self._rng = self.pool is None, threading.RLock(), np.random.default_rng(self.seed)
+        self._own, self._rng = self.pool is None, np.random.default_rng(self.seed)
         if self.pool is None: self.pool = MemoryPool()
-        self._view = View()
+        self._lock, self._moving = threading.RLock(), threading.RLock()  # rows and generator; the view as a whole, taken first
+        self._view = View(self.query, self.capacity)
         self._acquire()
         if self._own: self._load()
 
@@ -177,6 +180,7 @@ class Buffer(abc.ABC, Generic[ItemT]):
         """
         Deposit an item (record/episode) into the pool
         """
+        _check_open(self)
         id = self.pool.store(episode)
         if self._view.versions: self.refresh()
         return id
@@ -214,7 +218,7 @@ class Buffer(abc.ABC, Generic[ItemT]):
         _load_state(self, state)
 
     @property
-    def nbytes(self) -> int: return self._view.rows.nbytes if self._view.rows else 0  # bytes of memory that the rows take
+    def nbytes(self) -> int: return 0 if self._view.rows is None else self._view.rows.nbytes  # bytes of memory that the rows take
     def __len__(self) -> int: return _len(self)  # rows that can be drawn
     def __bool__(self) -> bool: return True  # an empty buffer is still a buffer
     def _acquire(self) -> None: _acquire(self)
@@ -243,7 +247,7 @@ def _check_options(buffer: Buffer) -> None:
 def _positive(name: str, n: Any) -> None:
     if not isinstance(n, (int, np.integer)) or isinstance(n, bool) or n < 1: raise QueryError(f"{name}: expected a whole number from 1, got {n!r}")
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #3da44495
+# %% ../../../nbs/storage/buffer/buffer.ipynb #af0c10dc
 def _acquire(buffer: Buffer) -> None:
     "Hold the pool, and see to it that it is let go once: by `close`, by the garbage collector, or at exit"
     buffer._resources = ExitStack()
@@ -251,27 +255,33 @@ def _acquire(buffer: Buffer) -> None:
     buffer._resources.callback(buffer.pool.release)
     buffer._finalizer = weakref.finalize(buffer, buffer._resources.close)
 
+def _check_open(buffer: Buffer) -> None:
+    if not buffer._finalizer.alive: raise ClosedError("this buffer is closed; buffer.load() opens it again")
+
 def _close(buffer: Buffer) -> None:
     buffer._finalizer()
-    buffer._view = View()
+    buffer._view = View(buffer.query, buffer.capacity)
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #67241245
+# %% ../../../nbs/storage/buffer/buffer.ipynb #23bab19e
 @dataclass
 class View:
     "What a buffer has seen of its pool"
+    query: PoolQuery
+    capacity: Optional[int]
+    begin: int = 0  # Serial number of the first row
     rows: Optional[Rows] = None  # None until there is a schema
     versions: list[list[int]] = field(default_factory=list)  # `[first, last]` of the versions looked at, each and every one between
     held: dict[str, tuple[int, int]] = field(default_factory=dict)  # id to its life, and the steps of it that were taken in
     lent: deque = field(default_factory=deque)  # (part, serial number of its first row) of the parts that the own pool reads from here
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #6274a678
+# %% ../../../nbs/storage/buffer/buffer.ipynb #4b0e566a
 def _advance(buffer: Buffer, view: View, version: int) -> int: # How many rows are new
-    "Move a view on to a version: all of it, or not at all"
+    "Move a view on to a version: all of it, or not at all. One thread at a time, which holds `_moving`"
     pool, since = buffer.pool, view.versions[-1][1] if view.versions else None
     if since is not None and version <= since: return 0
     changed = None if since is None else list(pool._changed(since, version))
-    if schema := pool._catch_up(version).schema: buffer.query.check(schema)
-    found = pool._select(buffer.query, version, changed)
+    if schema := pool._catch_up(version).schema: view.query.check(schema)
+    found = pool._select(view.query, version, changed)
     lives = {parts[0].id: parts[0].life for parts in found}
     gone = [id for id in changed or () if id in view.held and lives.get(id) != view.held[id][0]]
     fresh = [part for parts in found for part in _unseen(parts, 0 if parts[0].id in gone else view.held.get(parts[0].id, (0, 0))[1])]
@@ -280,23 +290,23 @@ def _advance(buffer: Buffer, view: View, version: int) -> int: # How many rows a
         for id in gone:
             view.rows.hide(id)
             del view.held[id]
-        if fresh and view.rows is None: view.rows = _make_rows(buffer, schema, fresh)
-        before = view.rows.serial if view.rows else 0
+        if fresh and view.rows is None: view.rows = _make_rows(view, schema, buffer.states, fresh)
+        before = view.rows.serial if view.rows is not None else 0
         for part, episode in zip(fresh, steps): _enter(buffer, view, part, episode)
         if since is not None and view.versions[1:] and since == version - 1: view.versions[-1][1] = version
         else: view.versions.append([version, version])
-    return view.rows.serial - before if view.rows else 0
+    return view.rows.serial - before if view.rows is not None else 0
 
 def _unseen(parts: Sequence[Part], seen: int) -> list[Part]:
     "The last parts of an episode, those behind its first `seen` steps"
     n = next((n for n, part in enumerate(reversed(parts)) if part.offset < seen), len(parts))
     return list(parts[len(parts) - n:])
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #51f072ad
+# %% ../../../nbs/storage/buffer/buffer.ipynb #dbf043e3
 def _enter(buffer: Buffer, view: View, part: Part, episode: Episode) -> None:
     "Rows for one part, as far as the query's time range goes"
     view.held[part.id] = (part.life, part.offset + part.length)
-    wanted = steps_in(episode.times, buffer.query)
+    wanted = steps_in(episode.times, view.query)
     if wanted.stop <= wanted.start: return
     left = _make_way(buffer, view, wanted.stop - wanted.start) if buffer._own else []
     serial = view.rows.append(episode[wanted])
@@ -324,38 +334,43 @@ def _make_way(buffer: Buffer, view: View, steps: int) -> list[Part]: # Those of 
     if view.lent and view.lent[0][1] < oldest: buffer.pool.lend(view.lent[0][0], buffer.pool._read_one(view.lent[0][0]))
     return left
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #0d0ecee5
-def _make_rows(buffer: Buffer, schema: Schema, parts: Sequence[Part]) -> Rows:
+# %% ../../../nbs/storage/buffer/buffer.ipynb #76ea8d6b
+def _make_rows(view: View, schema: Schema, states: str, parts: Sequence[Part]) -> Rows:
     "Empty rows in the layout that suits the first parts"
     steps, width = sum(p.length for p in parts), row_dtype(schema, once=False).itemsize
     repeats = all(p.linked for p in parts)
-    once = repeats and (width > 1024 or steps * width > _memory() / 4) if buffer.states == "auto" else buffer.states == "once"
-    return Rows(schema, once, buffer.capacity, reserve=steps)
+    once = repeats and (width > 1024 or steps * width > _memory() / 4) if states == "auto" else states == "once"
+    return Rows(schema, once, view.capacity, reserve=steps, begin=view.begin)
 
 def _memory() -> float:
     "Bytes of RAM in this machine; infinite where it does not say"
     try: return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError): return float("inf")
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #2c5f7838
+# %% ../../../nbs/storage/buffer/buffer.ipynb #ac0adb53
 def _load(buffer: Buffer) -> None:
     "Read the pool at its newest version; what was loaded before stays until this is done"
-    if not buffer._finalizer.alive: buffer._acquire()
-    if buffer._own: buffer.pool.reclaim()
-    view = View()
-    _advance(buffer, view, buffer.pool.version)
-    buffer._view = view
+    with buffer._moving:
+        if not buffer._finalizer.alive: buffer._acquire()
+        version = buffer.pool.version
+        buffer._view = _replay(buffer, View(buffer.query, buffer.capacity), [(version, version)])
 
 def _refresh(buffer: Buffer) -> int:
-    if not buffer._view.versions:
-        buffer.load()
-        return len(buffer)
-    return _advance(buffer, buffer._view, buffer.pool.version)
+    with buffer._moving:
+        if not buffer._view.versions: return len(buffer)  # loads it
+        return _advance(buffer, buffer._view, buffer.pool.version)
+
+def _replay(buffer: Buffer, view: View, versions: Iterable[Sequence[int]]) -> View:
+    "A new view, moved on through versions, each `(first, last)` and every one between"
+    if buffer._own: buffer.pool.reclaim()
+    for first, last in versions:
+        for version in range(first, last + 1): _advance(buffer, view, version)
+    return view
 
 def _loaded(buffer: Buffer) -> Optional[Rows]:
     "The rows, loaded if need be"
     if not buffer._view.versions:
-        if not buffer._finalizer.alive: raise ClosedError("this buffer is closed; buffer.load() opens it again")
+        _check_open(buffer)
         buffer.load()
     return buffer._view.rows
 
@@ -363,43 +378,45 @@ def _len(buffer: Buffer) -> int:
     rows = _loaded(buffer)
     return 0 if rows is None else len(rows)
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #7110004c
+# %% ../../../nbs/storage/buffer/buffer.ipynb #af096c07
 def _draw(buffer: Buffer, n: Optional[int]) -> Batch:
     "A batch of `n` items, by default `batch_size`; raises `NotEnoughData` where there is no row"
     if n is None: n = buffer.batch_size
     else: _positive("n", n)
+    _loaded(buffer)
     with buffer._lock:
-        rows = _loaded(buffer)
+        rows = buffer._view.rows
         if rows is None or not len(rows): raise NotEnoughData(f"nothing to draw: no step in {buffer.pool!r} matches {buffer.query!r}")
         draw = buffer.sampler.draw(n, buffer._rng, rows)
         if not buffer.sampler.in_range: rows.check(draw.rows)
         return make_batch(rows, draw)
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #9446d210
+# %% ../../../nbs/storage/buffer/buffer.ipynb #3de7bd12
 def _state_dict(buffer: Buffer) -> dict[str, Any]:
     _loaded(buffer)
     with buffer._lock:
         return dict(format=1, query=buffer.query.to_json(), versions=[list(v) for v in buffer._view.versions], capacity=buffer.capacity,
-                    serial=buffer._view.rows.serial if buffer._view.rows else 0, sampler=sampler_state(buffer.sampler),
+                    serial=0 if buffer._view.rows is None else buffer._view.rows.serial, rows=_len(buffer), sampler=sampler_state(buffer.sampler),
                     rng=buffer._rng.bit_generator.state)
 
 def _load_state(buffer: Buffer, state: dict[str, Any]) -> None:
-    if state.get("format") != 1: raise QueryError(f"expected a state of format 1, got {state.get('format')!r}; a newer one needs a newer data_io_nbdev")
-    if state["sampler"]["kind"] != type(buffer.sampler).__name__:
-        raise QueryError(f"this state was drawn by {state['sampler']['kind']}, and the buffer has {buffer.sampler!r}")
+    if not isinstance(state, dict) or state.get("format") != 1:
+        raise QueryError(f"expected a state of format 1, got {state!r:.80}; a newer one needs a newer data_io_nbdev")
+    try:
+        kind, versions, rng = state["sampler"]["kind"], [(int(a), int(b)) for a, b in state["versions"]], np.random.default_rng()
+        view = View(PoolQuery.from_json(state["query"]), state["capacity"])
+        rng.bit_generator.state = state["rng"]
+        (first, _), *_, (_, last), serial = versions[0], *versions, int(state["serial"])
+    except (KeyError, TypeError, ValueError, IndexError) as e: raise QueryError(f"this is no state of a buffer: {e!r}") from e
+    if kind != type(buffer.sampler).__name__: raise QueryError(f"this state was drawn by {kind}, and the buffer has {buffer.sampler!r}")
     oldest, newest = buffer.pool._oldest(), buffer.pool.version
-    if state["versions"][-1][1] > newest or (state["versions"][0][0] < oldest and not buffer._own):
-        raise SnapshotNotFound(f"this state looked at versions {state['versions'][0][0]} to {state['versions'][-1][1]}; {buffer.pool!r} has "
-                               f"{oldest} to {newest}")
-    buffer.query, buffer.capacity = PoolQuery.from_json(state["query"]), state["capacity"]
-    buffer._view = _replay(buffer, state["versions"])
-    buffer.sampler.load_state_dict(state["sampler"])
-    buffer._rng.bit_generator.state = state["rng"]
-
-def _replay(buffer: Buffer, versions: Sequence[Sequence[int]]) -> View:
-    "The view that looking at these versions gives"
-    if buffer._own: buffer.pool.reclaim()
-    view = View()
-    for first, last in versions:
-        for version in range(first, last + 1): _advance(buffer, view, version)
-    return view
+    if last > newest or (first < oldest and view.capacity is None):
+        raise SnapshotNotFound(f"this state looked at versions {first} to {last}; {buffer.pool!r} has {oldest} to {newest}")
+    with buffer._moving, buffer._lock:
+        view = _replay(buffer, view, versions)
+        if view.rows is not None and view.rows.serial < serial:  # a buffer's own pool has forgotten what left the ring
+            view = _replay(buffer, View(view.query, view.capacity, begin=serial - view.rows.serial), versions)
+        if (found := 0 if view.rows is None else len(view.rows)) != state["rows"]:
+            raise SnapshotNotFound(f"this state had {state['rows']} rows, and these versions of {buffer.pool!r} give {found}: is it another pool?")
+        buffer.sampler.load_state_dict(state["sampler"])
+        buffer.query, buffer.capacity, buffer._rng, buffer._view = view.query, view.capacity, rng, view

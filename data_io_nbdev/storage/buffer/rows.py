@@ -81,7 +81,7 @@ class Taken(NamedTuple):
     rows: np.ndarray  # `(n,)` structured: every role but perhaps `nstate`
     slots: np.ndarray  # `(n,)` int64: where they were
 
-# %% ../../../nbs/storage/buffer/rows.ipynb #459ee561
+# %% ../../../nbs/storage/buffer/rows.ipynb #f927c664
 class Rows:
     "Steps as rows of one structured array: unbounded, or a ring of the last `capacity` steps"
     def __init__(self,
@@ -89,11 +89,12 @@ class Rows:
         once: bool = False, # Keep each state once
         capacity: Optional[int] = None, # Keep the last so many steps
         reserve: int = 0, # Steps to make room for at once
+        begin: int = 0, # Serial number of the first row
     ):
         self.schema, self.once, self.capacity = schema, once, capacity
         self.dtype = row_dtype(schema, once)
         self.data = np.empty((capacity or reserve) + once * (1 + (capacity or reserve) // 64), self.dtype)
-        self.serial = self.slot = 0  # the next row's
+        self.begin = self.serial = self.slot = begin  # of the first row; the next row's
         self._slots = Growing() if once else None  # logical row to slot; None while they run in step
         self._runs, self._firsts, self._gone, self._of = [], Growing(), 0, {}
         self._episodes: Optional[list[np.ndarray]] = None
@@ -102,12 +103,12 @@ class Rows:
     def __len__(self) -> int: return self.serial - self.oldest() if self._slots is None else len(self._slots)
     def oldest(self, more: int = 0) -> int: # After `more` steps
         "Serial number of the oldest row that is still here"
-        return max(0, self.serial + more - self.capacity) if self.capacity else 0
+        return max(self.begin, self.serial + more - self.capacity) if self.capacity else self.begin
 
     @property
     def nbytes(self) -> int: # Of the rows that were ever filled; room that was never touched costs nothing
         "Memory that the rows take"
-        return min(self.slot, len(self.data)) * self.dtype.itemsize + (0 if self._slots is None else self._slots.values.nbytes)
+        return min(self.slot - self.begin, len(self.data)) * self.dtype.itemsize + (0 if self._slots is None else self._slots.values.nbytes)
 
     def append(self,
         episode: Episode, # Steps to add behind the last row

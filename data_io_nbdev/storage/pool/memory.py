@@ -50,24 +50,29 @@ def _parse_log(text: str) -> tuple[dict[int, Commit], Optional[Schema], dict]:
         commits[c["number"]] = Commit(c["number"], c["token"], tuple(part(p, c["number"]) for p in c["put"]), tuple(c["hide"]))
     return commits, schema, d
 
-# %% ../../../nbs/storage/pool/memory.ipynb #c796c69d
+# %% ../../../nbs/storage/pool/memory.ipynb #157d226d
 def _write_steps(file: zipfile.ZipFile, schema: Schema, parts: Sequence[Part], read: Callable[[Part], Episode]) -> None:
     "One `.npy` member for the times and for each role"
     steps = sum(p.length for p in parts)
     members = {"times": (np.dtype("int64"), lambda e: e.times), **{r: (schema.block(r), lambda e, r=r: e.blocks[r]) for r in schema.roles}}
     for name, (dtype, block) in members.items():
-        header = dict(descr=np.lib.format.dtype_to_descr(dtype.base), fortran_order=False, shape=(steps, *dtype.shape))
         with file.open(f"{name}.npy", "w", force_zip64=True) as out:
-            np.lib.format.write_array_header_2_0(out, header)
+            out.write(_npy_header(dtype.base, (steps, *dtype.shape)))
             for part in parts: out.write(np.ascontiguousarray(block(read(part))).tobytes())
 
-# %% ../../../nbs/storage/pool/memory.ipynb #ba7c3daf
+def _npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
+    "The head of a `.npy` file of version 3, which allows unicode in field names; numpy's own functions write older ones, or whole arrays"
+    head = repr(dict(descr=np.lib.format.dtype_to_descr(dtype), fortran_order=False, shape=shape)).encode()
+    head += b" " * (-(len(head) + 13) % 64) + b"\n"
+    return np.lib.format.magic(3, 0) + len(head).to_bytes(4, "little") + head
+
+# %% ../../../nbs/storage/pool/memory.ipynb #63d187e4
 def _read_steps(file: zipfile.ZipFile, schema: Schema, parts: Sequence[Part]) -> dict[int, Episode]:
     "Every part's episode, as views of one array for each role"
     arrays = {}
     for name in ("times", *schema.roles):
         with file.open(f"{name}.npy") as member:
-            arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
+            arrays[name] = np.lib.format.read_array(member, allow_pickle=False, max_header_size=1 << 24)
             if member.read(1): raise ValueError(f"{name}.npy is longer than it says")
     ends = np.cumsum([0, *(p.length for p in parts)])
     if any(len(a) != ends[-1] for a in arrays.values()): raise ValueError("the arrays have another number of steps than the log")

@@ -57,19 +57,18 @@ class Part:
     @property
     def life(self) -> int: return self.born or self.version  # tells an episode from one stored again under its id
 
-# %% ../../../nbs/storage/pool/pool.ipynb #d9d53f8c
+# %% ../../../nbs/storage/pool/pool.ipynb #9a8e4a75
 def part_of(
     episode: Episode, # Steps to be stored
     before: Optional[Part] = None, # The part that they follow
 ) -> Part:
     "The log's description of an episode or of a part of one"
-    reward = episode.reward
-    rewards = [reward] if reward.dtype.names is None else list(episode.fields("reward").values())
+    with np.errstate(all="ignore"): reward = sum(float(np.sum(r.real, dtype="float64")) for r in episode.fields("reward").values())
     joined = before is None or (before.linked and before.tail == state_digest(episode.state[:1]))
     return Part(id=episode.id, who=tuple(episode.who.values()), start=episode.start, zone=episode.zone,
                 offset=before.offset + before.length if before else 0, length=len(episode),
                 begin=int(episode.times[0]), end=int(episode.times[-1]), number=episode.first, digest=episode.digest,
-                reward=float(sum(np.sum(r, dtype="float64") for r in rewards)), nbytes=episode.nbytes,
+                reward=reward, nbytes=episode.nbytes,
                 ended=bool(episode.terminated[-1] or episode.truncated[-1]), linked=joined and bool(episode.links.all()),
                 tail=state_digest(episode.nstate[-1:]), born=before.life if before else 0)
 
@@ -191,7 +190,7 @@ def matches(
         if cut.start < cut.stop: return True
     return False
 
-# %% ../../../nbs/storage/pool/pool.ipynb #ff952c3e
+# %% ../../../nbs/storage/pool/pool.ipynb #3258b58e
 class PoolBackend(abc.ABC):
     "What a back-end implements; everything else that a `Pool` does is built on it"
     @abc.abstractmethod
@@ -216,6 +215,7 @@ class PoolBackend(abc.ABC):
 
     def _oldest(self) -> int: return 0  # the oldest version that can still be read
     def _drop(self, parts: Sequence[Part]) -> None: "Take back what `_write` stored for a commit that is not made; optional"
+    def _repair(self, version: int, dry_run: bool) -> list[str]: return []  # what is, or would be, dropped
     def _open(self) -> None: "Connect again after `close`; optional"
     def _close(self) -> None: "Let go of files and connections; optional"
 
@@ -373,9 +373,9 @@ class PoolReader(PoolIndex):
     def __contains__(self, id: Any) -> bool: return bool(self._parts(id, self.version))
     def __bool__(self) -> bool: return True  # an empty pool is still a pool
 
-# %% ../../../nbs/storage/pool/pool.ipynb #b6af0b69
+# %% ../../../nbs/storage/pool/pool.ipynb #f7e8128f
 def _catalogue(found: Sequence[Sequence[Part]], schema: Optional[Schema]) -> pd.DataFrame:
-    taken = ("episodestart", "seq_len", "return", "bytes", "version")
+    taken = ("id", "seq_len", "return", "bytes", "version")
     who = {f"who_{name}" if name in taken else name: [parts[0].who[i] for parts in found]
            for i, name in enumerate(schema.levels if schema else ())}
     number = lambda what, dtype="int64": np.array([what(parts) for parts in found], dtype)
@@ -384,7 +384,7 @@ def _catalogue(found: Sequence[Sequence[Part]], schema: Optional[Schema]) -> pd.
                "version": number(lambda ps: ps[-1].version)}
     return pd.DataFrame(columns, index=pd.Index([ps[0].id for ps in found], name="id", dtype="str"))
 
-# %% ../../../nbs/storage/pool/pool.ipynb #8ae1dda9
+# %% ../../../nbs/storage/pool/pool.ipynb #8e2e5bd5
 class Pool(PoolReader):
     "A durable, append-only, versioned log of episodes"
     durable: ClassVar[bool] = False  # Whether what `store` acknowledged survives a crash
@@ -404,8 +404,7 @@ class Pool(PoolReader):
         overwrite: bool = False, # Replace whole episodes that are stored with other steps
     ) -> list[str]: # Their ids, in order
         "Store many in one commit: all of them, or none"
-        items = list(items)
-        return _commit(self, _Extend(self, items, overwrite)) if items else []
+        return _commit(self, _Extend(self, list(items), overwrite))
 
     def delete(self,
         query: Any = None, # A `PoolQuery` without a time range, an id, or ids
@@ -435,7 +434,8 @@ class Pool(PoolReader):
         dry_run: bool = True, # Only say what it would drop
     ) -> list[str]:
         "Drop what a writer that died left behind and no commit names"
-        return []
+        if not dry_run: _check_writable(self)
+        return self._repair(self.version, dry_run)
 
     def save(self,
         path: str | os.PathLike, # Of the file
@@ -445,7 +445,7 @@ class Pool(PoolReader):
         self.copy_to(copy := backend("memory")())
         copy.save(path, overwrite)
 
-# %% ../../../nbs/storage/pool/pool.ipynb #4c3dcd0c
+# %% ../../../nbs/storage/pool/pool.ipynb #6fa1a2a2
 class Plan(NamedTuple):
     "What a commit would do"
     put: list[tuple[Part, Episode]]
@@ -455,7 +455,7 @@ class Plan(NamedTuple):
 
 def _commit(pool: Pool, decide: Callable[[int], Plan]) -> list[str]:
     "Make what `decide(version)` plans the next commit, deciding again whenever somebody else was first"
-    if pool.mode == "r": raise ReadOnly(f"{pool!r} is read-only; open_pool(url, mode='a') writes")
+    _check_writable(pool)
     staged, before, token = [], None, secrets.token_hex(16)
     for attempt in range(1_000_000):
         version = pool.version
@@ -471,7 +471,11 @@ def _commit(pool: Pool, decide: Callable[[int], Plan]) -> list[str]:
         time.sleep(random.SystemRandom().random() * min(0.1, 0.001 * 2 ** min(attempt, 10)))
     raise PoolUnavailable(f"{pool!r}: a million other commits came first")
 
-# %% ../../../nbs/storage/pool/pool.ipynb #9504a0f0
+# %% ../../../nbs/storage/pool/pool.ipynb #7e5232fe
+def _check_writable(pool: Pool) -> None:
+    if pool.mode == "r": raise ReadOnly(f"{pool!r} is read-only; open_pool(url, mode='a') writes")
+
+# %% ../../../nbs/storage/pool/pool.ipynb #5aa1231e
 class _Extend:
     "Decides what of some items is new at a version"
     def __init__(self, pool: Pool, items: list, overwrite: bool):
@@ -497,7 +501,7 @@ class _Extend:
 
     def _convert(self, schema: Optional[Schema]) -> None:
         "Bring the items under the pool's schema; the very first item makes it"
-        if self.episodes and schema in (None, self.schema): return
+        if not self.items or (self.episodes and schema in (None, self.schema)): return
         self.schema = schema or as_episode(self.items[0]).schema
         self.episodes = [as_episode(item, self.schema) for item in self.items]
 
@@ -549,15 +553,18 @@ def _copy(pool: Pool, other: Pool, query: Any, batch: int = 64 << 20) -> list[st
     other.extend(items)
     return [parts[0].id for parts in found]
 
-# %% ../../../nbs/storage/pool/pool.ipynb #70aff27d
+# %% ../../../nbs/storage/pool/pool.ipynb #6841b85e
 def _verify(pool: Pool) -> list[str]:
     wrong = []
     for id, lives in list(pool._catch_up(pool.version).lives.items()):
-        for part in (p for life in lives for p in life.parts):
-            what = f"episode {id}, steps {part.offset} to {part.offset + part.length - 1}"
-            try:
-                if pool._read_one(part).digest != part.digest: wrong.append(f"{what}: the steps are not those that were stored")
-            except CorruptData as e: wrong.append(f"{what}: {e}")
+        for part in (part for life in lives for part in life.parts):
+            where = f"episode {id}, steps {part.offset} to {part.offset + part.length - 1}"
+            try: found = part_of(replace(pool._read_one(part)))  # a fresh copy, which has not worked out its digest yet
+            except CorruptData as e: wrong.append(f"{where}: {e}")
+            else:
+                said = ("id", "who", "length", "begin", "end", "number", "digest", "ended", "tail")
+                if odd := [name for name in said if getattr(found, name) != getattr(part, name)]:
+                    wrong.append(f"{where}: not what was stored, by its {', '.join(odd)}")
     return wrong
 
 # %% ../../../nbs/storage/pool/pool.ipynb #daedcb61

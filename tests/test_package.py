@@ -1,0 +1,149 @@
+"What users install: small to import, complete, typed, and with three requirements."
+import importlib.metadata
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+HEAVY = ("dask", "pyarrow", "pymongo", "matplotlib", "torch", "nbdev", "gymnasium", "pytest", "hypothesis", "IPython")
+COST = """
+import time, pandas
+t = time.perf_counter()
+{what}
+print(time.perf_counter() - t)
+"""
+NEW = """
+import sys, pandas
+before = set(sys.modules)
+{what}
+print(*sorted({{m.partition('.')[0] for m in set(sys.modules) - before}}))
+"""
+NAMES = "from data_io_nbdev import (open_pool, MemoryPool, MemoryBuffer, Episode, Record, PoolQuery, Schema, Uniform)"
+
+
+def run(code, interpreter=sys.executable, cwd=None):
+    done = subprocess.run([str(interpreter), "-c", code], capture_output=True, text=True, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("what", ["import data_io_nbdev", NAMES])
+def test_import_is_light(what):
+    "Importing the package, or everything that users type, brings none of the optional packages"
+    assert not set(run(NEW.format(what=what)).split()) & set(HEAVY)
+
+
+@pytest.mark.parametrize("what", ["import data_io_nbdev", NAMES])
+def test_import_is_quick(what):
+    "It costs under 0.25 s beyond pandas"
+    costs = [float(run(COST.format(what=what))) for _ in range(5)]
+    assert statistics.median(costs) < 0.25, costs
+
+
+def test_names():
+    "The names that users type are there, listed, and loaded only when they are used; others are not there"
+    import data_io_nbdev
+    for name in ("open_pool", "MemoryPool", "MemoryBuffer", "Episode", "Record", "PoolQuery", "Schema", "Uniform", "Episodes"):
+        assert name in dir(data_io_nbdev) and getattr(data_io_nbdev, name).__name__ == name
+    with pytest.raises(AttributeError, match="has no attribute 'MemoryPol'"): data_io_nbdev.MemoryPol
+    loaded = run("import sys, data_io_nbdev; print(sorted(m for m in sys.modules if m.startswith('data_io_nbdev.')))")
+    assert "data_io_nbdev.storage" not in loaded
+
+
+def test_readme_lines():
+    "The two lines of the README"
+    from data_io_nbdev import MemoryBuffer
+    from data_io_nbdev.testing import drive
+    buffer = MemoryBuffer(batch_size=256)
+    buffer.store(drive(9).to_frame())
+    state, action, reward, nstate = buffer.sample()
+    assert (state.shape, action.shape, reward.shape, nstate.shape) == ((256, 3), (256, 2), (256,), (256, 3))
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    "The wheel, built from a copy of the sources"
+    folder = tmp_path_factory.mktemp("wheel")
+    skip = shutil.ignore_patterns(".git", ".venv", "build", "dist", "*.egg-info", "__pycache__", "_docs", "_proc", ".*cache*", "node_modules")
+    shutil.copytree(ROOT, folder / "src", ignore=skip)
+    done = subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, folder / "src"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (made,) = folder.glob("*.whl")
+    return made
+
+
+def requirements(*names):
+    "The distributions that some need, by name, and they themselves"
+    found = {}
+    while names:
+        name, *names = names
+        if name in found: continue
+        try: found[name] = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError: continue  # for another platform
+        needs = [r for r in found[name].requires or [] if "extra ==" not in r]
+        names = [*names, *(re.match(r"[\w.-]+", r).group().lower().replace("_", "-") for r in needs)]
+    return found
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    "An interpreter with the wheel, fastcore, numpy, pandas, what these need, and nothing else"
+    folder = tmp_path_factory.mktemp("installed")
+    venv.create(folder / "env", with_pip=False, symlinks=True)
+    python = folder / "env" / "bin" / "python"
+    done = subprocess.run([sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index", wheel],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    site = Path(run("import sysconfig; print(sysconfig.get_path('purelib'))", python).strip())
+    for dist in requirements("fastcore", "numpy", "pandas").values():
+        for top in {f.parts[0] for f in dist.files} - {"..", "__pycache__"}:
+            if not (site / top).exists(): (site / top).symlink_to(dist.locate_file(top))
+    return python, site
+
+
+def test_wheel(wheel):
+    "It holds the package with `py.typed`, and neither tests nor notebooks"
+    import zipfile
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "data_io_nbdev/py.typed" in names and "data_io_nbdev/storage/pool/memory.py" in names and "data_io_nbdev/testing.py" in names
+    assert {n.partition("/")[0].partition("-")[0] for n in names} == {"data_io_nbdev"} and not [n for n in names if n.endswith(".ipynb")]
+
+
+def test_requirements(wheel):
+    "fastcore, numpy and pandas are all that it needs; the rest are extras"
+    import email
+    import zipfile
+    with zipfile.ZipFile(wheel) as file:
+        text = email.message_from_bytes(file.read(next(n for n in file.namelist() if n.endswith("METADATA"))))
+    needs = {re.match(r"[\w-]+", r).group() for r in text.get_all("Requires-Dist") if "extra ==" not in r}
+    assert needs == {"fastcore", "numpy", "pandas"} and {"test", "gym", "dev"} <= set(text.get_all("Provides-Extra"))
+
+
+def test_installed(installed, tmp_path):
+    "With these three alone it imports, stores, samples, saves; what needs an extra says which"
+    python, site = installed
+    code = NAMES + f"""
+import data_io_nbdev, numpy as np, pathlib
+assert pathlib.Path(data_io_nbdev.__file__).parent == pathlib.Path({str(site)!r}) / "data_io_nbdev"
+assert (pathlib.Path(data_io_nbdev.__file__).parent / "py.typed").exists()
+times = ["2026-01-01T00:00Z", "2026-01-01T00:01Z"]
+steps = dict(state=np.zeros((2, 3), "f4"), nstate=np.ones((2, 3), "f4"), action=np.zeros((2, 1), "f4"), reward=np.zeros(2, "f4"))
+buffer = MemoryBuffer(batch_size=4)
+buffer.store(Episode.from_arrays(**steps, timestamp=times, who=dict(vehicle="VB7")).to_frame())
+print([a.shape for a in buffer.sample()])
+buffer.save("saved.npz")
+print(len(MemoryPool("saved.npz", "r")))
+from data_io_nbdev.errors import MissingExtra
+class Env: observation_space = action_space = None
+try: Schema.from_env(Env())
+except MissingExtra as e: print(e)
+"""
+    shapes, count, message = run(code, python, cwd=tmp_path).splitlines()
+    assert (shapes, count) == ("[(4, 3), (4, 1), (4,), (4, 3)]", "1") and "data_io_nbdev[gym]" in message
