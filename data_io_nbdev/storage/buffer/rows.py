@@ -25,7 +25,7 @@ def row_dtype(
     "The layout of one row"
     return np.dtype([(r, schema.block(r)) for r in schema.roles if not (once and r == "nstate")], align=True)
 
-# %% ../../../nbs/storage/buffer/rows.ipynb #3a995082
+# %% ../../../nbs/storage/buffer/rows.ipynb #a53114eb
 class Growing:
     "A one-dimensional int64 array with a cheap `push` at the end and `drop` at the front"
     def __init__(self, values: Sequence[int] = ()):
@@ -33,7 +33,9 @@ class Growing:
         self._from, self._to = 0, len(self._data)
 
     @property
-    def values(self) -> np.ndarray: return self._data[self._from:self._to]  # a view, valid for ever: what it shows is never overwritten
+    def values(self) -> np.ndarray: # A view; what it shows is never overwritten
+        "The array as it is now"
+        return self._data[self._from:self._to]
     def __len__(self) -> int: return self._to - self._from
 
     def push(self, values: np.ndarray) -> None:
@@ -58,7 +60,7 @@ class Run(NamedTuple):
     @property
     def end(self) -> int: return self.serial + len(self.times)
 
-# %% ../../../nbs/storage/buffer/rows.ipynb #bdfedf5d
+# %% ../../../nbs/storage/buffer/rows.ipynb #909772cf
 class Ledger(NamedTuple):
     "The runs at one moment. A batch keeps one, and can trace its rows after they have left the ring"
     slots: np.ndarray  # `(runs,)` first slot of each, increasing
@@ -70,18 +72,19 @@ class Ledger(NamedTuple):
         "Which steps of which episodes are in some slots"
         runs = [self.runs[i] for i in np.searchsorted(self.slots, slots, side="right") - 1]
         inside = slots - np.array([r.slot for r in runs], "int64")
-        return dict(index=inside + np.array([r.serial for r in runs], "int64"), episode=np.array([r.episode for r in runs], "U"),
-                    step=inside + np.array([r.step for r in runs], "int64"),
-                    timestamp=np.array([r.times[i] for r, i in zip(runs, inside)], "int64").view("M8[us]"))
+        times = np.array([r.times[i] for r, i in zip(runs, inside)], "int64")
+        return dict(index=inside + np.array([r.serial for r in runs], "int64"),
+                    episode=np.array([r.episode for r in runs], "U"),
+                    step=inside + np.array([r.step for r in runs], "int64"), timestamp=times.view("M8[us]"))
 
-# %% ../../../nbs/storage/buffer/rows.ipynb #69271f5d
+# %% ../../../nbs/storage/buffer/rows.ipynb #feeb1b43
 class Taken(NamedTuple):
     "Rows for a batch"
-    transition: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # state, action, reward, nstate, each `(n, *block)`
+    transition: tuple[np.ndarray, ...]  # state, action, reward, nstate, each `(n, *block)`
     rows: np.ndarray  # `(n,)` structured: every role but perhaps `nstate`
     slots: np.ndarray  # `(n,)` int64: where they were
 
-# %% ../../../nbs/storage/buffer/rows.ipynb #f927c664
+# %% ../../../nbs/storage/buffer/rows.ipynb #57dd9cc2
 class Rows:
     "Steps as rows of one structured array: unbounded, or a ring of the last `capacity` steps"
     def __init__(self,
@@ -106,9 +109,10 @@ class Rows:
         return max(self.begin, self.serial + more - self.capacity) if self.capacity else self.begin
 
     @property
-    def nbytes(self) -> int: # Of the rows that were ever filled; room that was never touched costs nothing
-        "Memory that the rows take"
-        return min(self.slot - self.begin, len(self.data)) * self.dtype.itemsize + (0 if self._slots is None else self._slots.values.nbytes)
+    def nbytes(self) -> int: # Room that was never touched costs nothing, and does not count
+        "Bytes of memory that the rows take"
+        filled = min(self.slot - self.begin, len(self.data))
+        return filled * self.dtype.itemsize + (0 if self._slots is None else self._slots.values.nbytes)
 
     def append(self,
         episode: Episode, # Steps to add behind the last row
@@ -146,14 +150,15 @@ class Rows:
         "Steps by serial number, hidden ones too, as an episode has them"
         return _read(self, serial, n)
 
-# %% ../../../nbs/storage/buffer/rows.ipynb #195293bc
-_RESERVE = 64 << 20  # Bytes of address space to begin with: above what malloc keeps for itself, so that all of it is given back
+# %% ../../../nbs/storage/buffer/rows.ipynb #c12059b3
+_RESERVE = 64 << 20  # Bytes of address space to begin with: so much malloc gives back whole, and keeps nothing
 
 def _make_room(rows: Rows, first: int, need: int) -> None:
     "Make room for slots up to `need`, keeping what is in those from `first` on"
     size = len(rows.data)
     if need - first <= size if rows.capacity else need <= size: return
-    data = np.empty(need - first + size // 16 if rows.capacity else max(need, 2 * size, _RESERVE // rows.dtype.itemsize), rows.dtype)
+    room = need - first + size // 16 if rows.capacity else max(need, 2 * size, _RESERVE // rows.dtype.itemsize)
+    data = np.empty(room, rows.dtype)
     wraps = {slot for n in (size, len(data)) if n for slot in range(first - first % n + n, rows.slot, n)}
     ends = sorted({first, rows.slot, *wraps})  # between two of these, slots lie side by side in both arrays
     for a, b in zip(ends, ends[1:]): data[a % len(data):][:b - a] = rows.data[a % size:][:b - a]
@@ -170,7 +175,7 @@ def _append(rows: Rows, episode: Episode) -> int:
     rows._episodes, rows.ledger = None, Ledger(rows._firsts.values, rows._runs)
     return begin
 
-# %% ../../../nbs/storage/buffer/rows.ipynb #2c1c1a5c
+# %% ../../../nbs/storage/buffer/rows.ipynb #d2bfd32a
 def _append_run(rows: Rows, steps: Episode) -> None:
     n, oldest = len(steps), rows.oldest(more=len(steps))
     slot = rows.slot - (rows.once and oldest < rows.serial and _goes_on(rows, steps))
@@ -178,28 +183,30 @@ def _append_run(rows: Rows, steps: Episode) -> None:
     _evict(rows, oldest)
     size = len(rows.data)
     for a, b in _stretches(slot, n, size):
-        for role in rows.dtype.names: rows.data[role][(slot + a) % size:(slot + a) % size + b - a] = steps.blocks[role][a:b]
+        for role in rows.dtype.names: rows.data[role][(slot + a) % size:][:b - a] = steps.blocks[role][a:b]
     if rows.once: rows.data["state"][(slot + n) % size] = steps.nstate[-1]
-    run = Run(steps.id, rows.serial, slot, steps.offset if steps.first is None else steps.first, steps.times)
+    run = Run(steps.id, rows.serial, slot, _first_step(steps), steps.times)
     rows._runs.append(run)
     rows._firsts.push(np.array([slot]))
     rows._of.setdefault(run.episode, deque()).append(run)
     if rows._slots is not None: rows._slots.push(np.arange(slot, slot + n))
     rows.serial, rows.slot = rows.serial + n, slot + n + rows.once
 
-# %% ../../../nbs/storage/buffer/rows.ipynb #36cd680f
+# %% ../../../nbs/storage/buffer/rows.ipynb #9f379a45
 def _stretches(slot: int, n: int, size: int) -> list[tuple[int, int]]:
     "Where `n` slots from `slot` on lie side by side in a ring: `(from, to)` pairs, counted from `slot`"
     whole = size - slot % size
     return [(0, n)] if n <= whole else [(0, whole), (whole, n)]
 
+def _first_step(steps: Episode) -> int: return steps.offset if steps.first is None else steps.first
+
 def _goes_on(rows: Rows, steps: Episode) -> bool:
     "Whether steps begin in the very state in which the last run ended"
     last, mine = rows._runs[-1], rows._of.get(steps.id)
-    if not mine or mine[-1] is not last or last.step + len(last.times) != (steps.offset if steps.first is None else steps.first): return False
+    if not mine or mine[-1] is not last or last.step + len(last.times) != _first_step(steps): return False
     return bool(same_steps(rows.data["state"][[(rows.slot - 1) % len(rows.data)]], steps.state[:1])[0])
 
-# %% ../../../nbs/storage/buffer/rows.ipynb #72bf77ca
+# %% ../../../nbs/storage/buffer/rows.ipynb #02b12127
 def _slot_of(rows: Rows, serial: int) -> int:
     "The slot of a row by its serial number; of the next row where there is none"
     i = bisect_right(rows._runs, serial, lo=rows._gone, key=lambda run: run.serial) - 1
@@ -208,7 +215,7 @@ def _slot_of(rows: Rows, serial: int) -> int:
 
 def _evict(rows: Rows, oldest: int) -> None:
     "Forget rows before a serial number. Batches may hold the lists, so these are replaced, not cut"
-    if rows._slots is not None: rows._slots.drop(int(np.searchsorted(rows._slots.values, _slot_of(rows, oldest))))
+    if (slots := rows._slots) is not None: slots.drop(int(np.searchsorted(slots.values, _slot_of(rows, oldest))))
     while rows._gone < len(rows._runs) and (run := rows._runs[rows._gone]).end <= oldest:
         rows._gone += 1
         mine = rows._of.get(run.episode)
@@ -216,7 +223,8 @@ def _evict(rows: Rows, oldest: int) -> None:
         mine.popleft()
         if not mine: del rows._of[run.episode]
     if rows._gone > len(rows._runs) // 2:
-        rows._runs, rows._firsts, rows._gone = rows._runs[rows._gone:], Growing(rows._firsts.values[rows._gone:]), 0
+        rows._runs, rows._firsts = rows._runs[rows._gone:], Growing(rows._firsts.values[rows._gone:])
+        rows._gone = 0
 
 # %% ../../../nbs/storage/buffer/rows.ipynb #ae9ea2b0
 def _hide(rows: Rows, id: str) -> None:
@@ -244,17 +252,18 @@ def _at(rows: Rows, slots: np.ndarray) -> Taken:
     taken, states = pairs[:, 0], pairs["state"]
     return Taken((states[:, 0], taken["action"], taken["reward"], states[:, 1]), taken, slots)
 
-# %% ../../../nbs/storage/buffer/rows.ipynb #68f6d36d
+# %% ../../../nbs/storage/buffer/rows.ipynb #1c48d770
 def _episodes(rows: Rows) -> list[np.ndarray]:
     if rows._episodes is None:
-        slots = None if rows._slots is None else rows._slots.values
-        def logical(run: Run) -> np.ndarray:
-            if slots is not None: return np.arange(*np.searchsorted(slots, [run.slot, run.slot + len(run.times)]))
-            return np.arange(max(0, run.serial - rows.oldest()), run.end - rows.oldest())
-        rows._episodes = [np.concatenate([logical(run) for run in runs]) for runs in rows._of.values()]
+        rows._episodes = [np.concatenate([_logical(rows, run) for run in runs]) for runs in rows._of.values()]
     return rows._episodes
 
-# %% ../../../nbs/storage/buffer/rows.ipynb #090534e4
+def _logical(rows: Rows, run: Run) -> np.ndarray:
+    "The logical rows of a run"
+    if rows._slots is None: return np.arange(max(0, run.serial - rows.oldest()), run.end - rows.oldest())
+    return np.arange(*np.searchsorted(rows._slots.values, [run.slot, run.slot + len(run.times)]))
+
+# %% ../../../nbs/storage/buffer/rows.ipynb #9af2124a
 def _read(rows: Rows, serial: int, n: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     times, slots = [], []
     for run in rows._runs[bisect_right(rows._runs, serial, lo=rows._gone, key=lambda run: run.serial) - 1:]:
@@ -264,4 +273,5 @@ def _read(rows: Rows, serial: int, n: int) -> tuple[np.ndarray, dict[str, np.nda
         slots.append(np.arange(run.slot + a, run.slot + b))
     taken = _at(rows, np.concatenate(slots))
     blocks = dict(zip(("state", "action", "reward", "nstate"), taken.transition))
-    return np.concatenate(times), {r: (blocks[r] if r in blocks else taken.rows[r]).copy() for r in rows.schema.roles}
+    blocks.update({r: taken.rows[r] for r in rows.schema.roles if r not in blocks})
+    return np.concatenate(times), {r: blocks[r].copy() for r in rows.schema.roles}

@@ -23,10 +23,10 @@ class Draw(NamedTuple):
     mask: Optional[np.ndarray] = None  # Same shape, bool: False is padding; `None` means that nothing is
     weight: Optional[np.ndarray] = None  # `(batch,)` importance weights; `None` means 1
 
-# %% ../../../nbs/storage/buffer/sampler.ipynb #6f44e992
+# %% ../../../nbs/storage/buffer/sampler.ipynb #7ddf4f12
 class Sampler(abc.ABC):
     "Decides which rows make the next batch"
-    in_range: ClassVar[bool] = False  # True where draws cannot but be rows that exist, which saves checking each
+    in_range: ClassVar[bool] = False  # True where every draw is a row that exists, which saves checking
 
     @abc.abstractmethod
     def draw(self,
@@ -45,12 +45,13 @@ class Sampler(abc.ABC):
 
     def __repr__(self) -> str: return f"{type(self).__name__}()"
 
-# %% ../../../nbs/storage/buffer/sampler.ipynb #e224ec94
+# %% ../../../nbs/storage/buffer/sampler.ipynb #2395f796
 class Uniform(Sampler):
     "Every row is equally likely, each time"
     in_range = True
 
-    def draw(self, n: int, rng: np.random.Generator, rows: Drawable) -> Draw: return Draw(rng.integers(len(rows), size=n))
+    def draw(self, n: int, rng: np.random.Generator, rows: Drawable) -> Draw:
+        return Draw(rng.integers(len(rows), size=n))
 
 # %% ../../../nbs/storage/buffer/sampler.ipynb #0d58fe61
 class Episodes(Sampler):
