@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd  # type: ignore
 
 # %% auto #0
-__all__ = ['OPERATORS', 'anna', 'bo', 'roll_out', 'fleet', 'record', 'summary', 'features', 'fit', 'r_squared', 'study', 'main']
+__all__ = ['OPERATORS', 'anna', 'bo', 'roll_out', 'fleet', 'record', 'summary', 'features', 'fit', 'r_squared', 'study', 'run',
+           'main']
 
 # %% ../nbs/tutorials/main_job.ipynb #44da0371
 from .errors import require
@@ -33,7 +34,7 @@ def bo(rng: np.random.Generator, space: Any, last: np.ndarray) -> np.ndarray: # 
 
 OPERATORS = {"anna": anna, "bo": bo}
 
-# %% ../nbs/tutorials/main_job.ipynb #8b2aa1f6
+# %% ../nbs/tutorials/main_job.ipynb #4e4ecb11
 def roll_out(
     env: Any, # A Gymnasium environment with a `Box` of actions
     act: Callable, # An operator
@@ -51,9 +52,9 @@ def roll_out(
         steps.append((state, action, np.float32(reward), nstate, terminated, truncated, now))
         state, ended = nstate, terminated or truncated
     *columns, times = map(np.array, zip(*steps))
-    roles = ("state", "action", "reward", "nstate", "terminated", "truncated")
-    return Episode.from_arrays(**dict(zip(roles, columns)), timestamp=pd.to_datetime(times, unit="us", utc=True), who=who,
-                               schema=Schema.from_env(env, identity=list(who))).to_frame()
+    logged = dict(zip(("state", "action", "reward", "nstate", "terminated", "truncated"), columns))
+    schema = Schema.from_env(env, identity=list(who))
+    return Episode.from_arrays(**logged, timestamp=pd.to_datetime(times, unit="us", utc=True), who=who, schema=schema).to_frame()
 
 # %% ../nbs/tutorials/main_job.ipynb #2e0f286e
 def fleet(
@@ -111,16 +112,17 @@ def fit(
         xx, xy = xx + x.T @ x, xy + x.T @ (nstate.astype("float64") - state)
     return np.linalg.lstsq(xx, xy, rcond=None)[0]
 
-# %% ../nbs/tutorials/main_job.ipynb #77c75b00
+# %% ../nbs/tutorials/main_job.ipynb #ca738e4d
 def r_squared(
     weights: np.ndarray, # From `fit`
     episodes: Iterable[Episode], # That the model has not seen
 ) -> float: # 1 is perfect, 0 is no better than the mean; averaged over the state's elements
     "The share of the change that the model explains"
-    x, y = (np.concatenate(parts) for parts in zip(*((features(e.state, e.action), e.nstate.astype("float64") - e.state) for e in episodes)))
+    pairs = [(features(e.state, e.action), e.nstate.astype("float64") - e.state) for e in episodes]
+    x, y = map(np.concatenate, zip(*pairs))
     return float(np.mean(1 - ((y - x @ weights) ** 2).mean(axis=0) / y.var(axis=0)))
 
-# %% ../nbs/tutorials/main_job.ipynb #681666a5
+# %% ../nbs/tutorials/main_job.ipynb #e0235775
 def study(
     path: Path, # A saved pool
     operator: str, # Whose experience
@@ -137,26 +139,40 @@ def study(
     drawn = [buffer.sample() for _ in progress(range(batches))]
     seconds = time.perf_counter() - began
     true, shuffled = fit(drawn), fit(drawn, np.random.default_rng(7))
-    test = list(pool.find(held_out))
-    return {"R² held out": r_squared(true, test), "R² shuffled actions": r_squared(shuffled, test), "batches/s": batches / seconds}
+    unseen = list(pool.find(held_out))
+    return {"R² held out": r_squared(true, unseen), "R² shuffled actions": r_squared(shuffled, unseen),
+            "batches/s": batches / seconds}
 
-# %% ../nbs/tutorials/main_job.ipynb #8b14f7d2
-def main(args: Optional[list[str]] = None) -> None:
+# %% ../nbs/tutorials/main_job.ipynb #116582ed
+def run(
+    env_id: str, # On which environment
+    store: Path, # Folder of the pools
+    episodes: int, # To record
+    tqdm: Callable, # Shows how far it is
+) -> dict[str, float]: # Of `study`
+    "The whole road on one environment, told on the way"
+    path = store / f"{env_id}.npz"
+    record(env_id, path, episodes, lambda frames: tqdm(frames, f"{env_id}: drive", episodes, unit=" episodes"))
+    catalogue = open_pool(path, mode="r").catalogue()
+    print(f"\n{path} holds {len(catalogue)} episodes, {catalogue['seq_len'].sum()} steps:\n")
+    print(summary(catalogue).to_string(), "\n")
+    return study(path, "anna", progress=lambda rounds: tqdm(rounds, f"{env_id}: draw", unit=" batches"))
+
+# %% ../nbs/tutorials/main_job.ipynb #9ebd61ef
+def main(
+    args: Optional[list[str]] = None, # By default the command line's
+) -> None:
     "`python -m data_io_nbdev.demo`"
-    parser = argparse.ArgumentParser(prog="data_io_nbdev.demo", description="Record, store, query, sample and fit, on real environments")
-    parser.add_argument("--store", type=Path, default=Path("experience"), help="folder of the pools (default: %(default)s)")
-    parser.add_argument("--episodes", type=int, default=20, help="to record on each environment (default: %(default)s)")
-    options = parser.parse_args(args)
-    tqdm = require("tqdm", "demo").tqdm
-    results = {}
-    for env_id in ("Pendulum-v1", "MountainCarContinuous-v0"):
-        path = options.store / f"{env_id}.npz"
-        record(env_id, path, options.episodes, lambda frames: tqdm(frames, f"{env_id}: drive", options.episodes, unit=" episodes"))
-        catalogue = open_pool(path, mode="r").catalogue()
-        print(f"\n{path} holds {len(catalogue)} episodes, {catalogue['seq_len'].sum()} steps:\n\n{summary(catalogue).to_string()}\n")
-        results[env_id] = study(path, "anna", progress=lambda r: tqdm(r, f"{env_id}: draw", unit=" batches"))
-    print("\nThe change of the state, fitted on anna's minibatches. Shuffled actions explain less: the rows are aligned.\n\n"
-          f"{pd.DataFrame(results).T.round({'R² held out': 3, 'R² shuffled actions': 3, 'batches/s': 0}).to_string()}\n\n"
-          f"The pools stay in {options.store}/; run it again, and it adds to them.")
+    parser = argparse.ArgumentParser("data_io_nbdev.demo", description="Record, store, query, sample and fit")
+    parser.add_argument("--store", type=Path, default=Path("experience"), help="folder of the pools (%(default)s)")
+    parser.add_argument("--episodes", type=int, default=20, help="to record on each environment (%(default)s)")
+    options, tqdm = parser.parse_args(args), require("tqdm", "demo").tqdm
+    environments = ("Pendulum-v1", "MountainCarContinuous-v0")
+    results = pd.DataFrame({env_id: run(env_id, options.store, options.episodes, tqdm) for env_id in environments}).T
+    print("\nThe change of the state, fitted on anna's minibatches, and tested on episodes that were held out.\n"
+          "With shuffled actions the same model explains less: the rows are aligned.\n")
+    print(results.round({"R² held out": 3, "R² shuffled actions": 3, "batches/s": 0}).to_string())
+    print(f"\nThe pools stay in {options.store}/; run it again, and it adds to them.")
 
-if __name__ == "__main__" and globals().get("__spec__"): main()  # by `python -m`, and not in a notebook, which is __main__ as well
+# `python -m` sets a spec; a notebook is `__main__` as well, but has none
+if __name__ == "__main__" and globals().get("__spec__"): main()

@@ -55,7 +55,7 @@ class ClosedError(DataIOError, RuntimeError):
 class MissingExtra(DataIOError, ImportError):
     "An optional dependency that is not installed"
 
-# %% ../nbs/errors.ipynb #d1061e18
+# %% ../nbs/errors.ipynb #b0a25b35
 def require(
     module: str, # Dotted name to import, for example `"dask.dataframe"`
     extra: str, # The extra of this package that installs it, for example `"dask"`
@@ -64,4 +64,5 @@ def require(
     try: return importlib.import_module(module)
     except ModuleNotFoundError as e:
         if (e.name or "").partition(".")[0] != module.partition(".")[0]: raise
-        raise MissingExtra(f"{module} is not installed; this needs: pip install 'data_io_nbdev[{extra}]'", name=e.name) from e
+        message = f"{module} is not installed; this needs: pip install 'data_io_nbdev[{extra}]'"
+        raise MissingExtra(message, name=e.name) from e

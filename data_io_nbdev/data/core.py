@@ -15,47 +15,51 @@ import numpy as np
 import pandas as pd  # type: ignore
 
 # %% auto #0
-__all__ = ['ItemT', 'utc_us', 'from_us', 'episode_id', 'same_steps', 'Steps', 'state_digest', 'Episode', 'conform', 'concat',
+__all__ = ['ItemT', 'from_us', 'utc_us', 'episode_id', 'same_steps', 'state_digest', 'Steps', 'Episode', 'conform', 'concat',
            'Record', 'records', 'as_episode', 'PoolQuery', 'steps_in']
 
 # %% ../../nbs/data/core.ipynb #31f24e26
 from ..errors import DataIOError, QueryError, SchemaError
 from .schema import FLAGS, Field, Schema, Units, columns_of, is_time, who_value
 
-# %% ../../nbs/data/core.ipynb #5c8cf8d6
-def utc_us(
-    times: Any, # A time, or many: anything that pandas reads as timezone-aware times
-    error: type[DataIOError] = SchemaError, # What to raise
-) -> tuple[np.ndarray, str]: # `(n,)` int64 microseconds since 1970-01-01T00:00Z, and the name of the zone
-    "Exact UTC microseconds of timezone-aware times; raises `error` for naive, missing or finer ones"
-    try: index = times if isinstance(times, pd.DatetimeIndex) else pd.DatetimeIndex(np.atleast_1d(np.asarray(times, object)))
-    except (ValueError, TypeError) as e: raise error(f"expected times with a zone, got {times!r}: {e}") from e
-    if index.tz is None:
-        raise error(f"expected times with a zone, got the naive {index[:1].astype(str).tolist()}; say where its clock hangs: "
-                    "tz_localize('UTC'), or 'Z' at the end of a text")
-    if index.hasnans: raise error("a time is missing (NaT); every step needs its own")
-    us = index.as_unit("us")
-    if (us != index).any():
-        raise error(f"digits below a microsecond in {index[us != index][0].isoformat()}; choose how to drop them: floor('us') or round('us')")
-    return us.asi8, _zone_name(index.tz, error)
+# %% ../../nbs/data/core.ipynb #7034b8b9
+def from_us(
+    us: np.ndarray | int, # `(n,)` or one: UTC microseconds since 1970
+    zone: str = "UTC", # Name of the zone to show them in
+) -> pd.DatetimeIndex | pd.Timestamp: # Like the input: many or one
+    "Times in their zone, from UTC microseconds"
+    index = pd.DatetimeIndex(np.atleast_1d(us).astype("int64").view("M8[us]"), tz="UTC").tz_convert(zone)
+    return index if np.ndim(us) else index[0]
 
-# %% ../../nbs/data/core.ipynb #d7fe1125
+# %% ../../nbs/data/core.ipynb #b9f5586e
 def _zone_name(tz: Any, error: type[DataIOError]) -> str:
     "The name that brings a time zone back"
     name = str(tz)
     try:
         if pd.Timestamp(0, unit="s", tz=name).tz is not None: return name
     except Exception: pass  # zoneinfo, dateutil and pytz each raise their own
-    raise error(f"the time zone {tz!r} has no name to store; convert the times to a named one: tz_convert('Europe/Berlin')")
+    raise error(f"the time zone {tz!r} has no name to store; "
+                "convert the times to a named one: tz_convert('Europe/Berlin')")
 
-# %% ../../nbs/data/core.ipynb #502e0b68
-def from_us(
-    us: np.ndarray | int, # UTC microseconds
-    zone: str = "UTC", # Name of the zone to show them in
-) -> pd.DatetimeIndex | pd.Timestamp: # Like the input: many or one
-    "Times in their zone, from UTC microseconds"
-    index = pd.DatetimeIndex(np.atleast_1d(us).astype("int64").view("M8[us]")).tz_localize("UTC").tz_convert(zone)
-    return index if np.ndim(us) else index[0]
+# %% ../../nbs/data/core.ipynb #9a6062ee
+def utc_us(
+    times: Any, # A time, or many: anything that pandas reads as timezone-aware times
+    error: type[DataIOError] = SchemaError, # What to raise
+) -> tuple[np.ndarray, str]: # `(n,)` int64 microseconds since 1970-01-01T00:00Z, and the name of the zone
+    "Exact UTC microseconds of timezone-aware times; raises `error` for naive, missing or finer ones"
+    index = times
+    if not isinstance(times, pd.DatetimeIndex):
+        try: index = pd.DatetimeIndex(np.atleast_1d(np.asarray(times, object)))
+        except (ValueError, TypeError) as e: raise error(f"expected times with a zone, got {times!r}: {e}") from e
+    if index.tz is None:
+        raise error(f"expected times with a zone, got the naive {index[:1].astype(str).tolist()}; "
+                    "say where its clock hangs: tz_localize('UTC'), or 'Z' at the end of a text")
+    if index.hasnans: raise error("a time is missing (NaT); every step needs its own")
+    us = index.as_unit("us")
+    if (finer := us != index).any():
+        raise error(f"digits below a microsecond in {index[finer][0].isoformat()}; "
+                    "choose how to drop them: floor('us') or round('us')")
+    return us.asi8, _zone_name(index.tz, error)
 
 # %% ../../nbs/data/core.ipynb #c3ea043c
 def episode_id(
@@ -66,13 +70,14 @@ def episode_id(
     text = json.dumps([sorted(who.items()), int(start)], separators=(",", ":"))  # JSON keeps 7 and "7" apart
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
-# %% ../../nbs/data/core.ipynb #8b3cdee9
+# %% ../../nbs/data/core.ipynb #eafb7e0a
 def _bits(block: np.ndarray) -> list[np.ndarray]:
-    "The bytes of a block as unsigned integers, `(steps, n)` each; a structured block gives one a field, without its padding"
+    "The bytes of a block as unsigned integers: `(steps, n)`, one array for each field of a structured block"
     if block.dtype.names: return [b for name in block.dtype.names for b in _bits(block[name])]
     flat = np.ascontiguousarray(block).reshape(len(block), int(np.prod(block.shape[1:])))
     return [flat.view(f"u{min(flat.dtype.itemsize, 8)}")]
 
+# %% ../../nbs/data/core.ipynb #f8ce2636
 def same_steps(
     a: np.ndarray, # `(steps, …)`
     b: np.ndarray, # The same shape and dtype
@@ -82,7 +87,22 @@ def same_steps(
     if all(np.array_equal(x, y) for x, y in pairs): return np.ones(len(a), bool)
     return np.logical_and.reduce([(x == y).all(axis=1) for x, y in pairs])
 
-# %% ../../nbs/data/core.ipynb #5f642ba8
+# %% ../../nbs/data/core.ipynb #39a5b50a
+def _digest(blocks: Sequence[np.ndarray]) -> str:
+    "SHA-256 of the bytes of blocks"
+    sha = hashlib.sha256()
+    for block in blocks:
+        for bits in _bits(block): sha.update(memoryview(bits))
+    return sha.hexdigest()
+
+# %% ../../nbs/data/core.ipynb #10db5148
+def state_digest(
+    state: np.ndarray, # `(1, *state)`
+) -> str: # 16 hexadecimal digits
+    "A short digest of one state, the same exactly for states that are equal bit for bit"
+    return _digest([state])[:16]
+
+# %% ../../nbs/data/core.ipynb #3d9466c3
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Steps:
     "Steps in time order under a schema; immutable"
@@ -97,7 +117,7 @@ class Steps:
 
     def __len__(self) -> int: return len(self.times)
 
-    def __getattr__(self, role: str) -> np.ndarray:  # `state`, `action`, `reward`, `nstate`, `terminated`, `truncated`, `info`
+    def __getattr__(self, role: str) -> np.ndarray:  # `steps.state`, `steps.truncated`: the block of any role
         if role in self.__dict__.get("blocks", ()): return self.blocks[role]
         raise AttributeError(f"{type(self).__name__} has no {role!r}")
 
@@ -120,21 +140,7 @@ class Steps:
         "Where a step's `nstate` is the next step's `state`, bit for bit"
         return same_steps(self.blocks["nstate"][:-1], self.blocks["state"][1:])
 
-# %% ../../nbs/data/core.ipynb #220f2661
-def _digest(blocks: Sequence[np.ndarray]) -> str:
-    sha = hashlib.sha256()
-    for block in blocks:
-        for bits in _bits(block): sha.update(memoryview(bits))
-    return sha.hexdigest()
-
-# %% ../../nbs/data/core.ipynb #10db5148
-def state_digest(
-    state: np.ndarray, # `(1, *state)`
-) -> str: # 16 hexadecimal digits
-    "A short digest of one state, the same exactly for states that are equal bit for bit"
-    return _digest([state])[:16]
-
-# %% ../../nbs/data/core.ipynb #f9fbc3dc
+# %% ../../nbs/data/core.ipynb #5e3df795
 def _derive_nstate(blocks: dict, times: np.ndarray, final: Optional[np.ndarray]) -> tuple[dict, np.ndarray]:
     "Add `nstate` to blocks that lack it, dropping a last step that led nowhere known"
     state, ended = blocks["state"], "terminated" in blocks and len(times) > 0 and blocks["terminated"][-1]
@@ -142,20 +148,23 @@ def _derive_nstate(blocks: dict, times: np.ndarray, final: Optional[np.ndarray])
     elif ended: last = state[-1:]
     else:
         last = state[:0]
-        warnings.warn("the last step was dropped: it has no nstate and did not terminate; give final_state to keep it", stacklevel=5)
+        warnings.warn("the last step was dropped: it has no nstate and did not terminate; "
+                      "give final_state to keep it", stacklevel=5)
     nstate = np.concatenate([state[1:], last])
     blocks = {role: b[:len(nstate)] for role, b in blocks.items()}
     return {**blocks, "nstate": nstate}, times[:len(nstate)]
 
-# %% ../../nbs/data/core.ipynb #0e9124d8
+# %% ../../nbs/data/core.ipynb #ac5613b5
 def _only(index: pd.MultiIndex, level: str) -> Any:
     "The one value of an index level"
     i = index.names.index(level)
     codes = np.unique(index.codes[i])
-    if (codes < 0).any(): raise SchemaError(f"{level} is missing (NaN) in some rows; every step needs to say whose it is")
+    if (codes < 0).any():
+        raise SchemaError(f"{level} is missing (NaN) in some rows; every step needs to say whose it is")
     if len(codes) > 1:
-        raise SchemaError(f"expected one episode, got {len(codes)} values of {level}: {index.levels[i][codes[:3]].tolist()}; split it: "
-                          f"[part for _, part in frame.groupby(level={[n for n in index.names if n != 'timestamp']})]")
+        some, by = index.levels[i][codes[:3]].tolist(), [n for n in index.names if n != "timestamp"]
+        raise SchemaError(f"expected one episode, got {len(codes)} values of {level}: {some}; "
+                          f"split it: [part for _, part in frame.groupby(level={by})]")
     return index.levels[i][codes[0]]
 
 # %% ../../nbs/data/core.ipynb #b0bc54bf
@@ -166,7 +175,7 @@ def _who_and_when(index: pd.Index) -> tuple[dict, int, str, np.ndarray]:
     times, zone = utc_us(pd.DatetimeIndex(index.get_level_values("timestamp")))
     return who, int(start), zone, times
 
-# %% ../../nbs/data/core.ipynb #718ee9b6
+# %% ../../nbs/data/core.ipynb #41f11799
 def _first_number(frame: pd.DataFrame, columns: Mapping[tuple[str, str], list[int]]) -> Optional[int]:
     "The number of the first step where integers in a `timestep` column count them, else None"
     for key, places in columns.items():
@@ -174,52 +183,65 @@ def _first_number(frame: pd.DataFrame, columns: Mapping[tuple[str, str], list[in
         if not is_time(key) or not pd.api.types.is_integer_dtype(numbers.dtype): continue
         numbers = numbers.to_numpy()
         if (np.diff(numbers) != 1).any():
-            raise SchemaError(f"{key} must count every step, got {numbers[:8].tolist()}…; a step is missing, or time is not its meaning")
+            raise SchemaError(f"{key} must count every step, got {numbers[:8].tolist()}…; "
+                              "a step is missing, or time is not its meaning")
         return int(numbers[0])
     return None
 
-# %% ../../nbs/data/core.ipynb #65956a23
+# %% ../../nbs/data/core.ipynb #b4e2ab6b
 def _fit(inferred: Schema, schema: Schema) -> Schema:
     "`inferred`, with flat vectors shaped as `schema` has them"
     known = {(f.role, f.name): f.shape for f in schema.fields}
     def shaped(f: Field) -> Field:
         shape = known.get((f.role, f.name), f.shape)
-        return replace(f, shape=shape) if f.shape in ((int(np.prod(shape)),), ()) and np.prod(shape) == np.prod(f.shape) else f
+        size = int(np.prod(shape))
+        flat = f.shape == (size,) or (f.shape == () and size == 1)
+        return replace(f, shape=shape) if flat else f
     return replace(inferred, fields=tuple(map(shaped, inferred.fields)))
 
-# %% ../../nbs/data/core.ipynb #0fef8db8
+# %% ../../nbs/data/core.ipynb #d5523b83
 def _frame_block(frame: pd.DataFrame, columns: Mapping, role: str, schema: Schema) -> np.ndarray:
     "The block of a role, copied out of a frame"
     fields, dtype = schema.of(role), schema.block(role)
-    values = lambda fs: frame.iloc[:, [i for f in fs for i in columns[role, f.name]]].to_numpy(fs[0].dtype, copy=True)
-    if dtype.names: return schema.join(role, {f.name: values([f]).reshape(len(frame), *f.shape) for f in fields})
+    def values(fs: Sequence[Field]) -> np.ndarray:
+        places = [i for f in fs for i in columns[role, f.name]]
+        return frame.iloc[:, places].to_numpy(fs[0].dtype, copy=True)
+    if dtype.names:
+        return schema.join(role, {f.name: values([f]).reshape(len(frame), *f.shape) for f in fields})
     return np.ascontiguousarray(values(fields)).reshape(len(frame), *dtype.shape)
 
+# %% ../../nbs/data/core.ipynb #cb37d84a
 def _frame_flags(frame: pd.DataFrame, columns: Mapping) -> dict[str, np.ndarray]:
     "The flags that a frame shows"
     flags = {role: frame.iloc[:, places[0]] for (role, _), places in columns.items() if role in FLAGS}
     for role, column in flags.items():
-        if column.dtype != bool: raise SchemaError(f"{role} must be bool, got {column.dtype}; convert it with astype(bool)")
+        if column.dtype != bool:
+            raise SchemaError(f"{role} must be bool, got {column.dtype}; convert it with astype(bool)")
     return {role: column.to_numpy(copy=True) for role, column in flags.items()}
 
-# %% ../../nbs/data/core.ipynb #79e9f1ec
+# %% ../../nbs/data/core.ipynb #364ced25
 def _flat(value: Any, path: str = "") -> dict[str, Any]:
     "Leaves of nested mappings and tuples by their path"
-    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, tuple) else None
-    if items is None: return {path: value}
-    return {p: leaf for k, v in items for p, leaf in _flat(v, f"{path}.{k}" if path else str(k)).items()}
+    if isinstance(value, tuple): value = dict(enumerate(value))
+    if not isinstance(value, Mapping): return {path: value}
+    leaves = {}
+    for k, v in value.items(): leaves.update(_flat(v, f"{path}.{k}" if path else str(k)))
+    return leaves
 
-# %% ../../nbs/data/core.ipynb #ea624a39
+# %% ../../nbs/data/core.ipynb #4381ca0a
 def _array(value: Any, dtype: Optional[str], lift: bool) -> np.ndarray:
     "A fresh array; `lift` adds the axis of steps to a single step"
     try: a = np.array(value)
     except ValueError: a = np.array(None)  # numpy's word for ragged
-    if a.dtype.kind not in "biufc": raise SchemaError(f"expected numbers of one shape, got ragged or other values: {value!r:.80}")
+    if a.dtype.kind not in "biufc":
+        raise SchemaError(f"expected numbers of one shape, got ragged or other values: {value!r:.80}")
     if not hasattr(value, "dtype") and (dtype or a.dtype.kind == "f"):
         given, a = a, a.astype(dtype or "float32")
-        if a.dtype.kind in "biu" and (a != given).any(): raise SchemaError(f"expected {a.dtype}, got values that it cannot hold: {value!r:.80}")
+        if a.dtype.kind in "biu" and (a != given).any():
+            raise SchemaError(f"expected {a.dtype}, got values that it cannot hold: {value!r:.80}")
     return a[None] if lift else a
 
+# %% ../../nbs/data/core.ipynb #32b05121
 def _array_block(value: Any, role: str, schema: Schema, lift: bool = False) -> np.ndarray:
     "The block of a role from an array or from fields by name"
     fields, dtype = schema.of(role), schema.block(role)
@@ -228,9 +250,19 @@ def _array_block(value: Any, role: str, schema: Schema, lift: bool = False) -> n
         return schema.join(role, {name: _array(v, dtypes.get(name), lift) for name, v in _flat(value).items()})
     a = np.atleast_1d(_array(value, None if dtype.names else dtype.base.name, lift))
     if a.dtype != dtype.base:
-        raise SchemaError(f"{role}: expected {dtype.base}, got {a.dtype}; convert it with astype, or declare a schema with {a.dtype}")
-    if (dtype.shape, a.shape) in (((1,), (len(a),)), ((), (len(a), 1))): a = a.reshape(len(a), *dtype.shape)  # one element, or a scalar
-    if a.shape[1:] != dtype.shape: raise SchemaError(f"{role}: expected shape {('steps', *dtype.shape)}, got {a.shape}")
+        raise SchemaError(f"{role}: expected {dtype.base}, got {a.dtype}; "
+                          f"convert it with astype, or declare a schema with {a.dtype}")
+    if {a.shape[1:], dtype.shape} == {(), (1,)}: a = a.reshape(len(a), *dtype.shape)  # one element is a scalar
+    if a.shape[1:] != dtype.shape:
+        raise SchemaError(f"{role}: expected shape {('steps', *dtype.shape)}, got {a.shape}")
+    return a
+
+# %% ../../nbs/data/core.ipynb #6074ef98
+def _array_flag(value: Any, flag: str, steps: int) -> np.ndarray:
+    "A flag's block from an array or a list of bool"
+    a = np.array(value)
+    if a.dtype != bool or a.shape != (steps,):
+        raise SchemaError(f"{flag}: expected bool of shape {(steps,)}, got {a.dtype} of shape {a.shape}")
     return a
 
 # %% ../../nbs/data/core.ipynb #6b0280e6
