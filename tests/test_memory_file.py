@@ -103,6 +103,17 @@ class TestSaving:
         pool.save()
         assert everything(MemoryPool(path, "r")) == right
 
+    def test_order_of_steps(self, path, monkeypatch):
+        "The new file is on the disk before it takes the old one's name, and its name before `save` returns"
+        calls = []
+        def spy(name):
+            real = getattr(os, name)
+            def called(*args, **kwargs): calls.append(name); return real(*args, **kwargs)
+            monkeypatch.setattr(os, name, called)
+        spy("fsync"); spy("replace")
+        fill(MemoryPool(path)).save()
+        assert calls == ["fsync", "replace", "fsync"]
+
     def test_a_full_disk(self, path):
         "So does one that runs out of room at any point of the file"
         fill(MemoryPool(path)).close()

@@ -59,6 +59,7 @@ def same_frame(a, b):
     for i in range(a.shape[1]): assert a.iloc[:, i].to_numpy().tobytes() == b.iloc[:, i].to_numpy().tobytes()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # pandas compares signalling NaNs
 class TestFrames:
     "Frames are lossless"
 

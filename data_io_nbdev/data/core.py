@@ -41,7 +41,7 @@ def _zone_name(tz: Any, error: type[DataIOError]) -> str:
     raise error(f"the time zone {tz!r} has no name to store; "
                 "convert the times to a named one: tz_convert('Europe/Berlin')")
 
-# %% ../../nbs/data/core.ipynb #9a6062ee
+# %% ../../nbs/data/core.ipynb #64c24693
 def utc_us(
     times: Any, # A time, or many: anything that pandas reads as timezone-aware times
     error: type[DataIOError] = SchemaError, # What to raise
@@ -50,7 +50,8 @@ def utc_us(
     index = times
     if not isinstance(times, pd.DatetimeIndex):
         try: index = pd.DatetimeIndex(np.atleast_1d(np.asarray(times, object)))
-        except (ValueError, TypeError) as e: raise error(f"expected times with a zone, got {times!r}: {e}") from e
+        except (ValueError, TypeError) as e:
+            raise error(f"expected times with a zone, got {times!r}: {e}") from e
     if index.tz is None:
         raise error(f"expected times with a zone, got the naive {index[:1].astype(str).tolist()}; "
                     "say where its clock hangs: tz_localize('UTC'), or 'Z' at the end of a text")
@@ -140,7 +141,7 @@ class Steps:
         "Where a step's `nstate` is the next step's `state`, bit for bit"
         return same_steps(self.blocks["nstate"][:-1], self.blocks["state"][1:])
 
-# %% ../../nbs/data/core.ipynb #5e3df795
+# %% ../../nbs/data/core.ipynb #fbba0c9f
 def _derive_nstate(blocks: dict, times: np.ndarray, final: Optional[np.ndarray]) -> tuple[dict, np.ndarray]:
     "Add `nstate` to blocks that lack it, dropping a last step that led nowhere known"
     state, ended = blocks["state"], "terminated" in blocks and len(times) > 0 and blocks["terminated"][-1]
@@ -149,7 +150,7 @@ def _derive_nstate(blocks: dict, times: np.ndarray, final: Optional[np.ndarray])
     else:
         last = state[:0]
         warnings.warn("the last step was dropped: it has no nstate and did not terminate; "
-                      "give final_state to keep it", stacklevel=5)
+                      "give final_state to keep it", stacklevel=4)
     nstate = np.concatenate([state[1:], last])
     blocks = {role: b[:len(nstate)] for role, b in blocks.items()}
     return {**blocks, "nstate": nstate}, times[:len(nstate)]
@@ -277,7 +278,7 @@ def _infer(values: Mapping[str, Any], who: Mapping) -> Schema:
             fields.append(Field(role, name or role, a.shape[1:], a.dtype.name))
     return Schema(tuple(fields), {name: str if isinstance(v, str) else int for name, v in who.items()})
 
-# %% ../../nbs/data/core.ipynb #6c1eebad
+# %% ../../nbs/data/core.ipynb #38fc2ec4
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Episode(Steps):
     "Steps of one subject in time order, with who and when; immutable"
@@ -287,9 +288,9 @@ class Episode(Steps):
 
     @staticmethod
     def from_frame(
-        frame: pd.DataFrame, # One episode: rows indexed by identity levels, `episodestart`, `timestamp`; columns (role, name[, element])
+        frame: pd.DataFrame, # Index: identity, `episodestart`, `timestamp`; columns: role, name[, element]
         schema: Optional[Schema] = None, # To fit; by default it is inferred
-        final_state: Any = None, # The state after the last step, where the frame has no `nstate`: like one step of `state`
+        final_state: Any = None, # `(*state)`, where the frame has no `nstate`: the state after the last step
     ) -> Episode:
         "An episode from a frame; raises `SchemaError` where it is not exactly one"
         return _from_frame(frame, schema, final_state)
@@ -307,11 +308,12 @@ class Episode(Steps):
         truncated: Any = None, # `(steps,)` bool: somebody stopped looking
         info: Any = None, # `(steps, …)` or by field name: whatever else to keep
         step: Optional[int] = None, # Number of the first step, where the machine numbers them
-        final_state: Any = None, # The state after the last step, where `nstate` is not given
+        final_state: Any = None, # `(*state)`, where `nstate` is not given: the state after the last step
         schema: Optional[Schema] = None, # To fit; by default it is inferred
     ) -> Episode:
         "An episode from arrays, which are copied; raises `SchemaError` where they don't fit together"
-        values = dict(state=state, action=action, reward=reward, nstate=nstate, terminated=terminated, truncated=truncated, info=info)
+        values = dict(state=state, action=action, reward=reward, nstate=nstate,
+                      terminated=terminated, truncated=truncated, info=info)
         return _from_arrays(values, timestamp, episodestart, who or {}, step, final_state, schema)
 
     def to_frame(self) -> pd.DataFrame: # As `from_frame` takes it, in the order of the schema
@@ -324,11 +326,18 @@ class Episode(Steps):
         return episode_id(self.who, self.start)
 
     @property
-    def episodestart(self) -> pd.Timestamp: return from_us(self.start, self.zone)  # in the episode's zone
+    def episodestart(self) -> pd.Timestamp:
+        "When the episode began, in its zone"
+        return from_us(self.start, self.zone)
+
     @property
-    def timestamp(self) -> pd.DatetimeIndex: return from_us(self.times, self.zone)  # `(steps,)`, in the episode's zone
+    def timestamp(self) -> pd.DatetimeIndex: # `(steps,)`
+        "When each step was, in the episode's zone"
+        return from_us(self.times, self.zone)
+
     @property
-    def step(self) -> np.ndarray: # `(steps,)` int64: the machine's numbers, or else positions in the episode
+    def step(self) -> np.ndarray: # `(steps,)` int64
+        "The machine's numbers of the steps, or else their positions in the episode"
         return np.arange(len(self)) + (self.offset if self.first is None else self.first)
 
     def __getitem__(self, steps: slice) -> Episode: return _cut(self, steps)
@@ -338,66 +347,84 @@ class Episode(Steps):
         who = ", ".join(f"{k}={v!r}" for k, v in self.who.items())
         return f"Episode({who or 'nobody'}, {self.episodestart.isoformat()}, {len(self)} steps)"
 
-# %% ../../nbs/data/core.ipynb #c0734df2
-def _sound(schema: Schema, who: Mapping, start: int, zone: str, times: np.ndarray, blocks: dict, first: Optional[int]) -> Episode:
+# %% ../../nbs/data/core.ipynb #cd0a42dd
+def _check_order(times: np.ndarray) -> None:
+    "Raise `SchemaError` where time stands still or moves backwards"
+    back = np.flatnonzero(np.diff(times) <= 0)
+    if not len(back): return
+    i = int(back[0])
+    what = "twice" if times[i] == times[i + 1] else "out of order"
+    raise SchemaError(f"time stamps must increase; step {i + 1} is {what}: {from_us(times[i + 1])} "
+                      f"after {from_us(times[i])}; sort the frame by timestamp and drop duplicates")
+
+# %% ../../nbs/data/core.ipynb #0bb9975a
+def _check_end(flag: str, flags: np.ndarray) -> None:
+    "Raise `SchemaError` where steps follow one that is flagged"
+    if not flags[:-1].any(): return
+    i = int(np.argmax(flags))
+    raise SchemaError(f"step {i} is {flag}, and {len(flags) - 1 - i} steps follow; "
+                      "nothing follows an end: split the frame there")
+
+# %% ../../nbs/data/core.ipynb #556382f0
+def _sound(schema: Schema, who: Mapping, start: int, zone: str, times: np.ndarray, blocks: dict,
+           first: Optional[int]) -> Episode:
     "An episode of checked parts; `blocks` may lack flags, which are then all false"
     if not len(times): raise SchemaError("an episode has at least one step, got none")
-    if len(back := np.flatnonzero(np.diff(times) <= 0)):
-        i = int(back[0]); what = "twice" if times[i] == times[i + 1] else "out of order"
-        raise SchemaError(f"time stamps must increase; step {i + 1} is {what}: {from_us(times[i + 1])} after {from_us(times[i])}; "
-                          "sort the frame by timestamp and drop duplicates")
-    for flag in FLAGS:
-        flags = blocks.setdefault(flag, np.zeros(len(times), bool))
-        if flags[:-1].any():
-            raise SchemaError(f"step {int(np.argmax(flags))} is {flag}, and {len(times) - 1 - int(np.argmax(flags))} steps follow; "
-                              "nothing follows an end: split the frame there")
+    _check_order(times)
+    for flag in FLAGS: _check_end(flag, blocks.setdefault(flag, np.zeros(len(times), bool)))
     for role in schema.roles:
-        if len(blocks[role]) != len(times): raise SchemaError(f"{role} has {len(blocks[role])} steps, and there are {len(times)} times")
-    if set(who) != set(schema.levels): raise SchemaError(f"expected identity {list(schema.levels)}, got {list(who)}")
-    return Episode(schema=schema, who={name: who_value(name, kind, who[name]) for name, kind in schema.identity},
-                   start=start, zone=zone, times=times, blocks={r: blocks[r] for r in schema.roles}, first=first)
+        n = len(blocks[role])
+        if n != len(times): raise SchemaError(f"{role} has {n} steps, and there are {len(times)} times")
+    if set(who) != set(schema.levels):
+        raise SchemaError(f"expected identity {list(schema.levels)}, got {list(who)}")
+    who = {name: who_value(name, kind, who[name]) for name, kind in schema.identity}
+    blocks = {r: blocks[r] for r in schema.roles}
+    return Episode(schema=schema, who=who, start=start, zone=zone, times=times, blocks=blocks, first=first)
 
-# %% ../../nbs/data/core.ipynb #e22826a7
+# %% ../../nbs/data/core.ipynb #d29a6970
 def _from_frame(frame: pd.DataFrame, schema: Optional[Schema], final_state: Any) -> Episode:
-    if not isinstance(frame, pd.DataFrame): raise SchemaError(f"expected a pandas DataFrame, got {type(frame).__name__}")
+    if not isinstance(frame, pd.DataFrame):
+        raise SchemaError(f"expected a pandas DataFrame, got {type(frame).__name__}")
     if not len(frame): raise SchemaError("an episode has at least one step, got an empty frame")
     inferred = Schema.from_frame(frame)
     if schema is None: schema = inferred
     else: schema.check(_fit(inferred, schema))
     columns = columns_of(frame)
     who, start, zone, times = _who_and_when(frame.index)
-    roles = [r for r in schema.roles if r not in FLAGS and (r != "nstate" or any(role == "nstate" for role, _ in columns))]
-    blocks = {**{r: _frame_block(frame, columns, r, schema) for r in roles}, **_frame_flags(frame, columns)}
+    shown = {role for role, _ in columns}
+    roles = [r for r in schema.roles if r not in FLAGS and (r != "nstate" or r in shown)]
+    blocks = {r: _frame_block(frame, columns, r, schema) for r in roles} | _frame_flags(frame, columns)
     if "nstate" not in blocks:
         final = None if final_state is None else _array_block(final_state, "state", schema, lift=True)
         blocks, times = _derive_nstate(blocks, times, final)
     return _sound(schema, who, start, zone, times, blocks, _first_number(frame, columns))
 
-# %% ../../nbs/data/core.ipynb #1aed485f
-def _from_arrays(values: dict, timestamp: Any, episodestart: Any, who: Mapping, step: Optional[int], final_state: Any,
-                 schema: Optional[Schema]) -> Episode:
-    if missing := [r for r in ("state", "action", "reward") if values[r] is None]: raise SchemaError(f"missing: {', '.join(missing)}")
+# %% ../../nbs/data/core.ipynb #1448d93c
+def _from_arrays(values: dict, timestamp: Any, episodestart: Any, who: Mapping, step: Optional[int],
+                 final_state: Any, schema: Optional[Schema]) -> Episode:
+    missing = [r for r in ("state", "action", "reward") if values[r] is None]
+    if missing: raise SchemaError(f"missing: {', '.join(missing)}")
     schema = schema or _infer(values, who)
     times, zone = utc_us(timestamp)
-    start = int(times[0] if episodestart is None else utc_us(episodestart)[0][0]) if len(times) else 0
-    flags = {f: values.pop(f) for f in FLAGS}
+    start = 0  # of no steps, which `_sound` will refuse
+    if len(times): start = int(times[0] if episodestart is None else utc_us(episodestart)[0][0])
+    flags = {f: v for f in FLAGS if (v := values.pop(f)) is not None}
     given = {r for r, v in values.items() if v is not None}
-    if extra := given - set(schema.roles): raise SchemaError(f"got {', '.join(extra)}, which the schema does not have")
-    if lacking := set(schema.roles) - given - {*FLAGS, "nstate"}: raise SchemaError(f"missing: {', '.join(lacking)}")
+    extra, lacking = given - set(schema.roles), set(schema.roles) - given - {*FLAGS, "nstate"}
+    if extra: raise SchemaError(f"got {', '.join(extra)}, which the schema does not have")
+    if lacking: raise SchemaError(f"missing: {', '.join(lacking)}")
     blocks = {r: _array_block(values[r], r, schema) for r in schema.roles if r in given}
     if ragged := {r: len(b) for r, b in blocks.items() if len(b) != len(times)}:
-        raise SchemaError(f"expected {len(times)} steps, one a time stamp, got {ragged}")
-    for f, v in flags.items():
-        if v is None: continue
-        blocks[f] = np.array(v)
-        if blocks[f].dtype != bool or blocks[f].shape != times.shape:
-            raise SchemaError(f"{f}: expected bool of shape {times.shape}, got {blocks[f].dtype} of shape {blocks[f].shape}")
+        raise SchemaError(f"expected {len(times)} steps, one for each time stamp, got {ragged}")
+    for f, v in flags.items(): blocks[f] = _array_flag(v, f, len(times))
     if "nstate" not in blocks:
-        blocks, times = _derive_nstate(blocks, times, None if final_state is None else _array_block(final_state, "state", schema, lift=True))
+        final = None if final_state is None else _array_block(final_state, "state", schema, lift=True)
+        blocks, times = _derive_nstate(blocks, times, final)
     return _sound(schema, who, start, zone, times, blocks, step)
 
-# %% ../../nbs/data/core.ipynb #ff11dbfa
+# %% ../../nbs/data/core.ipynb #c4953ff0
 def _cut(episode: Episode, steps: slice) -> Episode:
+    "What `episode[a:b]` gives; raises `SchemaError` for a stride, or where no step is left"
     if not isinstance(steps, slice) or steps.step not in (None, 1):
         raise SchemaError(f"an episode is cut by a slice without a stride, episode[a:b], got {steps!r}")
     a, b, _ = steps.indices(len(episode))
@@ -410,13 +437,28 @@ def _cut(episode: Episode, steps: slice) -> Episode:
 def _same(a: Episode, b: Episode) -> bool:
     return (a.id, a.offset, a.first, a.digest, a.schema) == (b.id, b.offset, b.first, b.digest, b.schema)
 
-# %% ../../nbs/data/core.ipynb #64182501
+# %% ../../nbs/data/core.ipynb #b73d1069
+def _row_index(e: Episode) -> pd.MultiIndex:
+    levels = [*([v] for v in e.who.values()), from_us(np.array([e.start]), e.zone), e.timestamp]
+    codes = [*[np.zeros(len(e), int)] * (len(levels) - 1), np.arange(len(e))]
+    return pd.MultiIndex(levels, codes, names=[*e.schema.levels, "episodestart", "timestamp"])
+
+# %% ../../nbs/data/core.ipynb #d300bc75
+def _units(schema: Schema) -> dict[str, dict[str, str]]:
+    "Role to field to unit, of the fields that have one"
+    units: dict[str, dict[str, str]] = {}
+    for f in schema.fields:
+        if f.unit: units.setdefault(f.role, {})[f.name] = f.unit
+    return units
+
+# %% ../../nbs/data/core.ipynb #8721215f
 def _to_frame(e: Episode) -> pd.DataFrame:
     flags = dict(e.schema.flags)
-    flat = len(e.schema.columns) == 2 and not any(f.shape for f in e.schema.fields)  # two levels came, and two suffice
+    flat = len(e.schema.columns) == 2 and not any(f.shape for f in e.schema.fields)
     frames = []
     def add(keys: list, values: np.ndarray):
-        frames.append(pd.DataFrame(values.reshape(len(e), -1), columns=pd.MultiIndex.from_tuples([k[:2] for k in keys] if flat else keys)))
+        columns = pd.MultiIndex.from_tuples([k[:2] for k in keys] if flat else keys)
+        frames.append(pd.DataFrame(values.reshape(len(e), -1), columns=columns))
     for role in e.schema.roles:
         if role in FLAGS:
             if role in flags or e.blocks[role].any(): add([(role, flags.get(role, role), 0)], e.blocks[role])
@@ -424,21 +466,13 @@ def _to_frame(e: Episode) -> pd.DataFrame:
         for f, values in zip(e.schema.of(role), e.fields(role).values()):
             add([(role, f.name, i) for i in range(int(np.prod(f.shape)))], values)
     if e.first is not None: add([("timestep", "", 0)], e.step)
-    levels = [*([v] for v in e.who.values()), from_us(np.array([e.start]), e.zone), e.timestamp]
-    codes = [*[np.zeros(len(e), int)] * (len(levels) - 1), np.arange(len(e))]
     out = pd.concat(frames, axis=1)
-    out.index = pd.MultiIndex(levels, codes, names=[*e.schema.levels, "episodestart", "timestamp"])
-    out.columns.names = e.schema.columns if out.columns.nlevels == len(e.schema.columns) else ("role", "name", "element")
+    out.index, names = _row_index(e), e.schema.columns
+    out.columns.names = names if len(names) == out.columns.nlevels else ("role", "name", "element")
     if units := _units(e.schema): out.attrs["units"] = units
     return out
 
-def _units(schema: Schema) -> dict[str, dict[str, str]]:
-    units: dict[str, dict[str, str]] = {}
-    for f in schema.fields:
-        if f.unit: units.setdefault(f.role, {})[f.name] = f.unit
-    return units
-
-# %% ../../nbs/data/core.ipynb #b6dcd6e7
+# %% ../../nbs/data/core.ipynb #e42c2d42
 def conform(
     episode: Episode, # Of any schema
     schema: Schema, # To follow
@@ -446,21 +480,23 @@ def conform(
     "The episode under another schema; raises `SchemaError` that lists what differs"
     if episode.schema == schema: return episode
     schema.check(episode.schema)
-    if [(f.role, f.name) for f in schema.fields] == [(f.role, f.name) for f in episode.schema.fields]: blocks = episode.blocks
-    else: blocks = {r: b if r in FLAGS else schema.join(r, episode.fields(r)) for r, b in episode.blocks.items()}
-    return replace(episode, schema=schema, blocks=blocks, who={name: episode.who[name] for name in schema.levels})
+    ours, theirs = ([(f.role, f.name) for f in s.fields] for s in (schema, episode.schema))
+    blocks, who = episode.blocks, {name: episode.who[name] for name in schema.levels}
+    if ours != theirs:
+        blocks = {r: b if r in FLAGS else schema.join(r, episode.fields(r)) for r, b in blocks.items()}
+    return replace(episode, schema=schema, blocks=blocks, who=who)
 
-# %% ../../nbs/data/core.ipynb #4ab0a521
+# %% ../../nbs/data/core.ipynb #29bd9d67
 def concat(
-    parts: Sequence[Episode], # Consecutive parts of one episode, in order
+    parts: Sequence[Episode], # At least one: consecutive parts of one episode, in order; not checked
 ) -> Episode: # All of their steps
     "One episode from its parts"
     head = parts[0]
     if len(parts) == 1: return head
-    return replace(head, times=np.concatenate([p.times for p in parts]),
-                   blocks={r: np.concatenate([p.blocks[r] for p in parts]) for r in head.blocks})
+    blocks = {r: np.concatenate([p.blocks[r] for p in parts]) for r in head.blocks}
+    return replace(head, times=np.concatenate([p.times for p in parts]), blocks=blocks)
 
-# %% ../../nbs/data/core.ipynb #5f2dd83e
+# %% ../../nbs/data/core.ipynb #f07c7454
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Record:
     "One step of an episode"
@@ -481,10 +517,11 @@ class Record:
     ) -> Episode: # Of one step
         "The record as an episode of one step"
         lifted = {r: _lift(getattr(self, r)) for r in ("state", "action", "reward", "nstate", "info")}
-        return Episode.from_arrays(**lifted, timestamp=[self.timestamp], episodestart=self.episodestart, who=self.who, step=self.step,
-                                   terminated=[bool(self.terminated)], truncated=[bool(self.truncated)], schema=schema)
+        flags = dict(terminated=[bool(self.terminated)], truncated=[bool(self.truncated)])
+        return Episode.from_arrays(**lifted, **flags, who=self.who, episodestart=self.episodestart,
+                                   timestamp=[self.timestamp], step=self.step, schema=schema)
 
-# %% ../../nbs/data/core.ipynb #efba441d
+# %% ../../nbs/data/core.ipynb #cd4fb40d
 def _lift(value: Any) -> Any:
     "A value with an axis of one step in front"
     if value is None: return None
@@ -492,48 +529,51 @@ def _lift(value: Any) -> Any:
     if isinstance(value, tuple): return tuple(map(_lift, value))
     return value[None] if hasattr(value, "dtype") else [value]
 
+# %% ../../nbs/data/core.ipynb #3b4c8b81
 def records(
     episode: Episode, # Any
 ) -> Iterator[Record]: # Its steps
     "The steps of an episode one by one, as the machine would have sent them"
     fields = {r: episode.fields(r) for r in episode.schema.roles if r not in FLAGS}
     for i, time in enumerate(episode.timestamp):
-        yield Record(**{r: {k: v[i] for k, v in f.items()} for r, f in fields.items()}, timestamp=time, episodestart=episode.episodestart,
-                     who=episode.who, terminated=episode.terminated[i], truncated=episode.truncated[i],
+        values = {r: {name: v[i] for name, v in f.items()} for r, f in fields.items()}
+        yield Record(**values, timestamp=time, episodestart=episode.episodestart, who=episode.who,
+                     terminated=episode.terminated[i], truncated=episode.truncated[i],
                      step=None if episode.first is None else episode.first + i)
 
-# %% ../../nbs/data/core.ipynb #ff2a246b
-ItemT = TypeVar("ItemT")  # The type of item a pool or buffer is declared for: `Episode`, `Record`, or a user's own
+# %% ../../nbs/data/core.ipynb #0669733b
+ItemT = TypeVar("ItemT")  # The items that a buffer is declared for: `Episode`, `Record`, or a user's own
 
 def as_episode(
     item: Any, # A frame, an `Episode` or a `Record`
     schema: Optional[Schema] = None, # To follow; by default the item's own
 ) -> Episode:
-    "What can be stored, as an `Episode`; raises `SchemaError` for anything else"
+    "What a pool or buffer takes, as an `Episode`; raises `SchemaError` for anything else"
     if isinstance(item, pd.DataFrame): return Episode.from_frame(item, schema)
     if isinstance(item, Record): return item.to_episode(schema)
     if isinstance(item, Episode): return conform(item, schema) if schema else item
     raise SchemaError(f"expected a DataFrame, an Episode or a Record, got {type(item).__name__}")
 
-# %% ../../nbs/data/core.ipynb #8cfd98e7
+# %% ../../nbs/data/core.ipynb #53e37e87
 @dataclass(frozen=True, init=False, repr=False)
 class PoolQuery:
     "Which episodes, and which of their steps; immutable and hashable"
-    who: tuple[tuple[str, tuple], ...]
-    start: tuple[Optional[int], Optional[int]]
-    time: tuple[Optional[int], Optional[int]]
-    length: tuple[Optional[int], Optional[int]]
-    ids: Optional[tuple[str, ...]]
+    who: tuple[tuple[str, tuple], ...]  # `(level, values)` of each level asked for, both in order
+    start: tuple[Optional[int], Optional[int]]  # UTC microseconds
+    time: tuple[Optional[int], Optional[int]]  # UTC microseconds
+    length: tuple[Optional[int], Optional[int]]  # Steps
+    ids: Optional[tuple[str, ...]]  # In order
 
     def __init__(self, *,
-        start: Optional[Sequence] = None, # `(from, to)` over episode starts, `to` excluded; `None` leaves an end open
-        time: Optional[Sequence] = None, # `(from, to)` over the time stamps of steps, `to` excluded; cuts episodes
-        length: Optional[Sequence] = None, # `(least, most)` number of steps of the whole episode, both included
+        start: Optional[Sequence] = None, # `(from, to)` over episode starts, `to` excluded; `None`: open
+        time: Optional[Sequence] = None, # `(from, to)` over time stamps of steps, `to` excluded; cuts episodes
+        length: Optional[Sequence] = None, # `(least, most)` steps of the whole episode, both included
         ids: Optional[str | Sequence[str]] = None, # These episodes only
-        who: Optional[Mapping[str, Any]] = None, # Identity levels by name, where a name would clash with one of these
+        who: Optional[Mapping[str, Any]] = None, # Identity levels by name, where one is called like these
         **levels: Any, # Identity levels: one value, or several of which any will do
     ):
-        if both := set(who or {}) & set(levels): raise QueryError(f"{', '.join(both)} is asked for twice, by name and in who")
+        both = set(who or {}) & set(levels)
+        if both: raise QueryError(f"{', '.join(both)} is asked for twice, by name and in who")
         put = lambda name, value: object.__setattr__(self, name, value)
         put("who", tuple(sorted((k, _choices(k, v)) for k, v in {**(who or {}), **levels}.items())))
         put("start", _time_range("start", start)); put("time", _time_range("time", time))
@@ -541,48 +581,80 @@ class PoolQuery:
         put("ids", None if ids is None else tuple(sorted({ids} if isinstance(ids, str) else set(ids))))
 
     def __repr__(self) -> str: return f"PoolQuery({', '.join(f'{k}={v!r}' for k, v in _as_dict(self).items())})"
-    def to_json(self) -> str: return json.dumps(dict(format=1, **_as_dict(self)), ensure_ascii=False)
-    @staticmethod
-    def from_json(text: str) -> PoolQuery: return _query_from_json(text)
-    def check(self, schema: Schema) -> None: _check_query(self, schema)
-    def matches(self, id: str, who: Mapping, start: int, length: int) -> bool: return _matches(self, id, who, start, length)
 
-# %% ../../nbs/data/core.ipynb #786dc58f
+    def to_json(self) -> str:
+        "The query as JSON"
+        return json.dumps(dict(format=1, **_as_dict(self)), ensure_ascii=False)
+
+    @staticmethod
+    def from_json(
+        text: str, # As written by `to_json`
+    ) -> PoolQuery: # Equal to the one that was written
+        "Read a query back; raises `QueryError` for a newer format or for text that is no query"
+        return _query_from_json(text)
+
+    def check(self,
+        schema: Schema, # Of the pool that is asked
+    ) -> None:
+        "Raise `QueryError` for an identity level that `schema` does not have, or a value of the wrong kind"
+        _check_query(self, schema)
+
+    def matches(self,
+        id: str, # Of an episode
+        who: Mapping, # Its identity: every level that the query names
+        start: int, # When it began, UTC microseconds
+        length: int, # Its steps
+    ) -> bool:
+        "Whether an episode as a whole is asked for; which of its steps is answered by `steps_in`"
+        return _matches(self, id, who, start, length)
+
+# %% ../../nbs/data/core.ipynb #5a68203f
+_MANY = (Sequence, set, frozenset, np.ndarray, pd.Index)
+
 def _choices(level: str, value: Any) -> tuple:
     "The values of an identity level that will do, sorted"
-    values = {value} if isinstance(value, (str, int, np.integer)) else set(value) if isinstance(value, (Sequence, set, frozenset, np.ndarray, pd.Index)) else {None}
+    if isinstance(value, (str, int, np.integer)): value = [value]
+    values = set(value) if isinstance(value, _MANY) else {None}
     if wrong := [v for v in values if not isinstance(v, (str, int, np.integer)) or isinstance(v, bool)]:
         raise QueryError(f"{level}: expected text or integers, one or a list, got {wrong[0]!r}")
-    return tuple(sorted((v if isinstance(v, str) else int(v) for v in values), key=lambda v: (isinstance(v, str), v)))
+    plain = (v if isinstance(v, str) else int(v) for v in values)
+    return tuple(sorted(plain, key=lambda v: (isinstance(v, str), v)))  # numbers first: text does not compare
 
-def _range(name: str, ends: Optional[Sequence], convert) -> tuple:
-    "A range whose ends may be open; raises `QueryError` when it is reversed"
+# %% ../../nbs/data/core.ipynb #bb929248
+def _range(name: str, ends: Optional[Sequence], convert) -> tuple[Optional[int], Optional[int]]:
+    "Both ends as whole numbers; raises `QueryError` where they are none, or reversed"
     if ends is None: return (None, None)
     if isinstance(ends, str) or not isinstance(ends, Sequence) or len(ends) != 2:
         raise QueryError(f"{name}: expected a pair (from, to), either of them None, got {ends!r}")
     low, high = (None if x is None else convert(x) for x in ends)
-    if any(x is not None and y is None for x, y in zip(ends, (low, high))): raise QueryError(f"{name}: expected whole numbers, got {ends!r}")
-    if low is not None and high is not None and low > high: raise QueryError(f"{name}: the range is reversed, {ends[0]} is after {ends[1]}")
+    if (low is None and ends[0] is not None) or (high is None and ends[1] is not None):
+        raise QueryError(f"{name}: expected whole numbers, got {ends!r}")
+    if low is not None and high is not None and low > high:
+        raise QueryError(f"{name}: the range is reversed, {ends[0]} is after {ends[1]}")
     return (None if low is None else int(low), None if high is None else int(high))
 
-def _time_range(name: str, ends: Optional[Sequence]) -> tuple:
+# %% ../../nbs/data/core.ipynb #d5cb3a5b
+def _time_range(name: str, ends: Optional[Sequence]) -> tuple[Optional[int], Optional[int]]:
     return _range(name, ends, lambda t: int(utc_us(t, QueryError)[0][0]))
 
-# %% ../../nbs/data/core.ipynb #a9124150
+# %% ../../nbs/data/core.ipynb #092c2fac
 def _as_dict(q: PoolQuery) -> dict:
     "What a query says, in plain values; what it leaves open is left out"
     iso = lambda ends: [None if t is None else from_us(t).isoformat() for t in ends]
-    said = dict(who={k: list(v) for k, v in q.who}, start=iso(q.start), time=iso(q.time), length=list(q.length), ids=q.ids and list(q.ids))
+    said = dict(who={k: list(v) for k, v in q.who}, start=iso(q.start), time=iso(q.time), length=list(q.length),
+                ids=None if q.ids is None else list(q.ids))
     return {k: v for k, v in said.items() if v not in ({}, [None, None], None)}
 
+# %% ../../nbs/data/core.ipynb #0b70ac4b
 def _query_from_json(text: str) -> PoolQuery:
     try: d = json.loads(text)
     except json.JSONDecodeError as e: raise QueryError(f"expected a query as JSON, got {text[:80]!r}") from e
     if not isinstance(d, dict) or d.pop("format", None) != 1:
-        raise QueryError(f"expected a query of format 1, got {text[:80]!r}; a newer one needs a newer data_io_nbdev")
-    return PoolQuery(**{"ids": (), **d} if d.get("ids") == () else d)
+        raise QueryError(f"expected a query of format 1, got {text[:80]!r}; "
+                         "a newer one needs a newer data_io_nbdev")
+    return PoolQuery(**d)
 
-# %% ../../nbs/data/core.ipynb #58272d84
+# %% ../../nbs/data/core.ipynb #1db2df8a
 def _check_query(q: PoolQuery, schema: Schema) -> None:
     "Raise `QueryError` for an identity level that `schema` does not have, or a value of the wrong kind"
     kinds = dict(schema.identity)
@@ -591,20 +663,24 @@ def _check_query(q: PoolQuery, schema: Schema) -> None:
         if wrong := [v for v in values if isinstance(v, str) != (kinds[level] == "text")]:
             raise QueryError(f"identity level {level!r} is {kinds[level]}, got {wrong[0]!r}")
 
-def _within(x: int, ends: tuple) -> bool:
+# %% ../../nbs/data/core.ipynb #33095bc7
+def _within(x: int, ends: tuple[Optional[int], Optional[int]]) -> bool: # `from` included, `to` excluded
     return (ends[0] is None or x >= ends[0]) and (ends[1] is None or x < ends[1])
 
 def _matches(q: PoolQuery, id: str, who: Mapping, start: int, length: int) -> bool:
-    "Whether an episode as a whole is asked for; which of its steps is `steps_in`'s part"
+    if q.ids is not None and id not in q.ids: return False
+    if not all(who[level] in values for level, values in q.who): return False
     least, most = q.length
-    return ((q.ids is None or id in q.ids) and all(who[level] in values for level, values in q.who) and _within(start, q.start)
-            and (least is None or length >= least) and (most is None or length <= most))
+    fits = (least is None or length >= least) and (most is None or length <= most)
+    return fits and _within(start, q.start)
 
-# %% ../../nbs/data/core.ipynb #512a3ff7
+# %% ../../nbs/data/core.ipynb #4ef8ed4a
 def steps_in(
     times: np.ndarray, # `(steps,)` int64, increasing UTC microseconds
     query: PoolQuery, # Whose `time` range counts
 ) -> slice: # Into the steps; may be empty
     "Which steps are in the query's time range"
     low, high = query.time
-    return slice(0 if low is None else int(np.searchsorted(times, low)), len(times) if high is None else int(np.searchsorted(times, high)))
+    begin = 0 if low is None else int(np.searchsorted(times, low))
+    end = len(times) if high is None else int(np.searchsorted(times, high))
+    return slice(begin, end)

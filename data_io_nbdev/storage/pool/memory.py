@@ -25,72 +25,83 @@ from ...data.schema import Schema
 from ...data.core import Episode
 from .pool import Commit, Part, Pool, view
 
-# %% ../../../nbs/storage/pool/memory.ipynb #843cc064
+# %% ../../../nbs/storage/pool/memory.ipynb #672a5de9
 FORMAT = 1
 
 def _log_json(commits: Iterable[Commit], schema: Optional[Schema], last: int, horizon: int, token: str) -> str:
-    "The log as JSON; parts keep everything but `where`, which is their order, and `version`, which is their commit"
+    "The log as JSON; a part goes without `where`, which is its place, and `version`, its commit's number"
     names = {"reward": "return", "nbytes": "bytes"}
-    part = lambda p: {names.get(k, k): v for k, v in asdict(p).items() if k not in ("where", "version")}
-    return json.dumps(dict(format=FORMAT, token=token, last=last, horizon=horizon, schema=schema and json.loads(schema.to_json()),
-                           commits=[dict(number=c.number, token=c.token, hide=c.hide, put=[part(p) for p in c.put]) for c in commits]))
+    def plain(p: Part) -> dict:
+        return {names.get(k, k): v for k, v in asdict(p).items() if k not in ("where", "version")}
+    log = [dict(number=c.number, token=c.token, hide=c.hide, put=[plain(p) for p in c.put]) for c in commits]
+    fields = schema and json.loads(schema.to_json())
+    return json.dumps(dict(format=FORMAT, token=token, last=last, horizon=horizon, schema=fields, commits=log))
 
-# %% ../../../nbs/storage/pool/memory.ipynb #1ee65b23
+# %% ../../../nbs/storage/pool/memory.ipynb #71d630a0
 def _parse_log(text: str) -> tuple[dict[int, Commit], Optional[Schema], dict]:
-    "The commits, the schema and the rest of a log; raises `CorruptData` for a newer format"
+    "The commits by number, the schema, and the log as it stands; raises `CorruptData` for a newer format"
     d = json.loads(text)
-    if d["format"] > FORMAT: raise CorruptData(f"it has format {d['format']}, which needs a newer data_io_nbdev; this one reads up to {FORMAT}")
+    if d["format"] > FORMAT:
+        raise CorruptData(f"it has format {d['format']}, which needs a newer data_io_nbdev; "
+                          f"this one reads up to {FORMAT}")
     schema = Schema.from_json(json.dumps(d["schema"])) if d["schema"] else None
     place, commits = count(), {}
     def part(p: dict, version: int) -> Part:
-        p = {**p, "who": tuple(p["who"]), "reward": p["return"], "nbytes": p["bytes"], "version": version, "where": next(place)}
-        del p["return"], p["bytes"]
-        return Part(**p)
+        p = dict(p)
+        renamed = dict(reward=p.pop("return"), nbytes=p.pop("bytes"), who=tuple(p.pop("who")))
+        return Part(**p, **renamed, version=version, where=next(place))
     for c in d["commits"]:
-        commits[c["number"]] = Commit(c["number"], c["token"], tuple(part(p, c["number"]) for p in c["put"]), tuple(c["hide"]))
+        number, put = c["number"], tuple(part(p, c["number"]) for p in c["put"])
+        commits[number] = Commit(number, c["token"], put, tuple(c["hide"]))
     return commits, schema, d
 
-# %% ../../../nbs/storage/pool/memory.ipynb #157d226d
-def _write_steps(file: zipfile.ZipFile, schema: Schema, parts: Sequence[Part], read: Callable[[Part], Episode]) -> None:
-    "One `.npy` member for the times and for each role"
-    steps = sum(p.length for p in parts)
-    members = {"times": (np.dtype("int64"), lambda e: e.times), **{r: (schema.block(r), lambda e, r=r: e.blocks[r]) for r in schema.roles}}
-    for name, (dtype, block) in members.items():
-        with file.open(f"{name}.npy", "w", force_zip64=True) as out:
-            out.write(_npy_header(dtype.base, (steps, *dtype.shape)))
-            for part in parts: out.write(np.ascontiguousarray(block(read(part))).tobytes())
-
+# %% ../../../nbs/storage/pool/memory.ipynb #42564a33
 def _npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
-    "The head of a `.npy` file of version 3, which allows unicode in field names; numpy's own functions write older ones, or whole arrays"
+    "The head of a `.npy` file"
+    # of version 3, for unicode in field names; numpy's public functions write older ones, or whole arrays
     head = repr(dict(descr=np.lib.format.dtype_to_descr(dtype), fortran_order=False, shape=shape)).encode()
     head += b" " * (-(len(head) + 13) % 64) + b"\n"
     return np.lib.format.magic(3, 0) + len(head).to_bytes(4, "little") + head
 
-# %% ../../../nbs/storage/pool/memory.ipynb #63d187e4
-def _read_steps(file: zipfile.ZipFile, schema: Schema, parts: Sequence[Part]) -> dict[int, Episode]:
-    "Every part's episode, as views of one array for each role"
-    arrays = {}
+# %% ../../../nbs/storage/pool/memory.ipynb #f6f51617
+def _write_steps(file: zipfile.ZipFile, schema: Schema, parts: Sequence[Part],
+                 read: Callable[[Part], Episode]) -> None:
+    "One `.npy` member for the times and for each role"
+    steps = sum(p.length for p in parts)
     for name in ("times", *schema.roles):
-        with file.open(f"{name}.npy") as member:
-            arrays[name] = np.lib.format.read_array(member, allow_pickle=False, max_header_size=1 << 24)
-            if member.read(1): raise ValueError(f"{name}.npy is longer than it says")
-    ends = np.cumsum([0, *(p.length for p in parts)])
-    if any(len(a) != ends[-1] for a in arrays.values()): raise ValueError("the arrays have another number of steps than the log")
-    times, episodes = arrays.pop("times"), {}
-    for p, a, b in zip(parts, ends, ends[1:]):
-        episodes[p.where] = episode_of(p, schema, times[a:b], {r: block[a:b] for r, block in arrays.items()})
-    return episodes
+        dtype = np.dtype("int64") if name == "times" else schema.block(name)
+        with file.open(f"{name}.npy", "w", force_zip64=True) as out:
+            out.write(_npy_header(dtype.base, (steps, *dtype.shape)))
+            for episode in map(read, parts):
+                block = episode.times if name == "times" else episode.blocks[name]
+                out.write(np.ascontiguousarray(block).tobytes())
 
-# %% ../../../nbs/storage/pool/memory.ipynb #76b72755
+# %% ../../../nbs/storage/pool/memory.ipynb #f35d56d9
 def episode_of(
     part: Part, # Says whose steps these are
     schema: Schema,
     times: np.ndarray, # `(steps,)` int64 UTC microseconds
     blocks: dict[str, np.ndarray], # Role to `(steps, *block)`
 ) -> Episode:
-    "The steps of a part as an `Episode`"
-    return Episode(schema=schema, who=dict(zip(schema.levels, part.who)), start=part.start, zone=part.zone, times=times, blocks=blocks,
-                   first=part.number, offset=part.offset)
+    "The steps of a part as an `Episode`; the arrays are not copied"
+    return Episode(schema=schema, who=dict(zip(schema.levels, part.who)), start=part.start, zone=part.zone,
+                   times=times, blocks=blocks, first=part.number, offset=part.offset)
+
+# %% ../../../nbs/storage/pool/memory.ipynb #db1ca6f4
+def _read_steps(file: zipfile.ZipFile, schema: Schema, parts: Sequence[Part]) -> dict[int, Episode]:
+    "Every part's episode by its `where`, as views of one array for each role"
+    arrays = {}
+    for name in ("times", *schema.roles):
+        with file.open(f"{name}.npy") as member:
+            arrays[name] = np.lib.format.read_array(member, allow_pickle=False, max_header_size=1 << 24)
+            if member.read(1): raise ValueError(f"{name}.npy is longer than it says")
+    ends = np.cumsum([0, *(p.length for p in parts)])
+    if any(len(a) != ends[-1] for a in arrays.values()):
+        raise ValueError("the arrays have another number of steps than the log")
+    times, episodes = arrays.pop("times"), {}
+    for p, a, b in zip(parts, ends, ends[1:]):
+        episodes[p.where] = episode_of(p, schema, times[a:b], {r: block[a:b] for r, block in arrays.items()})
+    return episodes
 
 # %% ../../../nbs/storage/pool/memory.ipynb #8630a6d7
 def replace_file(
@@ -113,16 +124,17 @@ def replace_file(
         try: os.fsync(folder)
         finally: os.close(folder)
 
-# %% ../../../nbs/storage/pool/memory.ipynb #f74561d0
+# %% ../../../nbs/storage/pool/memory.ipynb #f5fc1dcc
 _NAMED: weakref.WeakValueDictionary[str, MemoryPool] = weakref.WeakValueDictionary()
 
 def _same(url: str, mode: str, at: Optional[int]) -> MemoryPool:
     "The pool of this process that a pickled handle meant"
-    if url not in _NAMED: raise PoolNotFound(f"{url} lives in the memory of another process; give the pool a path and save it")
+    if url not in _NAMED:
+        raise PoolNotFound(f"{url} lives in the memory of another process; give the pool a path and save it")
     pool = _NAMED[url]
     return pool if mode == "a" else view(pool, at)
 
-# %% ../../../nbs/storage/pool/memory.ipynb #e2555205
+# %% ../../../nbs/storage/pool/memory.ipynb #132ac9e9
 class MemoryPool(Pool):
     "Episodes in memory; with a path, also in a file that `save` replaces in one step"
 
@@ -135,17 +147,21 @@ class MemoryPool(Pool):
         super().__init__(str(self.path) if self.path else f"memory://{name or secrets.token_hex(8)}", mode)
         self._log: dict[int, Commit] = {}
         self._steps: dict[int, Episode | Callable[[], Episode]] = {}  # by a part's `where`
-        self._places, self._shared = count(), dict(last=0, oldest=0, saved=0, tokens={})  # snapshots share this
+        self._places = count()
+        self._shared = dict(last=0, oldest=0, saved=0, tokens={})  # with snapshots, which must see it change
         if self.path and (mode == "r" or self.path.exists()): _load(self)
-        elif mode == "r": raise PoolNotFound("a pool in memory begins empty, so mode='r' has nothing to read; give the path of a saved one")
+        elif mode == "r":
+            raise PoolNotFound("a pool in memory begins empty, so mode='r' has nothing to read; "
+                               "give the path of a saved one")
         if not self.path: _NAMED[self.url] = self
 
     def _head(self) -> int: return self._shared["last"]
     def _oldest(self) -> int: return self._shared["oldest"]
 
     def _changes(self, after: int, upto: int) -> Iterable[Commit]:
-        few = upto - after < len(self._log)
-        return [self._log[n] for n in (range(after + 1, upto + 1) if few else sorted(self._log)) if n in self._log and after < n <= upto]
+        few = upto - after < len(self._log)  # `_forget` leaves gaps: go over the shorter of the two
+        numbers = range(after + 1, upto + 1) if few else sorted(self._log)
+        return [self._log[n] for n in numbers if n in self._log and after < n <= upto]
 
     def _write(self, token: str, parts: Sequence[tuple[Part, Episode]], schema: Schema) -> list[Part]:
         placed = [replace(part, where=next(self._places)) for part, _ in parts]
@@ -162,7 +178,9 @@ class MemoryPool(Pool):
     def _read(self, parts: Sequence[Part]) -> Iterator[Episode]:
         for part in parts:
             steps = self._steps.get(part.where)
-            if steps is None: raise SnapshotNotFound(f"episode {part.id}: steps {part.offset} ff. have left the ring of the buffer that owned them")
+            if steps is None:
+                raise SnapshotNotFound(f"episode {part.id}: steps {part.offset} ff. have left the ring "
+                                       "of the buffer that owned them")
             yield steps() if callable(steps) else steps
 
     def _drop(self, parts: Sequence[Part]) -> None:
@@ -175,7 +193,7 @@ class MemoryPool(Pool):
         path: Optional[str | os.PathLike] = None, # By default the pool's own
         overwrite: bool = False, # Replace a file that holds other experience
     ) -> None:
-        "Write every version to one file, in one step; raises `PoolUnavailable` where that would lose what somebody else saved"
+        "Write every version to one file, in one step; raises `PoolUnavailable` rather than lose another's work"
         _save(self, self.path if path is None else Path(path).absolute(), overwrite)
 
     @classmethod
@@ -186,21 +204,40 @@ class MemoryPool(Pool):
 
     def __reduce__(self): return super().__reduce__() if self.path else (_same, (self.url, self.mode, self._at))
 
-    def lend(self, part: Part, steps: Episode | Callable[[], Episode]) -> None: self._steps[part.where] = steps
-    def forget(self, parts: Iterable[Part]) -> None: _forget(self, parts)
-    def reclaim(self) -> None: self._steps = {k: steps() if callable(steps) else steps for k, steps in self._steps.items()}
+    def lend(self, part: Part, steps: Episode | Callable[[], Episode]) -> None:
+        "Read a part from elsewhere from now on, and keep it no longer"
+        self._steps[part.where] = steps
 
-# %% ../../../nbs/storage/pool/memory.ipynb #8ebde8f3
+    def forget(self, parts: Iterable[Part]) -> None:
+        "Drop parts from every version, for good"
+        _forget(self, parts)
+
+    def reclaim(self) -> None:
+        "Keep again whatever was lent"
+        self._steps = {k: steps() if callable(steps) else steps for k, steps in self._steps.items()}
+
+# %% ../../../nbs/storage/pool/memory.ipynb #7a25a302
+def _token(path: Path) -> str:
+    "Which save a file is; empty where it is no saved pool"
+    try:
+        with zipfile.ZipFile(path) as file: return json.loads(file.read("log.json"))["token"]
+    except Exception: return ""
+
+# %% ../../../nbs/storage/pool/memory.ipynb #98a5b5ff
 def _save(pool: MemoryPool, path: Optional[Path], overwrite: bool) -> None:
-    if pool.mode == "r" and path in (None, pool.path): raise ReadOnly(f"{pool!r} is read-only; save(path) writes a copy elsewhere")
+    if pool.mode == "r" and path in (None, pool.path):
+        raise ReadOnly(f"{pool!r} is read-only; save(path) writes a copy elsewhere")
     if path is None: raise PoolUnavailable("this pool has no file yet; save(path) says where")
-    if pool._at is not None: return super(MemoryPool, pool).save(path)  # a snapshot is one version, not the whole past
+    if pool._at is not None:  # one version only, without its past
+        return super(MemoryPool, pool).save(path, overwrite)
     tokens = pool._shared["tokens"]
     if not overwrite and path.exists() and _token(path) != tokens.get(path):
-        raise PoolUnavailable(f"{str(path)!r} was written by somebody else; open it and copy_to it, choose another path, or overwrite=True")
+        raise PoolUnavailable(f"{str(path)!r} was written by somebody else; open it and copy_to it, "
+                              "choose another path, or overwrite=True")
     with pool._lock:
-        last, commits, schema = pool._shared["last"], list(pool._log.values()), pool._catch_up(pool._shared["last"]).schema
-        parts, token = [p for c in commits for p in c.put], secrets.token_hex(16)
+        last, commits = pool._shared["last"], list(pool._log.values())
+        schema = pool._catch_up(last).schema
+    parts, token = [p for c in commits for p in c.put], secrets.token_hex(16)
     def write(f):
         with zipfile.ZipFile(f, "w", zipfile.ZIP_STORED) as file:
             file.writestr("log.json", _log_json(commits, schema, last, pool._oldest(), token))
@@ -210,13 +247,7 @@ def _save(pool: MemoryPool, path: Optional[Path], overwrite: bool) -> None:
     tokens[path] = token
     if path == pool.path: pool._shared["saved"] = last
 
-# %% ../../../nbs/storage/pool/memory.ipynb #73af296c
-def _token(path: Path) -> Optional[str]:
-    "Which save a file is, or None where it is no saved pool"
-    try:
-        with zipfile.ZipFile(path) as file: return json.loads(file.read("log.json"))["token"]
-    except Exception: return ""
-
+# %% ../../../nbs/storage/pool/memory.ipynb #e96a2c99
 def _load(pool: MemoryPool) -> None:
     "Take a file in, whole or not at all"
     try:
@@ -225,8 +256,10 @@ def _load(pool: MemoryPool) -> None:
             steps = _read_steps(file, schema, [p for c in commits.values() for p in c.put]) if schema else {}
     except FileNotFoundError: raise PoolNotFound(f"no pool at {pool.url!r}; mode='a' creates one") from None
     except PermissionError as e: raise PoolUnavailable(f"{pool.url!r}: {e}") from e
-    except Exception as e: raise CorruptData(f"{pool.url!r} is no pool that MemoryPool saved, or is damaged: {e}") from e
-    pool._log, pool._steps, pool._index.schema, pool._places = commits, steps, schema, count(len(steps))
+    except Exception as e:
+        raise CorruptData(f"{pool.url!r} is no pool that MemoryPool saved, or is damaged: {e}") from e
+    pool._log, pool._steps, pool._places = commits, steps, count(len(steps))
+    pool._index.schema = schema
     pool._shared.update(last=d["last"], oldest=d["horizon"], saved=d["last"], tokens={pool.path: d["token"]})
 
 # %% ../../../nbs/storage/pool/memory.ipynb #5671d4e6

@@ -25,13 +25,14 @@ import pandas as pd  # type: ignore
 __all__ = ['BACKENDS', 'Part', 'part_of', 'Commit', 'Index', 'new_steps', 'matches', 'PoolBackend', 'PoolHandle', 'PoolIndex',
            'PoolReader', 'Pool', 'Plan', 'view', 'Backend', 'backend', 'open_pool', 'safe_url']
 
-# %% ../../../nbs/storage/pool/pool.ipynb #a323c8b1
-from ...errors import (ClosedError, CorruptData, EpisodeConflict, EpisodeNotFound, NotEnoughData, PoolNotFound,
-                                  PoolUnavailable, QueryError, ReadOnly, SnapshotNotFound)
+# %% ../../../nbs/storage/pool/pool.ipynb #c2f8fd46
+from ...errors import (ClosedError, CorruptData, EpisodeConflict, EpisodeNotFound, NotEnoughData,
+                                  PoolNotFound, PoolUnavailable, QueryError, ReadOnly, SnapshotNotFound)
 from ...data.schema import Schema
-from ...data.core import Episode, PoolQuery, as_episode, concat, from_us, same_steps, state_digest, steps_in
+from ...data.core import (Episode, PoolQuery, as_episode, concat, from_us, same_steps, state_digest,
+                                     steps_in)
 
-# %% ../../../nbs/storage/pool/pool.ipynb #ab14ae3b
+# %% ../../../nbs/storage/pool/pool.ipynb #a31836f4
 @dataclass(frozen=True)
 class Part:
     "Consecutive steps of one episode, as the log describes them"
@@ -48,28 +49,32 @@ class Part:
     reward: float  # Sum of its rewards
     nbytes: int  # Size of its arrays
     ended: bool  # Whether its last step terminated or was truncated
-    linked: bool  # Whether every `nstate` of the episode so far, this part's included, was the next step's `state`
-    tail: str  # Digest of its last `nstate`: the next part's first state should have the same
+    linked: bool  # Whether every `nstate` of the episode, to the end of this part, was the next step's `state`
+    tail: str  # Digest of its last `nstate`; the next part's first state should have the same
     born: int = 0  # Version at which the episode's life began; 0 says: with this very commit
     version: int = 0  # The commit that put it
     where: Any = None  # The back-end's own note of where the steps are
 
     @property
-    def life(self) -> int: return self.born or self.version  # tells an episode from one stored again under its id
+    def life(self) -> int:
+        "Version at which the episode's life began: tells it from one that was stored again under the same id"
+        return self.born or self.version
 
-# %% ../../../nbs/storage/pool/pool.ipynb #9a8e4a75
+# %% ../../../nbs/storage/pool/pool.ipynb #95451358
 def part_of(
     episode: Episode, # Steps to be stored
     before: Optional[Part] = None, # The part that they follow
 ) -> Part:
     "The log's description of an episode or of a part of one"
-    with np.errstate(all="ignore"): reward = sum(float(np.sum(r.real, dtype="float64")) for r in episode.fields("reward").values())
+    rewards = episode.fields("reward").values()
+    with np.errstate(all="ignore"): reward = sum(float(np.sum(r.real, dtype="float64")) for r in rewards)
     joined = before is None or (before.linked and before.tail == state_digest(episode.state[:1]))
     return Part(id=episode.id, who=tuple(episode.who.values()), start=episode.start, zone=episode.zone,
                 offset=before.offset + before.length if before else 0, length=len(episode),
-                begin=int(episode.times[0]), end=int(episode.times[-1]), number=episode.first, digest=episode.digest,
-                reward=reward, nbytes=episode.nbytes,
-                ended=bool(episode.terminated[-1] or episode.truncated[-1]), linked=joined and bool(episode.links.all()),
+                begin=int(episode.times[0]), end=int(episode.times[-1]), number=episode.first,
+                digest=episode.digest, reward=reward, nbytes=episode.nbytes,
+                ended=bool(episode.terminated[-1] or episode.truncated[-1]),
+                linked=joined and bool(episode.links.all()),
                 tail=state_digest(episode.nstate[-1:]), born=before.life if before else 0)
 
 # %% ../../../nbs/storage/pool/pool.ipynb #8ed69609
@@ -81,19 +86,19 @@ class Commit(NamedTuple):
     hide: tuple[str, ...] = ()  # Ids of the episodes that end here
     schema: Optional[Schema] = None  # Of the first commit
 
-# %% ../../../nbs/storage/pool/pool.ipynb #554d5d52
+# %% ../../../nbs/storage/pool/pool.ipynb #957fcedb
 @dataclass
 class _Life:
     "An episode from the commit that put it to the one that hid it"
-    parts: list[Part]
-    died: float = float("inf")
+    parts: list[Part]  # In order
+    died: float = float("inf")  # Number of the commit that hid it
 
 @dataclass
 class Index:
     "What a log says, at every version up to `number`"
-    number: int = 0
+    number: int = 0  # Of the last commit taken in
     schema: Optional[Schema] = None
-    lives: dict[str, list[_Life]] = field(default_factory=dict)
+    lives: dict[str, list[_Life]] = field(default_factory=dict)  # By episode id, in order
 
     def apply(self, commit: Commit) -> None:
         "Take in the next commit"
@@ -112,16 +117,68 @@ class Index:
             return [p for p in life.parts if p.version <= version]
         return []
 
-# %% ../../../nbs/storage/pool/pool.ipynb #7eed4114
+# %% ../../../nbs/storage/pool/pool.ipynb #ff967247
+def _check_same(mine: Episode, theirs: Episode) -> None:
+    "Raise `EpisodeConflict` that names the first step and role in which an upload differs from what is stored"
+    columns = {"timestamp": mine.times == theirs.times}
+    columns |= {role: same_steps(block, theirs.blocks[role]) for role, block in mine.blocks.items()}
+    if all(same.all() for same in columns.values()): return
+    i = min(int(np.argmin(same)) for same in columns.values() if not same.all())
+    roles = " and ".join(role for role, same in columns.items() if not same[i])
+    raise EpisodeConflict(f"{mine} is stored with another {roles} at step {theirs.step[i]} "
+                          f"({from_us(theirs.times[i])}); overwrite=True replaces the whole episode, "
+                          "or give one of them another identity")
+
+# %% ../../../nbs/storage/pool/pool.ipynb #b02c53b0
+def _check_joint(rest: Episode, last: Part, contiguous: bool) -> None:
+    "Raise `EpisodeConflict` where new steps cannot follow the last stored part"
+    if last.ended:
+        raise EpisodeConflict(f"{rest} goes on after a step that ended it; "
+                              "a new episode has its own episodestart")
+    if None not in (rest.first, last.number):
+        due = last.number + last.length
+        if rest.first != due:
+            raise EpisodeConflict(f"{rest} goes on with step number {rest.first}, and {due} is next: "
+                                  "a part is missing")
+    elif not contiguous and last.linked and state_digest(rest.state[:1]) != last.tail:
+        raise EpisodeConflict(f"{rest} goes on in another state than the last nstate that is stored: "
+                              "a part is missing, or else number the steps of machines whose next state "
+                              "is not the next step's state")
+
+# %% ../../../nbs/storage/pool/pool.ipynb #e86dee6e
+def _known(episode: Episode, stored: Sequence[Part], read: Callable[[Part], Episode]) -> int:
+    "How many of an upload's first steps are stored; raises `EpisodeConflict` where stored steps differ"
+    done, begin = 0, episode.times[0]
+    for part in stored:
+        if part.end < begin or done == len(episode): continue
+        theirs, skip = None, 0
+        if not done and part.begin != begin:  # begins inside this part
+            theirs = read(part)
+            skip = int(np.searchsorted(theirs.times, begin))
+            if theirs.times[min(skip, part.length - 1)] != begin or begin < part.begin:
+                raise EpisodeConflict(f"{episode} begins at {from_us(begin)}, where no step is stored; "
+                                      "a part begins at a stored step or behind the last")
+        n = min(part.length - skip, len(episode) - done)
+        mine = episode[done:done + n]
+        if n < part.length or mine.digest != part.digest:
+            _check_same(mine, (theirs or read(part))[skip:skip + n])
+        if None not in (mine.first, part.number) and mine.first != part.number + skip:
+            raise EpisodeConflict(f"{episode} numbers its step {mine.first}, "
+                                  f"which is stored as number {part.number + skip}")
+        done += n
+    return done
+
+# %% ../../../nbs/storage/pool/pool.ipynb #c5cab786
 def new_steps(
     episode: Episode, # What came
     stored: Sequence[Part], # What is there of it, in order
     read: Callable[[Part], Episode], # Gets the steps of a part; only called where a digest cannot decide
-) -> Optional[Episode]: # The steps that are new, or None; raises `EpisodeConflict`
-    "What an upload adds to an episode"
-    known = _known(episode, stored, read) if stored and episode.times[0] <= stored[-1].end else 0
+) -> Optional[Episode]: # The steps that are new, or None
+    "What an upload adds to an episode; raises `EpisodeConflict` where it contradicts what is stored"
+    last = stored[-1] if stored else None
+    known = _known(episode, stored, read) if last and episode.times[0] <= last.end else 0
     if known == len(episode): return None
-    rest, last = episode[known:], stored[-1] if stored else None
+    rest = episode[known:]
     held = last.offset + last.length if last else 0
     if episode.offset and rest.offset != held:
         raise EpisodeConflict(f"{episode} begins at step {rest.offset}, and {held} steps of it are stored: "
@@ -129,58 +186,17 @@ def new_steps(
     if last: _check_joint(rest, last, contiguous=known > 0)
     return rest
 
-# %% ../../../nbs/storage/pool/pool.ipynb #2b3557bd
-def _known(episode: Episode, stored: Sequence[Part], read: Callable[[Part], Episode]) -> int:
-    "How many of an upload's first steps are stored; raises `EpisodeConflict` where they are not what is stored"
-    done = 0
-    for part in stored:
-        if part.end < episode.times[0] or done == len(episode): continue
-        theirs, skip = None, 0
-        if not done and part.begin != episode.times[0]:  # begins inside this part
-            theirs = read(part)
-            skip = int(np.searchsorted(theirs.times, episode.times[0]))
-            if theirs.times[min(skip, part.length - 1)] != episode.times[0] or episode.times[0] < part.begin:
-                raise EpisodeConflict(f"{episode} begins at {from_us(episode.times[0])}, where no step is stored; "
-                                      "a part begins at a stored step or behind the last")
-        n = min(part.length - skip, len(episode) - done)
-        mine = episode[done:done + n]
-        if n < part.length or mine.digest != part.digest: _check_same(mine, (theirs or read(part))[skip:skip + n])
-        if None not in (mine.first, part.number) and mine.first != part.number + skip:
-            raise EpisodeConflict(f"{episode} numbers its step {mine.first}, which is stored as number {part.number + skip}")
-        done += n
-    return done
-
-# %% ../../../nbs/storage/pool/pool.ipynb #29867899
-def _check_same(mine: Episode, theirs: Episode) -> None:
-    "Raise `EpisodeConflict` that names the first step and role in which an upload differs from what is stored"
-    columns = {"timestamp": mine.times == theirs.times, **{r: same_steps(mine.blocks[r], theirs.blocks[r]) for r in mine.blocks}}
-    if all(same.all() for same in columns.values()): return
-    i = min(int(np.argmin(same)) for same in columns.values() if not same.all())
-    roles = [r for r, same in columns.items() if not same[i]]
-    raise EpisodeConflict(f"{mine} is stored with another {' and '.join(roles)} at step {theirs.step[i]} ({from_us(theirs.times[i])}); "
-                          "overwrite=True replaces the whole episode, or give one of them another identity")
-
-# %% ../../../nbs/storage/pool/pool.ipynb #a945bb14
-def _check_joint(rest: Episode, last: Part, contiguous: bool) -> None:
-    "Raise `EpisodeConflict` where new steps cannot follow the last stored part"
-    if last.ended: raise EpisodeConflict(f"{rest} goes on after a step that ended it; a new episode has its own episodestart")
-    if None not in (rest.first, last.number):
-        if rest.first != last.number + last.length:
-            raise EpisodeConflict(f"{rest} goes on with step number {rest.first}, and {last.number + last.length} is next: a part is missing")
-    elif not contiguous and last.linked and state_digest(rest.state[:1]) != last.tail:
-        raise EpisodeConflict(f"{rest} goes on in another state than the last nstate that is stored: a part is missing, or else number "
-                              "the steps of machines whose next state is not the next step's state")
-
-# %% ../../../nbs/storage/pool/pool.ipynb #2445b658
+# %% ../../../nbs/storage/pool/pool.ipynb #4e03c92d
 def matches(
     query: PoolQuery, # Checked against the schema
     parts: Sequence[Part], # Of one episode
     schema: Schema, # Whose levels name `who`
-    read: Callable[[Part], Episode], # Called only where a time range lies inside a part, between two of its steps perhaps
+    read: Callable[[Part], Episode], # Called only where a time range lies inside a part
 ) -> bool:
     "Whether an episode is asked for: as a whole, and with at least one step in the time range"
     head, last = parts[0], parts[-1]
-    if not query.matches(head.id, dict(zip(schema.levels, head.who)), head.start, last.offset + last.length): return False
+    who, length = dict(zip(schema.levels, head.who)), last.offset + last.length
+    if not query.matches(head.id, who, head.start, length): return False
     low, high = query.time
     if low is None and high is None: return True
     for p in parts:
@@ -190,7 +206,7 @@ def matches(
         if cut.start < cut.stop: return True
     return False
 
-# %% ../../../nbs/storage/pool/pool.ipynb #3258b58e
+# %% ../../../nbs/storage/pool/pool.ipynb #7df7ec01
 class PoolBackend(abc.ABC):
     "What a back-end implements; everything else that a `Pool` does is built on it"
     @abc.abstractmethod
@@ -213,11 +229,12 @@ class PoolBackend(abc.ABC):
     def _read(self, parts: Sequence[Part]) -> Iterator[Episode]:
         "The steps of parts, in their order; raises `CorruptData` that names the damaged place"
 
+    # optional
     def _oldest(self) -> int: return 0  # the oldest version that can still be read
-    def _drop(self, parts: Sequence[Part]) -> None: "Take back what `_write` stored for a commit that is not made; optional"
+    def _drop(self, parts: Sequence[Part]) -> None: "Take back what `_write` stored for a commit that failed"
     def _repair(self, version: int, dry_run: bool) -> list[str]: return []  # what is, or would be, dropped
-    def _open(self) -> None: "Connect again after `close`; optional"
-    def _close(self) -> None: "Let go of files and connections; optional"
+    def _open(self) -> None: "Connect again after `close`"
+    def _close(self) -> None: "Let go of files and connections"
 
 # %% ../../../nbs/storage/pool/pool.ipynb #20e83176
 _HANDLES: weakref.WeakSet = weakref.WeakSet()
@@ -228,7 +245,7 @@ def _renew_locks() -> None:
 
 if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=_renew_locks)
 
-# %% ../../../nbs/storage/pool/pool.ipynb #9c67e753
+# %% ../../../nbs/storage/pool/pool.ipynb #0345b0a8
 class PoolHandle(PoolBackend):
     "A way to a pool: opened, shared, closed, sent to another process"
     def __init__(self,
@@ -236,17 +253,22 @@ class PoolHandle(PoolBackend):
         mode: str = "a", # `"a"` reads and writes, creating it if need be; `"r"` must exist, and stays as it is
     ):
         if mode not in ("a", "r"): raise QueryError(f"mode is 'a' (read and write) or 'r' (read), got {mode!r}")
-        self.url, self.mode, self._at, self._parent, self._closed, self._holders = url, mode, None, None, False, 0
+        self.url, self.mode = url, mode
+        self._at, self._parent = None, None  # a snapshot's version, and the pool that it was taken of
+        self._closed, self._holders = False, 0
         self._index, self._lock = Index(), threading.RLock()
         _HANDLES.add(self)
 
     @property
-    def closed(self) -> bool: return self._closed or (self._parent is not None and self._parent.closed)
+    def closed(self) -> bool:
+        "Whether it, or the pool that it is a snapshot of, was closed"
+        return self._closed or (self._parent is not None and self._parent.closed)
 
     @property
     def version(self) -> int: # Commits so far; 0 is an empty pool
         "The newest version, or a snapshot's own"
-        if self.closed: raise ClosedError(f"{type(self).__name__} {self.url} is closed; pool.load() opens it again")
+        if self.closed:
+            raise ClosedError(f"{type(self).__name__} {self.url} is closed; pool.load() opens it again")
         return self._head() if self._at is None else self._at
 
     def load(self) -> None:
@@ -275,17 +297,19 @@ class PoolHandle(PoolBackend):
     def __reduce__(self): return _reopen, (type(self), self.url, self.mode, self._at, self.version)
     def __repr__(self) -> str:
         state = "closed" if self.closed else "read-only" if self.mode == "r" else "open"
-        return f"{type(self).__name__}({self.url!r}, {state}" + ("" if self._at is None else f", version {self._at}") + ")"
+        at = "" if self._at is None else f", version {self._at}"
+        return f"{type(self).__name__}({self.url!r}, {state}{at})"
 
-# %% ../../../nbs/storage/pool/pool.ipynb #59786382
+# %% ../../../nbs/storage/pool/pool.ipynb #9bf0fae4
 def _reopen(pool_class: type[Pool], url: str, mode: str, at: Optional[int], least: int) -> Pool:
     "A handle in another process; raises `SnapshotNotFound` where that process cannot see what this one saw"
     pool = pool_class.from_url(url, mode)
     if pool.version < least:
-        raise SnapshotNotFound(f"{pool!r} is at version {pool.version} here, and was at {least} where it was pickled; save() it first")
+        raise SnapshotNotFound(f"{pool!r} is at version {pool.version} here, and was at {least} where it was "
+                               "pickled; save() it first")
     return pool if at is None else pool.snapshot(at)
 
-# %% ../../../nbs/storage/pool/pool.ipynb #5bb2960b
+# %% ../../../nbs/storage/pool/pool.ipynb #c2cb3ba9
 class PoolIndex(PoolHandle):
     "How a pool finds parts: by an index of its log, kept in memory"
     def _catch_up(self, version: int) -> Index:
@@ -302,7 +326,8 @@ class PoolIndex(PoolHandle):
         "The parts of each matching episode (out of `ids`), ordered by start, then id"
         index = self._catch_up(version)
         if ids is None: ids = list(index.lives) if query.ids is None else query.ids
-        found = [parts for id in ids if (parts := self._parts(id, version)) and matches(query, parts, index.schema, self._read_one)]
+        there = (parts for id in ids if (parts := self._parts(id, version)))
+        found = [parts for parts in there if matches(query, parts, index.schema, self._read_one)]
         return sorted(found, key=lambda parts: (parts[0].start, parts[0].id))
 
     def _changed(self, after: int, upto: int) -> dict[str, None]:
@@ -321,7 +346,9 @@ class PoolIndex(PoolHandle):
         asked, ids = _as_query(query)
         if schema := self._catch_up(version).schema: asked.check(schema)
         for id in ids:
-            if not self._parts(id, version): raise EpisodeNotFound(f"no episode {id!r} at version {version}; catalogue() lists what there is")
+            if not self._parts(id, version):
+                raise EpisodeNotFound(f"no episode {id!r} at version {version}; "
+                                      "catalogue() lists what there is")
         return asked, self._select(asked, version)
 
 # %% ../../../nbs/storage/pool/pool.ipynb #7963e7a3
@@ -333,7 +360,7 @@ def _as_query(query: Any) -> tuple[PoolQuery, Sequence[str]]:
     if all(isinstance(id, str) for id in ids): return PoolQuery(ids=ids), ids
     raise QueryError(f"expected a PoolQuery, an episode's id or ids, got {query!r}")
 
-# %% ../../../nbs/storage/pool/pool.ipynb #de999bec
+# %% ../../../nbs/storage/pool/pool.ipynb #2d0bc77c
 class PoolReader(PoolIndex):
     "The questions that every pool answers"
     @property
@@ -348,19 +375,23 @@ class PoolReader(PoolIndex):
         query, found = self._ask(query, self.version)
         return (episode[steps_in(episode.times, query)] for episode in self._episodes(found))
 
-    def count(self, query: Any = None) -> int:
+    def count(self,
+        query: Any = None, # A `PoolQuery`, an id, or ids; by default everything
+    ) -> int:
         "How many episodes `find` would give"
         return len(self._ask(query, self.version)[1])
 
-    def catalogue(self, query: Any = None) -> pd.DataFrame: # Indexed by id, ordered by `episodestart`, then id
-        "Who, when and how long, of the episodes asked for; whole episodes, also where the query has a time range"
+    def catalogue(self,
+        query: Any = None, # A `PoolQuery`, an id, or ids; by default everything
+    ) -> pd.DataFrame: # Indexed by id, ordered by `episodestart`, then id
+        "Who, when and how long, of the episodes asked for; never cut to the query's time range"
         return _catalogue(self._ask(query, self.version)[1], self.schema)
 
     def sample(self,
         n: int, # How many
         query: Any = None, # Out of which; by default out of all
         seed: Optional[int] = None, # Makes the choice reproducible
-    ) -> list[Episode]:
+    ) -> list[Episode]: # In random order, cut to the query's time range
         "Whole episodes at random, none twice; raises `NotEnoughData` where fewer match"
         query, found = self._ask(query, self.version)
         if not 0 < n <= len(found): raise NotEnoughData(f"asked for {n} episodes, and {len(found)} match")
@@ -373,24 +404,31 @@ class PoolReader(PoolIndex):
     def __contains__(self, id: Any) -> bool: return bool(self._parts(id, self.version))
     def __bool__(self) -> bool: return True  # an empty pool is still a pool
 
-# %% ../../../nbs/storage/pool/pool.ipynb #f7e8128f
+# %% ../../../nbs/storage/pool/pool.ipynb #5ea664e3
 def _catalogue(found: Sequence[Sequence[Part]], schema: Optional[Schema]) -> pd.DataFrame:
+    levels = schema.levels if schema else ()
     taken = ("id", "seq_len", "return", "bytes", "version")
     who = {f"who_{name}" if name in taken else name: [parts[0].who[i] for parts in found]
-           for i, name in enumerate(schema.levels if schema else ())}
-    number = lambda what, dtype="int64": np.array([what(parts) for parts in found], dtype)
-    columns = {**who, "episodestart": from_us(number(lambda ps: ps[0].start)), "seq_len": number(lambda ps: sum(p.length for p in ps)),
-               "return": number(lambda ps: sum(p.reward for p in ps), "float64"), "bytes": number(lambda ps: sum(p.nbytes for p in ps)),
-               "version": number(lambda ps: ps[-1].version)}
-    return pd.DataFrame(columns, index=pd.Index([ps[0].id for ps in found], name="id", dtype="str"))
+           for i, name in enumerate(levels)}
+    def each(what: Callable, dtype: str = "int64") -> np.ndarray:
+        return np.array([what(parts) for parts in found], dtype)
+    columns = {**who,
+               "episodestart": from_us(each(lambda parts: parts[0].start)),
+               "seq_len": each(lambda parts: sum(p.length for p in parts)),
+               "return": each(lambda parts: sum(p.reward for p in parts), "float64"),
+               "bytes": each(lambda parts: sum(p.nbytes for p in parts)),
+               "version": each(lambda parts: parts[-1].version)}
+    return pd.DataFrame(columns, index=pd.Index([parts[0].id for parts in found], name="id", dtype="str"))
 
-# %% ../../../nbs/storage/pool/pool.ipynb #8e2e5bd5
+# %% ../../../nbs/storage/pool/pool.ipynb #daca9c16
 class Pool(PoolReader):
     "A durable, append-only, versioned log of episodes"
     durable: ClassVar[bool] = False  # Whether what `store` acknowledged survives a crash
 
     @classmethod
-    def from_url(cls, url: str, mode: str = "a", **options: Any) -> Pool: return cls(url, mode, **options)
+    def from_url(cls, url: str, mode: str = "a", **options: Any) -> Pool:
+        "What `open_pool` and a pickled handle call"
+        return cls(url, mode, **options)
 
     def store(self,
         item: Any, # A frame, an `Episode` or a `Record`
@@ -427,12 +465,12 @@ class Pool(PoolReader):
         return _copy(self, other, query)
 
     def verify(self) -> list[str]: # Empty when sound
-        "Read every step of every version and compare it with its digest; one line for each part that is damaged"
+        "Compare every step of every version with what the log says of it; one line for each damaged part"
         return _verify(self)
 
     def repair(self,
         dry_run: bool = True, # Only say what it would drop
-    ) -> list[str]:
+    ) -> list[str]: # One line for each thing that is, or would be, dropped
         "Drop what a writer that died left behind and no commit names"
         if not dry_run: _check_writable(self)
         return self._repair(self.version, dry_run)
@@ -441,16 +479,20 @@ class Pool(PoolReader):
         path: str | os.PathLike, # Of the file
         overwrite: bool = False, # Replace a file that holds other experience
     ) -> None:
-        "Copy everything to one file that `MemoryPool` opens, in one step"
+        "Copy every episode to one file that `MemoryPool` opens, in one step"
         self.copy_to(copy := backend("memory")())
         copy.save(path, overwrite)
 
-# %% ../../../nbs/storage/pool/pool.ipynb #6fa1a2a2
+# %% ../../../nbs/storage/pool/pool.ipynb #7e5232fe
+def _check_writable(pool: Pool) -> None:
+    if pool.mode == "r": raise ReadOnly(f"{pool!r} is read-only; open_pool(url, mode='a') writes")
+
+# %% ../../../nbs/storage/pool/pool.ipynb #b004be82
 class Plan(NamedTuple):
     "What a commit would do"
-    put: list[tuple[Part, Episode]]
-    hide: list[str]
-    schema: Optional[Schema]
+    put: list[tuple[Part, Episode]]  # New parts, and their steps
+    hide: list[str]  # Ids of episodes
+    schema: Optional[Schema]  # Of the pool, once the first item has set it
     ids: list[str]  # The caller's answer
 
 def _commit(pool: Pool, decide: Callable[[int], Plan]) -> list[str]:
@@ -471,29 +513,28 @@ def _commit(pool: Pool, decide: Callable[[int], Plan]) -> list[str]:
         time.sleep(random.SystemRandom().random() * min(0.1, 0.001 * 2 ** min(attempt, 10)))
     raise PoolUnavailable(f"{pool!r}: a million other commits came first")
 
-# %% ../../../nbs/storage/pool/pool.ipynb #7e5232fe
-def _check_writable(pool: Pool) -> None:
-    if pool.mode == "r": raise ReadOnly(f"{pool!r} is read-only; open_pool(url, mode='a') writes")
-
-# %% ../../../nbs/storage/pool/pool.ipynb #5aa1231e
+# %% ../../../nbs/storage/pool/pool.ipynb #5d6a1839
 class _Extend:
     "Decides what of some items is new at a version"
     def __init__(self, pool: Pool, items: list, overwrite: bool):
-        self.pool, self.items, self.overwrite, self.episodes, self.schema = pool, items, overwrite, [], None
+        self.pool, self.items, self.overwrite = pool, items, overwrite
+        self.episodes, self.schema = [], None  # the items under the pool's schema, once it is known
 
     def __call__(self, version: int) -> Plan:
         self._convert(self.pool._catch_up(version).schema)
         put: list[tuple[Part, Episode]] = []
         hide: list[str] = []
         mine: dict[str, list[Part]] = {}  # parts planned in this very commit
-        fresh = lambda part: next(e for p, e in put if p is part) if not part.version else self.pool._read_one(part)
+        def read(part: Part) -> Episode:
+            if part.version: return self.pool._read_one(part)
+            return next(e for planned, e in put if planned is part)
         for e in self.episodes:
             stored = [] if e.id in hide else self.pool._parts(e.id, version)
-            if self.overwrite and stored and e.id not in mine and not _is_whole(e, stored, fresh):
+            if self.overwrite and stored and e.id not in mine and not _is_whole(e, stored, read):
                 hide.append(e.id)
                 stored = []
             if e.id in mine: stored = stored + mine[e.id]
-            if (rest := new_steps(e, stored, fresh)) is None: continue
+            if (rest := new_steps(e, stored, read)) is None: continue
             part = part_of(rest, stored[-1] if stored else None)
             put.append((part, rest if rest.offset == part.offset else replace(rest, offset=part.offset)))
             mine.setdefault(e.id, []).append(part)
@@ -512,62 +553,78 @@ def _is_whole(episode: Episode, stored: Sequence[Part], read: Callable[[Part], E
     try: return new_steps(episode, stored, read) is None
     except EpisodeConflict: return False
 
-# %% ../../../nbs/storage/pool/pool.ipynb #810665dc
+# %% ../../../nbs/storage/pool/pool.ipynb #b6978177
 class _Delete:
     "Decides which episodes to hide at a version"
     def __init__(self, pool: Pool, query: Any, everything: bool):
         self.pool, self.query = pool, query
         asked = _as_query(query)[0]
-        if asked == PoolQuery() and not everything: raise QueryError("this would delete every episode; delete(everything=True) does it")
-        if asked.time != (None, None): raise QueryError("a time range cuts episodes, and delete takes whole ones; use start=(from, to)")
+        if asked == PoolQuery() and not everything:
+            raise QueryError("this would delete every episode; delete(everything=True) does it")
+        if asked.time != (None, None):
+            raise QueryError("a time range cuts episodes, and delete takes whole ones; use start=(from, to)")
 
     def __call__(self, version: int) -> Plan:
         ids = [parts[0].id for parts in self.pool._ask(self.query, version)[1]]
         return Plan([], ids, None, ids)
 
-# %% ../../../nbs/storage/pool/pool.ipynb #eae10395
-def _snapshot(pool: Pool, version: Optional[int]) -> Pool:
-    newest = pool.version
-    if version is None: version = newest
-    if not pool._oldest() <= version <= newest:
-        raise SnapshotNotFound(f"{pool!r} has versions {pool._oldest()} to {newest}, got {version}")
-    return view(pool, version)
-
-def view(pool: Pool, version: Optional[int] = None) -> Pool:
-    "A read-only handle that shares everything with `pool`; of one version, or of whichever is the newest"
-    handle = object.__new__(type(pool))
-    handle.__dict__.update(pool.__dict__, mode="r", _at=version, _parent=pool._parent or pool, _closed=False, _holders=0)
+# %% ../../../nbs/storage/pool/pool.ipynb #0b76402b
+def view(
+    pool: Pool, # Open; may be a view itself
+    version: Optional[int] = None, # By default whichever is the newest, from then on
+) -> Pool:
+    "A read-only handle that shares everything with `pool`"
+    handle, parent = object.__new__(type(pool)), pool._parent or pool
+    handle.__dict__.update(pool.__dict__, mode="r", _at=version, _parent=parent, _closed=False, _holders=0)
     _HANDLES.add(handle)
     return handle
 
-# %% ../../../nbs/storage/pool/pool.ipynb #7dff85cd
+# %% ../../../nbs/storage/pool/pool.ipynb #517a933b
+def _snapshot(pool: Pool, version: Optional[int]) -> Pool:
+    newest, oldest = pool.version, pool._oldest()
+    if version is None: version = newest
+    if not oldest <= version <= newest:
+        raise SnapshotNotFound(f"{pool!r} has versions {oldest} to {newest}, got {version}")
+    return view(pool, version)
+
+# %% ../../../nbs/storage/pool/pool.ipynb #1f3ddb79
 def _copy(pool: Pool, other: Pool, query: Any, batch: int = 64 << 20) -> list[str]:
     asked, found = pool._ask(query, pool.version)
-    if asked.time != (None, None): raise QueryError("a time range cuts episodes, and copy_to takes whole ones; use start=(from, to)")
+    if asked.time != (None, None):
+        raise QueryError("a time range cuts episodes, and copy_to takes whole ones; use start=(from, to)")
     there = other.version
-    todo = [p for parts in found if [p.digest for p in other._parts(parts[0].id, there)] != [p.digest for p in parts] for p in parts]
+    def copied(parts: Sequence[Part]) -> bool:
+        return [p.digest for p in other._parts(parts[0].id, there)] == [p.digest for p in parts]
+    todo = [part for parts in found if not copied(parts) for part in parts]
     items: list[Episode] = []
     for episode in pool._read(todo):
         items.append(episode)
-        if sum(e.nbytes for e in items) >= batch: other.extend(items); items = []
+        if sum(e.nbytes for e in items) >= batch:
+            other.extend(items)
+            items = []
     other.extend(items)
     return [parts[0].id for parts in found]
 
-# %% ../../../nbs/storage/pool/pool.ipynb #6841b85e
+# %% ../../../nbs/storage/pool/pool.ipynb #d2d12787
+def _damage(pool: Pool, part: Part) -> str:
+    "What is wrong with a stored part; empty when it is sound"
+    try: found = part_of(replace(pool._read_one(part)))  # a fresh copy: its digest is worked out anew
+    except CorruptData as e: return str(e)
+    said = ("id", "who", "length", "begin", "end", "number", "digest", "ended", "tail")
+    odd = [name for name in said if getattr(found, name) != getattr(part, name)]
+    return f"not what was stored, by its {', '.join(odd)}" if odd else ""
+
+# %% ../../../nbs/storage/pool/pool.ipynb #fdf61a66
 def _verify(pool: Pool) -> list[str]:
+    lives = [life for of_one in list(pool._catch_up(pool.version).lives.values()) for life in of_one]
     wrong = []
-    for id, lives in list(pool._catch_up(pool.version).lives.items()):
-        for part in (part for life in lives for part in life.parts):
-            where = f"episode {id}, steps {part.offset} to {part.offset + part.length - 1}"
-            try: found = part_of(replace(pool._read_one(part)))  # a fresh copy, which has not worked out its digest yet
-            except CorruptData as e: wrong.append(f"{where}: {e}")
-            else:
-                said = ("id", "who", "length", "begin", "end", "number", "digest", "ended", "tail")
-                if odd := [name for name in said if getattr(found, name) != getattr(part, name)]:
-                    wrong.append(f"{where}: not what was stored, by its {', '.join(odd)}")
+    for part in (part for life in lives for part in life.parts):
+        if damage := _damage(pool, part):
+            steps = f"steps {part.offset} to {part.offset + part.length - 1}"
+            wrong.append(f"episode {part.id}, {steps}: {damage}")
     return wrong
 
-# %% ../../../nbs/storage/pool/pool.ipynb #daedcb61
+# %% ../../../nbs/storage/pool/pool.ipynb #d6a4ca04
 class Backend(NamedTuple):
     "Where a back-end is, and what installs its driver"
     target: str  # "module:Class"
@@ -576,14 +633,14 @@ class Backend(NamedTuple):
 BACKENDS: dict[str, Backend] = {"memory": Backend("data_io_nbdev.storage.pool.memory:MemoryPool")}
 
 def backend(scheme: str) -> type[Pool]:
-    "The pool class of a scheme; raises `QueryError` where there is none, `MissingExtra` where its driver is not installed"
+    "The pool class of a scheme; raises `QueryError` for an unknown one, `MissingExtra` for a missing driver"
     if scheme not in BACKENDS: raise QueryError(f"no back-end for {scheme!r}; there are: {', '.join(BACKENDS)}")
     module, name = BACKENDS[scheme].target.split(":")
     return getattr(importlib.import_module(module), name)
 
-# %% ../../../nbs/storage/pool/pool.ipynb #3496748b
+# %% ../../../nbs/storage/pool/pool.ipynb #91ac42b6
 def open_pool(
-    url: str | os.PathLike, # `"memory://"`, `"memory://name"`, or the path of a file that a `MemoryPool` saved or will save (`.npz`)
+    url: str | os.PathLike, # `"memory://"`, `"memory://name"`, or the path of a `MemoryPool`'s file (`.npz`)
     mode: str = "a", # `"a"` reads and writes, creating it if need be; `"r"` must exist, and stays as it is
     **options: Any, # For the back-end
 ) -> Pool:
