@@ -112,7 +112,7 @@ def test_wheel(wheel):
     "It holds the package with `py.typed`, and neither tests nor notebooks"
     import zipfile
     names = zipfile.ZipFile(wheel).namelist()
-    assert "data_io_nbdev/py.typed" in names and "data_io_nbdev/storage/pool/memory.py" in names and "data_io_nbdev/testing.py" in names
+    assert "data_io_nbdev/py.typed" in names and "data_io_nbdev/storage/pool/memory.py" in names and "data_io_nbdev/testing/pools.py" in names
     assert {n.partition("/")[0].partition("-")[0] for n in names} == {"data_io_nbdev"} and not [n for n in names if n.endswith(".ipynb")]
 
 

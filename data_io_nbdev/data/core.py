@@ -554,7 +554,7 @@ def as_episode(
     if isinstance(item, Episode): return conform(item, schema) if schema else item
     raise SchemaError(f"expected a DataFrame, an Episode or a Record, got {type(item).__name__}")
 
-# %% ../../nbs/data/core.ipynb #53e37e87
+# %% ../../nbs/data/core.ipynb #a6bc6655
 @dataclass(frozen=True, init=False, repr=False)
 class PoolQuery:
     "Which episodes, and which of their steps; immutable and hashable"
@@ -578,7 +578,7 @@ class PoolQuery:
         put("who", tuple(sorted((k, _choices(k, v)) for k, v in {**(who or {}), **levels}.items())))
         put("start", _time_range("start", start)); put("time", _time_range("time", time))
         put("length", _range("length", length, lambda n: n if isinstance(n, (int, np.integer)) else None))
-        put("ids", None if ids is None else tuple(sorted({ids} if isinstance(ids, str) else set(ids))))
+        put("ids", None if ids is None else _ids(ids))
 
     def __repr__(self) -> str: return f"PoolQuery({', '.join(f'{k}={v!r}' for k, v in _as_dict(self).items())})"
 
@@ -608,17 +608,24 @@ class PoolQuery:
         "Whether an episode as a whole is asked for; which of its steps is answered by `steps_in`"
         return _matches(self, id, who, start, length)
 
-# %% ../../nbs/data/core.ipynb #5a68203f
+# %% ../../nbs/data/core.ipynb #52b2815e
 _MANY = (Sequence, set, frozenset, np.ndarray, pd.Index)
 
 def _choices(level: str, value: Any) -> tuple:
     "The values of an identity level that will do, sorted"
     if isinstance(value, (str, int, np.integer)): value = [value]
-    values = set(value) if isinstance(value, _MANY) else {None}
+    values = list(value) if isinstance(value, _MANY) else [value]
     if wrong := [v for v in values if not isinstance(v, (str, int, np.integer)) or isinstance(v, bool)]:
         raise QueryError(f"{level}: expected text or integers, one or a list, got {wrong[0]!r}")
     plain = (v if isinstance(v, str) else int(v) for v in values)
-    return tuple(sorted(plain, key=lambda v: (isinstance(v, str), v)))  # numbers first: text does not compare
+    return tuple(sorted(set(plain), key=lambda v: (isinstance(v, str), v)))  # numbers first: text does not compare
+
+# %% ../../nbs/data/core.ipynb #99feacdc
+def _ids(ids: Any) -> tuple[str, ...]:
+    "Episode ids, sorted"
+    ids = [ids] if isinstance(ids, str) else list(ids) if isinstance(ids, _MANY) else [ids]
+    if wrong := [id for id in ids if not isinstance(id, str)]: raise QueryError(f"ids: expected text, got {wrong[0]!r}")
+    return tuple(sorted(set(ids)))
 
 # %% ../../nbs/data/core.ipynb #bb929248
 def _range(name: str, ends: Optional[Sequence], convert) -> tuple[Optional[int], Optional[int]]:
@@ -645,13 +652,12 @@ def _as_dict(q: PoolQuery) -> dict:
                 ids=None if q.ids is None else list(q.ids))
     return {k: v for k, v in said.items() if v not in ({}, [None, None], None)}
 
-# %% ../../nbs/data/core.ipynb #0b70ac4b
+# %% ../../nbs/data/core.ipynb #c6cd95ef
 def _query_from_json(text: str) -> PoolQuery:
     try: d = json.loads(text)
-    except json.JSONDecodeError as e: raise QueryError(f"expected a query as JSON, got {text[:80]!r}") from e
-    if not isinstance(d, dict) or d.pop("format", None) != 1:
-        raise QueryError(f"expected a query of format 1, got {text[:80]!r}; "
-                         "a newer one needs a newer data_io_nbdev")
+    except (TypeError, json.JSONDecodeError) as e: raise QueryError(f"expected a query as JSON, got {text!r:.80}") from e
+    if not isinstance(d, dict) or d.pop("format", None) != 1 or not isinstance(d.get("who", {}), dict):
+        raise QueryError(f"expected a query of format 1, got {text!r:.80}; a newer one needs a newer data_io_nbdev")
     return PoolQuery(**d)
 
 # %% ../../nbs/data/core.ipynb #1db2df8a

@@ -103,7 +103,7 @@ def _block(role: str, fields: Sequence[Field]) -> np.dtype:
 # %% ../../nbs/data/schema.ipynb #6d1fd47a
 Units = Mapping[str, Mapping[str, str]]  # {role: {field: unit}}
 
-# %% ../../nbs/data/schema.ipynb #9acb0b3d
+# %% ../../nbs/data/schema.ipynb #335e6ab5
 @dataclass(frozen=True)
 class Schema:
     "The fields of one step and the identity levels; immutable, hashable, and the same in every back-end"
@@ -115,6 +115,7 @@ class Schema:
     flags: tuple[tuple[str, str], ...] = field(default=(), compare=False)
 
     def __post_init__(self):
+        if wrong := [f for f in self.fields if not isinstance(f, Field)]: raise SchemaError(f"expected Fields, got {wrong[0]!r}")
         fields = tuple(sorted(self.fields, key=lambda f: ROLES.index(f.role)))  # stable: a role keeps its order
         keys = [(f.role, f.name) for f in fields]
         if missing := [r for r in ROLES[:3] if r not in {r for r, _ in keys}]:
@@ -324,7 +325,7 @@ def _to_json(schema: Schema) -> str:
     rest = dict(identity=schema.identity, columns=schema.columns, flags=schema.flags)
     return json.dumps(dict(format=1, fields=fields, **rest), ensure_ascii=False)
 
-# %% ../../nbs/data/schema.ipynb #f02a9835
+# %% ../../nbs/data/schema.ipynb #18a5b74e
 def _from_json(text: str) -> Schema:
     try:
         d = json.loads(text)
@@ -333,8 +334,9 @@ def _from_json(text: str) -> Schema:
         fields = tuple(Field(**f) for f in d["fields"])
         identity, flags = (tuple(map(tuple, d[key])) for key in ("identity", "flags"))
         return Schema(fields, identity, tuple(d["columns"]), flags)
-    except (json.JSONDecodeError, KeyError, TypeError) as e:
-        raise SchemaError(f"expected a schema as JSON, got {text[:80]!r}") from e
+    except SchemaError: raise
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise SchemaError(f"expected a schema as JSON, got {text!r:.80}") from e
 
 # %% ../../nbs/data/schema.ipynb #898d95aa
 def _table(schema: Schema) -> str:

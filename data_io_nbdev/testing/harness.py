@@ -31,11 +31,11 @@ __all__ = ['HARNESSES', 'DRIVE', 'ODD', 'CLASHING', 'SHAPES', 'DTYPES', 'ZONES',
            'schemas', 'episodes', 'histories', 'examples', 'questions', 'answer', 'at_once', 'lose_races', 'python',
            'trace', 'batch_facts', 'draws', 'rows', 'steps_of']
 
-# %% ../../nbs/testing/harness.ipynb #ed5f0bde
+# %% ../../nbs/testing/harness.ipynb #e484b905
 from ..errors import DataIOError
 from ..data.schema import FLAGS, Field, Schema
-from ..data.core import Episode, PoolQuery, from_us
-from ..storage.pool.pool import BACKENDS, Commit, Pool
+from ..data.core import Episode, from_us
+from ..storage.pool.pool import Commit, Pool
 from ..storage.pool.memory import MemoryPool
 from ..storage.buffer.buffer import Batch, Buffer
 from ..storage.buffer.memory import MemoryBuffer
