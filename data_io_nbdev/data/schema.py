@@ -252,21 +252,31 @@ def is_time(key: tuple[str, str]) -> bool: # `key` is (role, name)
     "Whether a column is a time step, which belongs to no role"
     return "timestep" in key
 
-# %% ../../nbs/data/schema.ipynb #3e7bf0ce
+# %% ../../nbs/data/schema.ipynb #92c5ab61
 def _index_identity(index: pd.Index) -> dict[str, str]:
     "The identity levels of a frame's row index, and their kinds"
     if missing := [level for level in RESERVED if level not in index.names]:
         raise SchemaError("expected row index levels (identity …, episodestart, timestamp), "
                           f"got {list(index.names)}; missing: {', '.join(missing)}")
+    if len(set(index.names)) < index.nlevels: raise SchemaError(f"row index levels repeat: {list(index.names)}")
     kinds = {}
     for name in index.names:
         if name in RESERVED: continue
         dtype = index.get_level_values(name).dtype
+        if isinstance(dtype, pd.CategoricalDtype): dtype = dtype.categories.dtype
         kinds[name] = "integer" if pd.api.types.is_integer_dtype(dtype) else "text"
     return kinds
 
-# %% ../../nbs/data/schema.ipynb #2cb78ba7
+# %% ../../nbs/data/schema.ipynb #4a9328f3
+def _check_units(units: Any) -> None:
+    "Raise `SchemaError` for units that are not `{role: {field: unit}}`"
+    roles = list(units.values()) if isinstance(units, Mapping) else [units]
+    if not all(isinstance(fields, Mapping) and all(isinstance(u, str) for u in fields.values()) for fields in roles):
+        raise SchemaError(f"units are {{'state': {{'velocity': 'm/s'}}}} and so on, got {units!r:.80}")
+
+# %% ../../nbs/data/schema.ipynb #aeaf9053
 def _from_frame(frame: pd.DataFrame, units: Units) -> Schema:
+    _check_units(units)
     dtypes, fields, flags = list(frame.dtypes), {}, []
     for (role, name), places in columns_of(frame).items():
         if is_time((role, name)): continue
