@@ -150,6 +150,12 @@ class Rows:
         "Steps by serial number, hidden ones too, as an episode has them"
         return _read(self, serial, n)
 
+# %% ../../../nbs/storage/buffer/rows.ipynb #9593159e
+def _stretches(slot: int, n: int, size: int) -> list[tuple[int, int]]:
+    "Where `n` slots from `slot` on lie side by side in a ring: `(from, to)` pairs, counted from `slot`"
+    whole = size - slot % size
+    return [(0, n)] if n <= whole else [(0, whole), (whole, n)]
+
 # %% ../../../nbs/storage/buffer/rows.ipynb #c12059b3
 _RESERVE = 64 << 20  # Bytes of address space to begin with: so much malloc gives back whole, and keeps nothing
 
@@ -163,6 +169,26 @@ def _make_room(rows: Rows, first: int, need: int) -> None:
     ends = sorted({first, rows.slot, *wraps})  # between two of these, slots lie side by side in both arrays
     for a, b in zip(ends, ends[1:]): data[a % len(data):][:b - a] = rows.data[a % size:][:b - a]
     rows.data = data
+
+# %% ../../../nbs/storage/buffer/rows.ipynb #02b12127
+def _slot_of(rows: Rows, serial: int) -> int:
+    "The slot of a row by its serial number; of the next row where there is none"
+    i = bisect_right(rows._runs, serial, lo=rows._gone, key=lambda run: run.serial) - 1
+    if i < rows._gone or serial >= rows._runs[i].end: return rows.slot
+    return rows._runs[i].slot + serial - rows._runs[i].serial
+
+def _evict(rows: Rows, oldest: int) -> None:
+    "Forget rows before a serial number. Batches may hold the lists, so these are replaced, not cut"
+    if (slots := rows._slots) is not None: slots.drop(int(np.searchsorted(slots.values, _slot_of(rows, oldest))))
+    while rows._gone < len(rows._runs) and (run := rows._runs[rows._gone]).end <= oldest:
+        rows._gone += 1
+        mine = rows._of.get(run.episode)
+        if not mine or mine[0] is not run: continue  # hidden
+        mine.popleft()
+        if not mine: del rows._of[run.episode]
+    if rows._gone > len(rows._runs) // 2:
+        rows._runs, rows._firsts = rows._runs[rows._gone:], Growing(rows._firsts.values[rows._gone:])
+        rows._gone = 0
 
 # %% ../../../nbs/storage/buffer/rows.ipynb #83cc2bef
 def _append(rows: Rows, episode: Episode) -> int:
@@ -194,12 +220,7 @@ def _append_run(rows: Rows, steps: Episode) -> None:
     rows._runs.append(run)
     rows.serial, rows.slot = rows.serial + n, slot + n + rows.once
 
-# %% ../../../nbs/storage/buffer/rows.ipynb #82316db1
-def _stretches(slot: int, n: int, size: int) -> list[tuple[int, int]]:
-    "Where `n` slots from `slot` on lie side by side in a ring: `(from, to)` pairs, counted from `slot`"
-    whole = size - slot % size
-    return [(0, n)] if n <= whole else [(0, whole), (whole, n)]
-
+# %% ../../../nbs/storage/buffer/rows.ipynb #633a27fe
 def _first_step(steps: Episode) -> int: return steps.offset if steps.first is None else steps.first
 
 def _goes_on(rows: Rows, steps: Episode) -> bool:
@@ -207,26 +228,6 @@ def _goes_on(rows: Rows, steps: Episode) -> bool:
     last, mine = rows._runs[-1] if rows._runs else None, rows._of.get(steps.id)
     if not mine or mine[-1] is not last or last.step + len(last.times) != _first_step(steps): return False
     return bool(same_steps(rows.data["state"][[(rows.slot - 1) % len(rows.data)]], steps.state[:1])[0])
-
-# %% ../../../nbs/storage/buffer/rows.ipynb #02b12127
-def _slot_of(rows: Rows, serial: int) -> int:
-    "The slot of a row by its serial number; of the next row where there is none"
-    i = bisect_right(rows._runs, serial, lo=rows._gone, key=lambda run: run.serial) - 1
-    if i < rows._gone or serial >= rows._runs[i].end: return rows.slot
-    return rows._runs[i].slot + serial - rows._runs[i].serial
-
-def _evict(rows: Rows, oldest: int) -> None:
-    "Forget rows before a serial number. Batches may hold the lists, so these are replaced, not cut"
-    if (slots := rows._slots) is not None: slots.drop(int(np.searchsorted(slots.values, _slot_of(rows, oldest))))
-    while rows._gone < len(rows._runs) and (run := rows._runs[rows._gone]).end <= oldest:
-        rows._gone += 1
-        mine = rows._of.get(run.episode)
-        if not mine or mine[0] is not run: continue  # hidden
-        mine.popleft()
-        if not mine: del rows._of[run.episode]
-    if rows._gone > len(rows._runs) // 2:
-        rows._runs, rows._firsts = rows._runs[rows._gone:], Growing(rows._firsts.values[rows._gone:])
-        rows._gone = 0
 
 # %% ../../../nbs/storage/buffer/rows.ipynb #a366f348
 def _hide(rows: Rows, ids: Iterable[str]) -> None:
