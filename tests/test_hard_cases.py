@@ -209,3 +209,13 @@ def test_what_was_pickled_is_read_only():
     again = pickle.loads(pickle.dumps(drive()))
     with pytest.raises(ValueError): again.state[0] = 0
     assert again == drive()
+
+
+def test_a_pool_of_its_own_keeps_what_a_time_range_cuts():
+    "Rows that hold only some steps of an episode are not lent for the whole of it, neither at once nor by a later load"
+    buffer = MemoryBuffer(batch_size=4, query=PoolQuery(time=("2026-01-01T00:00:03Z", None)))
+    right = [drive(6, hour=h) for h in range(3)]
+    for e in right: buffer.store(e)
+    for look in (lambda: None, buffer.load, lambda: buffer.load_state_dict(buffer.state_dict())):
+        look()
+        assert facts_of(buffer.pool) == facts_of(right) and buffer.pool.verify() == [] and len(buffer) == 15

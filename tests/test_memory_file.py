@@ -10,7 +10,6 @@ import random
 import resource
 import shutil
 import signal
-import sys
 import time
 import zipfile
 from pathlib import Path
@@ -18,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_io_nbdev import Episode, MemoryPool, PoolQuery, open_pool
-from data_io_nbdev.errors import CorruptData, DataIOError, PoolNotFound, PoolUnavailable, ReadOnly
-from data_io_nbdev.testing import by_start, drive, facts_of, python
+from data_io_nbdev import MemoryPool, open_pool
+from data_io_nbdev.errors import CorruptData, DataIOError, PoolUnavailable, ReadOnly
+from data_io_nbdev.testing import drive, facts_of, python
 
 DATA = Path(__file__).parent / "data"
 SAMPLE, EXPECTED = DATA / "pool-format-1.npz", DATA / "pool-format-1.json"
@@ -253,7 +252,6 @@ class TestDamage:
     def test_members(self, path, change):
         "Damage that the zip's checksums don't show: opening notices it, or `verify`"
         fill(MemoryPool(path)).close()
-        right = everything(MemoryPool(path, "r"))
         self.rewrite(path, change)
         try: pool = MemoryPool(path, "r")
         except CorruptData: return

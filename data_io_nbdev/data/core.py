@@ -19,9 +19,9 @@ import pandas as pd  # type: ignore
 __all__ = ['ItemT', 'from_us', 'utc_us', 'episode_id', 'same_steps', 'state_digest', 'Steps', 'Episode', 'conform', 'concat',
            'Record', 'records', 'as_episode', 'PoolQuery', 'steps_in']
 
-# %% ../../nbs/data/core.ipynb #31f24e26
+# %% ../../nbs/data/core.ipynb #3570aca1
 from ..errors import DataIOError, QueryError, SchemaError
-from .schema import FLAGS, Field, Schema, Units, columns_of, is_time, who_value
+from .schema import FLAGS, Field, Schema, columns_of, is_time, who_value
 
 # %% ../../nbs/data/core.ipynb #7034b8b9
 def from_us(

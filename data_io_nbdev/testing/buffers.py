@@ -310,7 +310,7 @@ class SameDraws:
             once, twice, auto = (draws(b, 2) for b in buffers)
             assert once == twice == auto
 
-# %% ../../nbs/testing/buffers.ipynb #d9a3d820
+# %% ../../nbs/testing/buffers.ipynb #e5257e65
 def through_json(state: dict) -> dict:
     "A state as another process gets it"
     return json.loads(json.dumps(state))
@@ -343,7 +343,7 @@ class Resume:
                      lambda: pool.store(drive(5, hour=2, seed=1), overwrite=True),
                      lambda: pool.delete(drive(hour=1).id), lambda: buffer.store(drive(4, hour=1))):
             step(); buffer.refresh(); buffer.sample()
-            state, right = through_json(buffer.state_dict()), None
+            state = through_json(buffer.state_dict())
             pool.store(drive(2, hour=7, driver=secrets.token_hex(3)))  # of which the state knows nothing
             other = harness.buffer(pool=pool, batch_size=16, capacity=capacity)
             other.load_state_dict(state)
