@@ -6,11 +6,11 @@ __version__ = "0.1.0"
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/names.ipynb #2e8e465a
+# %% ../nbs/names.ipynb #6109323a
 import importlib
 from typing import TYPE_CHECKING
 
-# %% ../nbs/names.ipynb #85ddc2ac
+# %% ../nbs/names.ipynb #9728e10a
 _HOME = {name: module for module, names in {
     "data.schema": ("Field", "Schema"),
     "data.core": ("Episode", "PoolQuery", "Record"),
@@ -19,11 +19,13 @@ _HOME = {name: module for module, names in {
     "storage.buffer.sampler": ("Episodes", "Sampler", "Uniform"),
     "storage.buffer.buffer": ("Batch", "Buffer"),
     "storage.buffer.memory": ("MemoryBuffer",),
+    "storage.pool.dask": ("DaskPool",),
+    "storage.buffer.dask": ("DaskBuffer",),
 }.items() for name in names}
 
-__all__ = [*_HOME]
+__all__ = [name for name in _HOME if not name.startswith("Dask")]  # what `import *` gives needs no extra
 
-# %% ../nbs/names.ipynb #954b849d
+# %% ../nbs/names.ipynb #9b74a0dd
 def __getattr__(name: str):
     "A public name, from the module that has it"
     if name not in _HOME: raise AttributeError(f"module 'data_io_nbdev' has no attribute {name!r}")
@@ -31,12 +33,14 @@ def __getattr__(name: str):
 
 def __dir__(): return sorted([*globals(), *_HOME])
 
-# %% ../nbs/names.ipynb #3f177a11
+# %% ../nbs/names.ipynb #4752555e
 if TYPE_CHECKING:
     from data_io_nbdev.data.core import Episode, PoolQuery, Record
     from data_io_nbdev.data.schema import Field, Schema
     from data_io_nbdev.storage.buffer.buffer import Batch, Buffer
+    from data_io_nbdev.storage.buffer.dask import DaskBuffer
     from data_io_nbdev.storage.buffer.memory import MemoryBuffer
     from data_io_nbdev.storage.buffer.sampler import Episodes, Sampler, Uniform
+    from data_io_nbdev.storage.pool.dask import DaskPool
     from data_io_nbdev.storage.pool.memory import MemoryPool
     from data_io_nbdev.storage.pool.pool import Pool, open_pool

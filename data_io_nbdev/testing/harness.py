@@ -489,7 +489,7 @@ def python(
     assert done.returncode == 0 and not done.stderr, done.stderr.decode()
     return done.stdout.decode()
 
-# %% ../../nbs/testing/harness.ipynb #dc137c23
+# %% ../../nbs/testing/harness.ipynb #d327609a
 PARTS = ("state", "action", "reward", "nstate")
 
 def trace(
@@ -498,8 +498,9 @@ def trace(
 ) -> None:
     "Assert that every row is, bit for bit, the step that it says it is"
     times = batch.timestamp.astype("int64").tolist()
+    episodes = {id: find(id) for id in set(batch.episode.tolist())}
     for i, (id, step, time) in enumerate(zip(batch.episode.tolist(), batch.step.tolist(), times)):
-        e = find(id)
+        e = episodes[id]
         at = int(np.searchsorted(e.times, time))
         assert e.times[at] == time and e.step[at] == step, f"row {i} is no step of {id}"
         for role, block in zip(PARTS, batch):
