@@ -1,11 +1,19 @@
 """`DaskBuffer` keeps every promise of a buffer wherever its rows are: in memory, on disk, on a cluster of two processes."""
+import os
+import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from data_io_nbdev import DaskPool, Episodes, MemoryBuffer, MemoryPool, PoolQuery
+from data_io_nbdev.errors import CorruptData, PoolUnavailable, QueryError
 from data_io_nbdev.storage.buffer.dask import DaskBuffer
-from data_io_nbdev.testing import BatchesOfBuffers, BufferContract, LakeHarness, Refreshing, RowsOfQueries, SameDraws
+from data_io_nbdev.storage.pool.delta import LocalLake
+from data_io_nbdev.testing import (BatchesOfBuffers, BufferContract, LakeHarness, Refreshing, RowsOfQueries, SameDraws, at_once, draws,
+                                   drive, python, rows, steps_of, through_json, trace)
 
 distributed = pytest.importorskip("distributed")
 
@@ -30,7 +38,7 @@ class ClusterHarness(LakeHarness): buffer = OnCluster
 @pytest.fixture(scope="module")
 def cluster():
     "Two worker processes, on this machine only"
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address=None) as cluster:
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0") as cluster:
         yield cluster
 
 
@@ -58,3 +66,194 @@ class TestOnCluster(BufferContract):
     def harness(self, tmp_path, client): return ClusterHarness(tmp_path)
 
     test_interpreter_exit = None  # a client belongs to its process, so another one has none
+
+
+@pytest.fixture
+def pool(tmp_path):
+    "Six drives, two of which are not linked"
+    pool = DaskPool(tmp_path / "lake")
+    pool.extend([drive(20, hour=h, linked=h % 3 > 0) for h in range(5)])
+    pool.store(drive(30, hour=9)[:10])
+    return pool
+
+
+@pytest.fixture
+def cache(tmp_path): return tmp_path / "cache"
+
+
+def make(pool, **options): return DaskBuffer(**{"pool": pool, "batch_size": 16, "seed": 3, **options})
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    "The paths of the files that were opened"
+    paths, really = [], LocalLake.open
+    monkeypatch.setattr(LocalLake, "open", lambda lake, file: paths.append(file.path) or really(lake, file))
+    return paths
+
+
+class TestReading:
+    def test_only_what_is_new(self, pool, opened):
+        "A file that the query cannot match is not opened; a refresh opens what came since"
+        pool.store(drive(5, hour=3, vehicle="other"))
+        buffer = make(pool, query=PoolQuery(vehicle="other"))
+        buffer.load()
+        assert len(opened) == 1 and len(buffer) == 5
+        pool.store(drive(6, hour=4, vehicle="other")); pool.store(drive(6, hour=5, vehicle="else"))
+        opened.clear()
+        assert buffer.refresh() == 6 and len(opened) == 1
+        opened.clear()
+        assert buffer.refresh() == 0 and opened == [] and len(pool.catalogue()) == 9 and opened == []
+
+    def test_order(self, tmp_path):
+        "Portions that are read at the same time enter in their order"
+        pool = DaskPool(tmp_path / "lake")
+        episodes = [drive(100, hour=h, vehicle="ABC"[h % 3]) for h in range(40)]
+        for e in reversed(episodes): pool.store(e)
+        pool.compact()
+        import data_io_nbdev.storage.pool.dask as lake
+        before, lake._WINDOW = lake._WINDOW, 5000
+        try: buffer = make(pool); buffer.load()
+        finally: lake._WINDOW = before
+        assert [(run.episode, run.serial) for run in buffer._view.rows.ledger.runs] == [(e.id, 100 * i) for i, e in enumerate(episodes)]
+        assert draws(buffer) == draws(MemoryBuffer(pool=pool, batch_size=16, seed=3))
+
+    def test_damage(self, pool, tmp_path):
+        "A damaged file stops loading with its name, and the buffer keeps what it had"
+        buffer = make(pool)
+        buffer.load()
+        before = rows(buffer)
+        path = tmp_path / "lake" / pool.snapshot()._parts(drive(30, hour=9).id, pool.version)[0].where[0].path
+        path.write_bytes(path.read_bytes()[:-20])
+        with pytest.raises(CorruptData, match=path.name): buffer.load()
+        path.unlink()
+        with pytest.raises(CorruptData, match=path.name): buffer.load()
+        assert [before[i] for i in sorted(before)] == [(run.episode, run.step + i) for run in buffer._view.rows.ledger.runs for i in range(len(run.times))]
+
+    @pytest.mark.parametrize("options", [{"resident": "disk"}, {"prefetch": 0}, {"resident": "cluster", "pool": MemoryPool()}, {"resident": "cluster"}])
+    def test_options(self, pool, options):
+        with pytest.raises(QueryError): make(**{"pool": pool, **options})
+
+
+class TestMappedRows:
+    def test_when(self, pool, cache):
+        "`auto` maps what is larger than `memory_limit`, and grows out of memory when it must"
+        small, large = (make(pool, memory_limit=n, cache=cache) for n in ("1 GB", "2 kB"))
+        assert draws(small) == draws(large) and len(list(cache.iterdir())) == 1
+        growing = make(pool, memory_limit=60_000, cache=cache, states="twice")
+        growing.load()
+        assert isinstance(growing._view.rows.data.base, (type(None), np.ndarray)) and growing._view.rows.data.base is None
+        for h in range(20, 40): pool.store(drive(60, hour=h))
+        growing.refresh()
+        assert growing._view.rows.data.base is not None and draws(growing) and len(growing) == 110 + 1200
+
+    @pytest.mark.parametrize("states", ["once", "twice"])
+    def test_recalled(self, pool, cache, opened, states):
+        "The next process reads no file, draws the same, and goes on with what is new; a query or a version of its own is an entry of its own"
+        mapped = dict(resident="mapped", cache=cache, states=states)
+        first = make(pool, **mapped)
+        right = draws(first)
+        opened.clear()
+        again = make(pool, **mapped)
+        assert draws(again) == right and opened == [] and again._view.trail == first._view.trail
+        pool.store(drive(30, hour=9)); pool.delete(drive(20, hour=1).id); pool.store(drive(4, hour=2, seed=5), overwrite=True)
+        assert again.refresh() == 24 and first.refresh() == 24 and rows(again) == rows(first)
+        plain = MemoryBuffer(pool=pool, batch_size=16)
+        plain.load_state_dict(through_json(again.state_dict()))
+        assert draws(plain) == draws(again)
+        third = make(pool, query=PoolQuery(time=("2026-01-01T02:00:02Z", "2026-01-01T03:00:05Z")), **mapped)
+        assert draws(third) == draws(MemoryBuffer(pool=pool, batch_size=16, seed=3, query=third.query))
+        assert len(list(cache.iterdir())) == 2
+
+    def test_at_once(self, pool, cache):
+        "Processes that build the same entry at the same time all draw the same, and leave one entry"
+        code = """
+import pickle, sys
+from data_io_nbdev import DaskBuffer
+from data_io_nbdev.testing import draws
+pool, cache = pickle.load(sys.stdin.buffer)
+print(draws(DaskBuffer(pool=pool, batch_size=16, seed=3, resident="mapped", cache=cache)))
+"""
+        said = at_once(*[lambda: python(code, (pool, cache))] * 3)
+        assert len(set(said)) == 1 and len(list(cache.iterdir())) == 1
+
+    def test_damaged_entry(self, pool, cache):
+        "An entry that is cut, or lacks a file, is made again"
+        for name in ("rows.bin", "times.npy", "runs.npy"):
+            right = draws(make(pool, resident="mapped", cache=cache))
+            (entry,) = cache.iterdir()
+            os.truncate(entry / name, 100)
+            assert draws(make(pool, resident="mapped", cache=cache)) == right
+            os.remove(entry / name)
+            assert draws(make(pool, resident="mapped", cache=cache)) == right and len(list(cache.iterdir())) == 1
+
+    def test_bounded(self, pool, cache):
+        "The cache keeps to its limit; what is open stays readable when its entry goes"
+        buffers = [make(pool, resident="mapped", cache=cache, cache_limit="40 kB", query=PoolQuery(ids=[e.id for e in list(pool)[:n]])) for n in (1, 2, 3, 4)]
+        for buffer in buffers: trace(buffer.sample(), pool.__getitem__)
+        assert 1 <= len(list(cache.iterdir())) < 4
+        for buffer in buffers: trace(buffer.sample(), pool.__getitem__)
+
+    def test_no_room(self, pool, cache, monkeypatch):
+        "A full disk is a typed error, and what was loaded before stays"
+        buffer = make(pool, resident="mapped", cache=cache)
+        buffer.load()
+        def full(*args): raise OSError(28, "No space left on device")
+        monkeypatch.setattr(os, "posix_fallocate", full)
+        pool.store(drive(50, hour=11))
+        with pytest.raises(PoolUnavailable, match="no room"): buffer.load()
+        assert len(buffer) == 110 and [p for p in cache.iterdir() if p.name.startswith(".")] == []
+        trace(buffer.sample(), pool.__getitem__)
+
+    def test_ring(self, pool, cache):
+        "A ring on disk is private: nothing is left of it"
+        ring, plain = make(pool, resident="mapped", cache=cache, capacity=37), MemoryBuffer(pool=pool, batch_size=16, seed=3, capacity=37)
+        assert draws(ring) == draws(plain)
+        for h in range(20, 30):
+            pool.store(drive(9, hour=h)); ring.refresh(); plain.refresh()
+            assert draws(ring) == draws(plain)
+        assert list(cache.iterdir()) == []
+
+
+class TestClusterRows:
+    def test_ahead(self, pool, client):
+        "Whatever comes between two batches, they are what a buffer in memory draws"
+        far, near = make(pool, resident="cluster", prefetch=4), MemoryBuffer(pool=pool, batch_size=16, seed=3)
+        for step in range(30):
+            assert draws(far, 3) == draws(near, 3)
+            if step % 7 == 1: assert draws(far, 1) == draws(near, 1) and far.sample(5).index.tolist() == near.sample(5).index.tolist()
+            if step % 7 == 2: pool.store(drive(5, hour=20 + step)); assert far.refresh() == near.refresh() == 5
+            if step % 7 == 3: far.load_state_dict(through_json(near.state_dict()))
+            if step % 7 == 4: near.load_state_dict(through_json(far.state_dict()))
+            if step % 7 == 5: far.sampler, near.sampler = Episodes(), Episodes()
+            if step % 7 == 6: far.load(); near.load()
+
+    @pytest.mark.parametrize("options", [{"capacity": 33}, {"states": "once"}, {"states": "twice"},
+                                         {"query": PoolQuery(time=("2026-01-01T01:00:02Z", "2026-01-01T03:00:05Z"))}])
+    def test_like_memory(self, pool, client, options):
+        far, near = make(pool, resident="cluster", **options), MemoryBuffer(pool=pool, batch_size=16, seed=3, **options)
+        assert draws(far) == draws(near) and len(far) == len(near) and far.nbytes > 0
+        pool.delete(drive(20, hour=2).id); pool.store(drive(30, hour=9))
+        assert far.refresh() == near.refresh() and draws(far) == draws(near) and rows(far, pool.snapshot().__getitem__) == rows(near)
+
+    def test_a_worker_dies(self, pool):
+        "Its rows are read again, by another worker, and the batches go on as they would have"
+        with distributed.LocalCluster(n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0") as cluster:
+            with distributed.Client(cluster) as client:
+                import data_io_nbdev.storage.buffer.dask as module
+                before, module._CHUNK = module._CHUNK, 2000
+                far, near = make(pool, resident="cluster", prefetch=2), MemoryBuffer(pool=pool, batch_size=16, seed=3)
+                try: far.load()
+                finally: module._CHUNK = before
+                assert draws(far) == draws(near) and len(far._view.rows.chunks) > 2
+                os.kill(next(iter(client.run(os.getpid).values())), signal.SIGKILL)
+                for _ in range(5): assert draws(far) == draws(near)
+
+    def test_compacted_meanwhile(self, pool, client):
+        "A pool that was compacted and vacuumed between two looks is read from where its steps are now"
+        far, near = make(pool, resident="cluster"), MemoryBuffer(pool=pool, batch_size=16, seed=3)
+        assert draws(far) == draws(near)
+        other = DaskPool(pool.url)
+        other.store(drive(8, hour=15)); other.compact(); time.sleep(0.01); other.vacuum("0s", dry_run=False)
+        far.load(); near.load()
+        assert draws(far) == draws(near)

@@ -16,13 +16,13 @@ import numpy as np
 # %% auto #0
 __all__ = ['in_parallel', 'LakeHome', 'DaskBuffer']
 
-# %% ../../../nbs/storage/buffer/dask.ipynb #187fc51e
-from ...errors import QueryError, require
+# %% ../../../nbs/storage/buffer/dask.ipynb #de9db70b
+from ...errors import CorruptData, QueryError, require
 from ...data.schema import Schema
 from ...data.core import Episode
 from ..pool.pool import Part, Pool
 from ..pool.parquet import in_bulk
-from ..pool.dask import DaskPool, read_window, windows
+from ..pool.dask import DaskPool, part_now, read_window, windows
 from .rows import Rows, row_dtype
 from .view import Home, View, enter_part, keep_once, note_part
 from .buffer import Batch, Buffer
@@ -49,7 +49,7 @@ def in_parallel(
 def _first(read: Callable, _: None) -> Any: return read()
 def _both(enter: Callable, portion: Any, found: Any, _: None) -> None: enter(portion, found)
 
-# %% ../../../nbs/storage/buffer/dask.ipynb #06c9afe1
+# %% ../../../nbs/storage/buffer/dask.ipynb #339ee0db
 class LakeHome(Home):
     "The home that a `DaskBuffer` gives the rows of one view"
     def __init__(self, buffer: DaskBuffer):
@@ -95,7 +95,11 @@ class LakeHome(Home):
     def _chunks(self, parts: Sequence[Part]) -> list[list[Part]]:
         return list(in_bulk(parts, lambda part: part.nbytes, max(_CHUNK, sum(part.nbytes for part in parts) // 64)))
 
-    def _request(self, view: View, chunk: Sequence[Part]) -> tuple: return view.rows.request(view.pool.lake, chunk, view.query)
+    def _request(self, view: View, chunk: Sequence[Part]) -> tuple:
+        try: return view.rows.request(view.pool.lake, chunk, view.query)
+        except FileNotFoundError: now = [part_now(view.pool, part) for part in chunk]  # perhaps it was compacted meanwhile
+        try: return view.rows.request(view.pool.lake, now, view.query)
+        except FileNotFoundError as e: raise CorruptData(f"a file of {view.pool!r} is missing: {e}") from e
 
     def _enter_chunks(self, view: View, parts: Sequence[Part], found: Iterable[tuple]) -> None:
         def enter(chunk: Sequence[Part], found: tuple) -> None:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple, Optional
 import pandas as pd  # type: ignore
 
 # %% auto #0
-__all__ = ['windows', 'read_window', 'write_files', 'files_of', 'DaskPool', 'living']
+__all__ = ['windows', 'read_window', 'write_files', 'files_of', 'DaskPool', 'part_now', 'living']
 
 # %% ../../../nbs/storage/pool/dask.ipynb #bcb5fae2
 from ...errors import CorruptData, DataIOError, PoolNotFound, PoolUnavailable, QueryError, SnapshotNotFound
@@ -26,8 +26,8 @@ from .pool import Commit, Index, Part, Pool, check_writable, damage, damage_line
 from .parquet import File, in_bulk, parquet_bytes, read_episodes
 from .delta import Entry, Lake, open_lake
 
-# %% ../../../nbs/storage/pool/dask.ipynb #e9e12d6f
-_WINDOW = 32 << 20  # Bytes of steps that are read at once
+# %% ../../../nbs/storage/pool/dask.ipynb #bdc871a8
+_WINDOW = 4 << 20  # Bytes of steps that are read at once
 
 def windows(
     parts: Iterable[Part], # In the order in which they are wanted
@@ -170,7 +170,7 @@ def _removed(pool: DaskPool, entry: Entry) -> Commit:
     hide = {part.id: None for part in pool._index.every_part() if part.where[0].path in gone} if gone else ()
     return entry.commit._replace(hide=tuple(hide))
 
-# %% ../../../nbs/storage/pool/dask.ipynb #4d6bf412
+# %% ../../../nbs/storage/pool/dask.ipynb #71440a0e
 def _read(pool: DaskPool, parts: Sequence[Part]) -> Iterator[Episode]:
     schema = pool._index.schema
     for window in windows(parts):
@@ -182,10 +182,14 @@ def _read(pool: DaskPool, parts: Sequence[Part]) -> Iterator[Episode]:
 def _reread(pool: DaskPool, schema: Schema, part: Part) -> Episode:
     "A part, wherever it is now"
     try: return read_window(pool.lake, schema, [part])[0]
-    except FileNotFoundError: now = pool._catch_up(pool._head()).place(part)
-    if now is None: raise SnapshotNotFound(f"episode {part.id}: the versions that had it were given up; the oldest is {pool._index.oldest}")
+    except FileNotFoundError: now = part_now(pool, part)
     try: return read_window(pool.lake, schema, [now])[0]
     except FileNotFoundError: raise CorruptData(f"episode {part.id} cannot be read: {now.where[0].path} is missing") from None
+
+def part_now(pool: DaskPool, part: Part) -> Part:
+    "A part where its steps are now; raises `SnapshotNotFound` where the versions that had it were given up"
+    if now := pool._catch_up(pool._head()).place(part): return now
+    raise SnapshotNotFound(f"episode {part.id}: the versions that had it were given up; the oldest is {pool._index.oldest}")
 
 # %% ../../../nbs/storage/pool/dask.ipynb #3988a139
 def living(
