@@ -191,7 +191,7 @@ def part_now(pool: DaskPool, part: Part) -> Part:
     if now := pool._catch_up(pool._head()).place(part): return now
     raise SnapshotNotFound(f"episode {part.id}: the versions that had it were given up; the oldest is {pool._index.oldest}")
 
-# %% ../../../nbs/storage/pool/dask.ipynb #3988a139
+# %% ../../../nbs/storage/pool/dask.ipynb #6227d848
 def living(
     index: Index,
     version: int, # At which
@@ -209,10 +209,7 @@ def _put(pool: DaskPool, commit: Commit) -> bool:
         touched = [ps for ps in living(index, commit.number - 1).values() if not {p.id for p in ps}.isdisjoint(commit.hide)]
         gone = files_of(p for ps in touched for p in ps)
         moved = _move(pool, [p for ps in touched for p in ps if p.id not in set(commit.hide)])
-    try: done = _commit(pool, commit._replace(move=tuple(moved)), gone)
-    except BaseException:
-        pool._drop(moved)
-        raise
+    done = _commit(pool, commit._replace(move=tuple(moved)), gone)
     if not done: pool._drop(moved)
     return done
 
@@ -230,9 +227,13 @@ def _commit(pool: DaskPool, commit: Commit, gone: tuple[File, ...]) -> bool:
         for file in entry.files:
             if pool.lake.age(file.path) > pool.grace / 2:
                 raise PoolUnavailable(f"{pool!r}: steps waited longer than half of grace={pool.grace:g} s for their commit; store them again")
-        return pool.lake.put(entry, commit.schema or pool._index.schema)
+        try: return pool.lake.put(entry, commit.schema or pool._index.schema)
+        except BaseException:  # what nobody can have seen is taken back; in doubt it stays, and `repair` looks again
+            with suppress(DataIOError, OSError):
+                if pool.lake.settled and pool.lake.head() < commit.number: pool.lake.remove(file.path for file in entry.files)
+            raise
 
-# %% ../../../nbs/storage/pool/dask.ipynb #45951951
+# %% ../../../nbs/storage/pool/dask.ipynb #412389eb
 _ROUND = 8  # So many times `size` is rewritten in one commit
 
 def _small_files(pool: DaskPool, version: int, size: int) -> list[list[Part]]:
@@ -248,7 +249,9 @@ def _compact(pool: DaskPool, size: int) -> int:
     done = 0
     while chosen := _small_files(pool, version := pool.version, size):
         parts = sorted((p for ps in chosen for p in ps), key=lambda part: (part.who, part.start, part.offset))
-        moved = [p for bulk in in_bulk(parts, lambda p: p.nbytes, size) for p in _move(pool, bulk)]
+        bulks = list(in_bulk(parts, lambda p: p.nbytes, min(size, _FILE)))
+        if len(bulks) >= len(chosen): break  # it would not become fewer
+        moved = [p for bulk in bulks for p in _move(pool, bulk)]
         if _replace_files(pool, version, files_of(parts), moved): done += len(chosen)
         else: pool._drop(moved)
     return done
@@ -259,11 +262,7 @@ def _replace_files(pool: DaskPool, version: int, old: Sequence[File], moved: Seq
     while True:
         now = pool.version
         if any(file.path in paths for entry in pool.lake.entries(version, now) for file in entry.gone): return False
-        try:
-            if _commit(pool, Commit(now + 1, secrets.token_hex(16), move=tuple(moved)), tuple(old)): return True
-        except BaseException:
-            pool._drop(moved)
-            raise
+        if _commit(pool, Commit(now + 1, secrets.token_hex(16), move=tuple(moved)), tuple(old)): return True
         version = now
 
 # %% ../../../nbs/storage/pool/dask.ipynb #52c83a04
