@@ -255,7 +255,7 @@ def _own(actions: list[dict]) -> list[dict]:
     facts = next((a["commitInfo"][_FACTS] for a in actions if _FACTS in a.get("commitInfo", ())), None)
     return actions if facts is None else [{"commitInfo": {_FACTS: facts}}]
 
-# %% ../../../nbs/storage/pool/delta.ipynb #20ab994b
+# %% ../../../nbs/storage/pool/delta.ipynb #6c4baf30
 class LocalLake(Lake):
     "A table in a folder"
     def __init__(self, url: str):
@@ -277,6 +277,7 @@ class LocalLake(Lake):
         number = entry.commit.number
         lines = [*(_create(self, schema) if number == 1 else ()), *_lines(entry, schema)]
         if not _link(self, number, lines): return False
+        self._seen = max(self._seen, number)
         if number % _INTERVAL == 0: _tidy(self, number)
         return True
 
