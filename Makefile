@@ -32,7 +32,7 @@ demo: $(VENV)/with-demo ## run the demonstration
 
 test: export ## run the tests and every notebook, with coverage; FLAGS="mongo slow" adds the flagged cells
 	@echo "Testing tests/ and every notebook under nbs/$(if $(FLAGS), with $(FLAGS))"
-	@$(BIN)/python -m pytest --cov --flags "$(FLAGS)"
+	@$(BIN)/python -m pytest --cov --numprocesses 2 --dist loadscope --flags "$(FLAGS)"
 
 bench: $(VENV)/with-dev $(VENV)/with-bench ## run the benchmarks
 	@$(BIN)/python benchmarks/run.py

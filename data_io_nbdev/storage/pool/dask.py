@@ -18,15 +18,15 @@ import pandas as pd  # type: ignore
 # %% auto #0
 __all__ = ['windows', 'read_window', 'write_files', 'files_of', 'DaskPool', 'part_now', 'living']
 
-# %% ../../../nbs/storage/pool/dask.ipynb #bcb5fae2
-from ...errors import CorruptData, DataIOError, PoolNotFound, PoolUnavailable, QueryError, SnapshotNotFound
+# %% ../../../nbs/storage/pool/dask.ipynb #e5d37ae8
+from ...errors import CorruptData, DataIOError, PoolNotFound, PoolUnavailable, QueryError, SchemaError, SnapshotNotFound
 from ...data.schema import Schema
 from ...data.core import Episode
 from .pool import Commit, Index, Part, Pool, check_writable, damage, damage_line, safe_url
 from .parquet import File, in_bulk, parquet_bytes, read_episodes
 from .delta import Entry, Lake, open_lake
 
-# %% ../../../nbs/storage/pool/dask.ipynb #bdc871a8
+# %% ../../../nbs/storage/pool/dask.ipynb #5be98697
 _WINDOW = 4 << 20  # Bytes of steps that are read at once
 
 def windows(
@@ -58,13 +58,14 @@ def _run(parts: Sequence[Part], order: Sequence[int]) -> list[int]:
         run.append(i)
     return run
 
-def _read_run(lake: Lake, schema: Schema, run: Sequence[Part]) -> list[Episode]:
+def _read_run(lake: Lake, schema: Schema, run: Sequence[Part], whole: bool = False) -> list[Episode]:
     path = run[0].where[0].path
     try:
-        file = lake.open(run[0].where[0])
+        file = lake.open(run[0].where[0], whole)
         with file: return read_episodes(file, schema, [(part, part.where[1]) for part in run])
-    except FileNotFoundError: raise
+    except (FileNotFoundError, PoolUnavailable): raise
     except Exception as e:
+        if not (lake.settled or whole): return _read_run(lake, schema, run, whole=True)  # it may be the store that failed
         if len(run) > 1: return [episode for part in run for episode in _read_run(lake, schema, [part])]
         raise CorruptData(f"episode {run[0].id} cannot be read from {path}: {e}") from e
 
@@ -95,7 +96,7 @@ def files_of(parts: Iterable[Part]) -> tuple[File, ...]:
     "The files in which parts are, each once"
     return tuple({part.where[0].path: part.where[0] for part in parts}.values())
 
-# %% ../../../nbs/storage/pool/dask.ipynb #deda5bc2
+# %% ../../../nbs/storage/pool/dask.ipynb #c44582a1
 class DaskPool(Pool):
     "Episodes in a Delta Lake table, in a folder or in an object store"
     durable: ClassVar[bool] = True
@@ -107,6 +108,7 @@ class DaskPool(Pool):
         grace: str | pd.Timedelta = "24h", # How long a writer may take before `repair` counts its files as left behind
     ):
         self.lake, self.grace = open_lake(os.fspath(url), storage_options), pd.Timedelta(grace).total_seconds()
+        self._layout = _Layout()
         super().__init__(safe_url(self.lake.url), mode)
         with _reachable(self):
             if not self.lake.check() and mode == "r": raise PoolNotFound(f"no pool at {self.url!r}; mode='a' creates one")
@@ -159,16 +161,49 @@ def _reachable(pool: DaskPool) -> Iterator[None]:
     except DataIOError: raise
     except OSError as e: raise PoolUnavailable(f"{pool.url!r}: {e}") from e
 
-# %% ../../../nbs/storage/pool/dask.ipynb #92b894b6
+# %% ../../../nbs/storage/pool/dask.ipynb #867da1f4
+class _Layout:
+    "Where the table's rows are, as far as that is not where a pool put them"
+    def __init__(self):
+        self.theirs: dict[str, File] = {}  # Files of other engines
+        self.ours: set[str] = set()  # Files of the pool whose rows are in those
+        self.number = 0  # Of the newest entry that was followed
+
+    def follow(self, entry: Entry) -> Commit:
+        "Take note of an entry, once"
+        if entry.commit.number <= self.number: return entry.commit
+        self.number, gone, before = entry.commit.number, {file.path for file in entry.gone}, self.theirs
+        self.theirs = {path: file for path, file in before.items() if path not in gone}
+        if entry.files and not entry.commit.token:
+            self.theirs.update((file.path, file) for file in entry.files)
+            self.ours = self.ours | gone - before.keys()
+        if not self.theirs: self.ours = set()
+        return entry.commit
+
+def _put_back(pool: DaskPool, number: int) -> bool:
+    "Whether files had to be put back, by a commit of its own"
+    theirs, ours = pool._layout.theirs, pool._layout.ours
+    if not theirs: return False
+    back = [p for path, ps in living(pool._index, number - 1).items() if path in ours for p in ps]
+    entry = Entry(Commit(number, secrets.token_hex(16), move=tuple(back)), files_of(back), tuple(theirs.values()), time.time_ns() // 1_000_000)
+    with _reachable(pool): pool.lake.put(entry, pool._index.schema)
+    return True
+
 def _changes(pool: DaskPool, after: int, upto: int) -> Iterator[Commit]:
     with _reachable(pool):
         for entry in pool.lake.entries(after, upto):
-            yield entry.commit if entry.commit.token else _removed(pool, entry)
+            yield pool._layout.follow(entry) if entry.commit.token else _of_others(pool, entry)
 
-def _removed(pool: DaskPool, entry: Entry) -> Commit:
-    gone = {file.path for file in entry.gone}
+def _of_others(pool: DaskPool, entry: Entry) -> Commit:
+    gone, layout = {file.path for file in entry.gone}, pool._layout
+    if entry.files: return layout.follow(entry)
+    if theirs := gone & layout.theirs.keys():
+        if theirs != layout.theirs.keys():
+            raise SchemaError(f"commit {entry.commit.number} removed some of the files that another engine had laid out anew, and nobody "
+                              f"can say which episodes those are; snapshot({entry.commit.number - 1}) reads what was there before")
+        gone |= layout.ours
     hide = {part.id: None for part in pool._index.every_part() if part.where[0].path in gone} if gone else ()
-    return entry.commit._replace(hide=tuple(hide))
+    return layout.follow(entry)._replace(hide=tuple(hide))
 
 # %% ../../../nbs/storage/pool/dask.ipynb #71440a0e
 def _read(pool: DaskPool, parts: Sequence[Part]) -> Iterator[Episode]:
@@ -191,7 +226,7 @@ def part_now(pool: DaskPool, part: Part) -> Part:
     if now := pool._catch_up(pool._head()).place(part): return now
     raise SnapshotNotFound(f"episode {part.id}: the versions that had it were given up; the oldest is {pool._index.oldest}")
 
-# %% ../../../nbs/storage/pool/dask.ipynb #6227d848
+# %% ../../../nbs/storage/pool/dask.ipynb #fcf9c50f
 def living(
     index: Index,
     version: int, # At which
@@ -204,14 +239,22 @@ def living(
 
 def _put(pool: DaskPool, commit: Commit) -> bool:
     if pool._head() >= commit.number: return False
-    index, moved, gone = pool._catch_up(commit.number - 1), [], ()
-    if commit.hide:
-        touched = [ps for ps in living(index, commit.number - 1).values() if not {p.id for p in ps}.isdisjoint(commit.hide)]
-        gone = files_of(p for ps in touched for p in ps)
-        moved = _move(pool, [p for ps in touched for p in ps if p.id not in set(commit.hide)])
+    try:
+        index = pool._catch_up(commit.number - 1)
+        if _put_back(pool, commit.number): return False
+        gone, moved = _make_room(pool, index, commit)
+    except BaseException:  # nobody has heard of the new steps
+        with suppress(DataIOError): pool._drop(commit.put)
+        raise
     done = _commit(pool, commit._replace(move=tuple(moved)), gone)
     if not done: pool._drop(moved)
     return done
+
+def _make_room(pool: DaskPool, index: Index, commit: Commit) -> tuple[tuple[File, ...], list[Part]]:
+    "The files that hold what a commit hides, and their other parts in new files"
+    if not commit.hide: return (), []
+    touched = [ps for ps in living(index, commit.number - 1).values() if not {p.id for p in ps}.isdisjoint(commit.hide)]
+    return files_of(p for ps in touched for p in ps), _move(pool, [p for ps in touched for p in ps if p.id not in set(commit.hide)])
 
 def _move(pool: DaskPool, parts: Sequence[Part]) -> list[Part]:
     "Parts in new files, in this order"
@@ -233,7 +276,7 @@ def _commit(pool: DaskPool, commit: Commit, gone: tuple[File, ...]) -> bool:
                 if pool.lake.settled and pool.lake.head() < commit.number: pool.lake.remove(file.path for file in entry.files)
             raise
 
-# %% ../../../nbs/storage/pool/dask.ipynb #412389eb
+# %% ../../../nbs/storage/pool/dask.ipynb #8c7749f9
 _ROUND = 8  # So many times `size` is rewritten in one commit
 
 def _small_files(pool: DaskPool, version: int, size: int) -> list[list[Part]]:
@@ -246,6 +289,7 @@ def _small_files(pool: DaskPool, version: int, size: int) -> list[list[Part]]:
 
 def _compact(pool: DaskPool, size: int) -> int:
     check_writable(pool)
+    while _put_back(pool, pool._catch_up(pool.version).number + 1): pass
     done = 0
     while chosen := _small_files(pool, version := pool.version, size):
         parts = sorted((p for ps in chosen for p in ps), key=lambda part: (part.who, part.start, part.offset))
@@ -265,17 +309,17 @@ def _replace_files(pool: DaskPool, version: int, old: Sequence[File], moved: Seq
         if _commit(pool, Commit(now + 1, secrets.token_hex(16), move=tuple(moved)), tuple(old)): return True
         version = now
 
-# %% ../../../nbs/storage/pool/dask.ipynb #52c83a04
+# %% ../../../nbs/storage/pool/dask.ipynb #5c0c7010
 def _vacuum(pool: DaskPool, older_than: str | pd.Timedelta, dry_run: bool) -> list[str]:
     try: seconds = pd.Timedelta(older_than).total_seconds()
     except ValueError as e: raise QueryError(f"older_than: expected a duration such as '365D', got {older_than!r}") from e
     if not seconds >= 0: raise QueryError(f"older_than: expected a duration from 0, got {older_than!r}")
     if not dry_run: check_writable(pool)
-    then, entries = (time.time() - seconds) * 1000, list(pool.lake.entries(0, pool.version))
+    with _reachable(pool): there, entries = pool.lake.listing(), list(pool.lake.entries(0, pool.version))
+    then = (time.time() - seconds) * 1000
     oldest = next((e.commit.number - 1 for e in entries if e.time > then), len(entries))  # the newest one of that time
-    there = pool.lake.listing()
     lines = {f.path: f"{f.path}, {f.size} bytes: not needed since version {e.commit.number}"
-             for e in entries[:oldest] for f in e.gone if f.path in there}
+             for e in entries[:oldest] if e.commit.token or not e.files for f in e.gone if f.path in there}
     if not dry_run:
         while oldest > pool._oldest():
             with _reachable(pool): pool.lake.put(Entry(Commit(pool.version + 1, secrets.token_hex(16), oldest=oldest),
