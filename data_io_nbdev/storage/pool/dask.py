@@ -69,18 +69,19 @@ def _read_run(lake: Lake, schema: Schema, run: Sequence[Part], whole: bool = Fal
         if len(run) > 1: return [episode for part in run for episode in _read_run(lake, schema, [part])]
         raise CorruptData(f"episode {run[0].id} cannot be read from {path}: {e}") from e
 
-# %% ../../../nbs/storage/pool/dask.ipynb #c31e3014
+# %% ../../../nbs/storage/pool/dask.ipynb #9160b0f2
 _FILE = 128 << 20  # Bytes of steps in a file
 
 def write_files(
     lake: Lake,
     token: str, # Random; the files are called after it
     parts: Iterable[tuple[Part, Episode]], # In the order that they shall have
+    size: int = _FILE, # Bytes of steps in a file
 ) -> list[Part]: # With their places
     "Write steps that nobody sees yet: all of them, or none"
     placed: list[Part] = []
     try:
-        for i, bulk in enumerate(in_bulk(parts, lambda pair: pair[1].nbytes, _FILE)):
+        for i, bulk in enumerate(in_bulk(parts, lambda pair: pair[1].nbytes, size)):
             file, content = parquet_bytes(f"{token}-{i}.parquet", bulk)
             lake.write(file.path, content)
             row = 0
@@ -226,7 +227,7 @@ def part_now(pool: DaskPool, part: Part) -> Part:
     if now := pool._catch_up(pool._head()).place(part): return now
     raise SnapshotNotFound(f"episode {part.id}: the versions that had it were given up; the oldest is {pool._index.oldest}")
 
-# %% ../../../nbs/storage/pool/dask.ipynb #fcf9c50f
+# %% ../../../nbs/storage/pool/dask.ipynb #524f6435
 def living(
     index: Index,
     version: int, # At which
@@ -256,12 +257,12 @@ def _make_room(pool: DaskPool, index: Index, commit: Commit) -> tuple[tuple[File
     touched = [ps for ps in living(index, commit.number - 1).values() if not {p.id for p in ps}.isdisjoint(commit.hide)]
     return files_of(p for ps in touched for p in ps), _move(pool, [p for ps in touched for p in ps if p.id not in set(commit.hide)])
 
-def _move(pool: DaskPool, parts: Sequence[Part]) -> list[Part]:
+def _move(pool: DaskPool, parts: Sequence[Part], size: int = _FILE) -> list[Part]:
     "Parts in new files, in this order"
     def sound(part: Part, episode: Episode) -> tuple[Part, Episode]:
         if replace(episode).digest != part.digest: raise CorruptData(f"episode {part.id} in {part.where[0].path} is not what was stored")
         return part, episode
-    with _reachable(pool): return write_files(pool.lake, secrets.token_hex(16), map(sound, parts, pool._read(parts)))
+    with _reachable(pool): return write_files(pool.lake, secrets.token_hex(16), map(sound, parts, pool._read(parts)), size)
 
 def _commit(pool: DaskPool, commit: Commit, gone: tuple[File, ...]) -> bool:
     "Make this commit N, if nobody has"
@@ -276,7 +277,7 @@ def _commit(pool: DaskPool, commit: Commit, gone: tuple[File, ...]) -> bool:
                 if pool.lake.settled and pool.lake.head() < commit.number: pool.lake.remove(file.path for file in entry.files)
             raise
 
-# %% ../../../nbs/storage/pool/dask.ipynb #8c7749f9
+# %% ../../../nbs/storage/pool/dask.ipynb #7594ae80
 _ROUND = 8  # So many times `size` is rewritten in one commit
 
 def _small_files(pool: DaskPool, version: int, size: int) -> list[list[Part]]:
@@ -290,12 +291,11 @@ def _small_files(pool: DaskPool, version: int, size: int) -> list[list[Part]]:
 def _compact(pool: DaskPool, size: int) -> int:
     check_writable(pool)
     while _put_back(pool, pool._catch_up(pool.version).number + 1): pass
-    done = 0
+    done, limit = 0, min(size, _FILE)
     while chosen := _small_files(pool, version := pool.version, size):
         parts = sorted((p for ps in chosen for p in ps), key=lambda part: (part.who, part.start, part.offset))
-        bulks = list(in_bulk(parts, lambda p: p.nbytes, min(size, _FILE)))
-        if len(bulks) >= len(chosen): break  # it would not become fewer
-        moved = [p for bulk in bulks for p in _move(pool, bulk)]
+        if len(list(in_bulk(parts, lambda p: p.nbytes, limit))) >= len(chosen): break  # it would not become fewer
+        moved = _move(pool, parts, limit)
         if _replace_files(pool, version, files_of(parts), moved): done += len(chosen)
         else: pool._drop(moved)
     return done
@@ -309,15 +309,16 @@ def _replace_files(pool: DaskPool, version: int, old: Sequence[File], moved: Seq
         if _commit(pool, Commit(now + 1, secrets.token_hex(16), move=tuple(moved)), tuple(old)): return True
         version = now
 
-# %% ../../../nbs/storage/pool/dask.ipynb #5c0c7010
+# %% ../../../nbs/storage/pool/dask.ipynb #76c0c71a
 def _vacuum(pool: DaskPool, older_than: str | pd.Timedelta, dry_run: bool) -> list[str]:
     try: seconds = pd.Timedelta(older_than).total_seconds()
     except ValueError as e: raise QueryError(f"older_than: expected a duration such as '365D', got {older_than!r}") from e
     if not seconds >= 0: raise QueryError(f"older_than: expected a duration from 0, got {older_than!r}")
     if not dry_run: check_writable(pool)
     with _reachable(pool): there, entries = pool.lake.listing(), list(pool.lake.entries(0, pool.version))
-    then = (time.time() - seconds) * 1000
-    oldest = next((e.commit.number - 1 for e in entries if e.time > then), len(entries))  # the newest one of that time
+    then, times = (time.time() - seconds) * 1000, [e.time for e in entries]
+    for i in range(len(times) - 2, -1, -1): times[i] = times[i] or times[i + 1]  # another engine need not say when; it was before the next
+    oldest = next((i for i, t in enumerate(times) if t > then or not t), len(times))  # the newest one of that time
     lines = {f.path: f"{f.path}, {f.size} bytes: not needed since version {e.commit.number}"
              for e in entries[:oldest] if e.commit.token or not e.files for f in e.gone if f.path in there}
     if not dry_run:
