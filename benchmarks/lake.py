@@ -11,8 +11,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Optional
 
 import pyarrow.parquet as pq
 
@@ -33,7 +36,7 @@ lake, cache, limit = sys.argv[1], sys.argv[2], int(sys.argv[3])
 buffer = DaskBuffer(pool=DaskPool(lake, "r"), batch_size=64, memory_limit=limit, cache=cache, progress=False)
 buffer.load()
 loading, peak = peak, 0
-for _ in range(5000): buffer.sample()
+for _ in range(1000): buffer.sample()
 print(json.dumps([loading, peak, buffer.nbytes, buffer._view.home.key is not None]))
 """
 OPEN = """
@@ -76,13 +79,32 @@ def drawing(pool: DaskPool, folder: Path, batch: int, rounds: int) -> dict[str, 
     return medians({name: buffer.sample for name, buffer in buffers.items()}, rounds, 200)
 
 
-def anonymous(lake: Path, folder: Path) -> tuple[int, int, int]:
-    "Peaks of anonymous memory while loading and while drawing, and the limit, a fifth of the bytes of the rows"
+@contextmanager
+def cgroup(limit: int) -> Iterator[Optional[Path]]:
+    "A cgroup of so many bytes, page cache included: the file that takes processes in; `None` where this machine lets us make none"
+    root = Path("/sys/fs/cgroup")
+    parent, name = (root / "memory", "memory.limit_in_bytes") if (root / "memory").is_dir() else (root, "memory.max")
+    group = parent / f"data_io_nbdev-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / name).write_text(str(limit))
+        made = group / "cgroup.procs"
+    except OSError: made = None
+    try: yield made
+    finally:
+        with suppress(OSError): group.rmdir()
+
+
+def anonymous(lake: Path, folder: Path) -> tuple[int, int, int, bool]:
+    """Peaks of anonymous memory while loading and while drawing; the limit, a fifth of the bytes of the rows; and whether a cgroup
+    of that limit and 300 MB held the process, which then was not ended for want of memory"""
     limit = int(DaskPool(lake, "r").catalogue()["bytes"].sum()) // 10  # each state counts twice there, and is kept once
-    done = subprocess.run([sys.executable, "-c", ANON, lake, folder, str(limit)], capture_output=True, text=True, check=True)
+    with cgroup(limit + (300 << 20)) as procs:
+        done = subprocess.run([sys.executable, "-c", ANON, lake, folder, str(limit)], capture_output=True, text=True, check=True,
+                              preexec_fn=procs and (lambda: procs.write_text(str(os.getpid()))))
     load, draw, nbytes, mapped = json.loads(done.stdout)
     assert mapped and nbytes > 4.9 * limit
-    return load, draw, limit
+    return load, draw, limit, procs is not None
 
 
 def on_cluster(folder: Path, seconds: float) -> float:
@@ -126,8 +148,9 @@ def show_all(show, rounds: int) -> None:
         t = drawing(wide, folder / "cache", 64, rounds)
         show("Drawing 64 rows of them", t, [("memory / MemoryBuffer", t["DaskBuffer, memory"] / t["MemoryBuffer"], 1.1),
                                             ("mapped, in the page cache / MemoryBuffer", t["DaskBuffer, mapped"] / t["MemoryBuffer"], 2.0)])
-        load, draw, limit = anonymous(folder / "wide", folder / "fresh")
-        show(f"Anonymous memory with memory_limit {limit >> 20} MB and five times as much data, in MB beyond it", {}, [
+        load, draw, limit, held = anonymous(folder / "wide", folder / "fresh")
+        where = "in a cgroup of that and 300 MB" if held else "NOT in a cgroup, which cannot be made here"
+        show(f"Anonymous memory with memory_limit {limit >> 20} MB and five times as much data, in MB beyond it, {where}", {}, [
             ("while loading", (load - limit) / 2**20, 300), ("while drawing", (draw - limit) / 2**20, 300)])
         speed = on_cluster(folder / "narrow", 5)
         show("Rows on two workers, batches of 256 rows, state 24, action 4", {}, [("200 / batches a second", 200 / speed, 1.0)])
