@@ -261,7 +261,7 @@ def _own(actions: list[dict]) -> list[dict]:
     facts = next((a["commitInfo"][_FACTS] for a in actions if _FACTS in a.get("commitInfo", ())), None)
     return actions if facts is None else [{"commitInfo": {_FACTS: facts}}]
 
-# %% ../../../nbs/storage/pool/delta.ipynb #6c4baf30
+# %% ../../../nbs/storage/pool/delta.ipynb #b14f3406
 class LocalLake(Lake):
     "A table in a folder"
     def __init__(self, url: str):
@@ -312,16 +312,23 @@ class LocalLake(Lake):
     def mend(self, dry_run: bool) -> list[str]: return _mend(self, dry_run)
 
     def check(self) -> bool:
-        if self.root.exists() and not self.log.is_dir() and (self.root.is_file() or any(self.root.iterdir())):
+        if not self.log.is_dir() and _strange(self.root):
             raise SchemaError(f"{self.url} is no pool: it lacks a folder _delta_log, and is not empty either; name another folder")
         return super().check()
 
-# %% ../../../nbs/storage/pool/delta.ipynb #d0de77ca
+# %% ../../../nbs/storage/pool/delta.ipynb #e04d8fc7
 def _last_entry(log: Path) -> int:
     "The largest number of an entry, -1 where there is none"
     try: names = os.listdir(log)
     except (FileNotFoundError, NotADirectoryError): return -1
     return max((int(name[:20]) for name in names if re.fullmatch(r"\d{20}\.json", name)), default=-1)
+
+def _strange(path: Path) -> bool:
+    "Whether there is something that is no table"
+    try: names = os.listdir(path)
+    except FileNotFoundError: return False
+    except NotADirectoryError: return True
+    return bool(names) and "_delta_log" not in names  # it may have been made a moment ago
 
 def _make_folder(path: Path) -> None:
     "Create a folder and those above it, durably"
@@ -404,20 +411,31 @@ def _checkpoint(lake: LocalLake, number: int, whole: bool = False) -> None:
         _checkpoint(lake, number, whole=True)  # the last one may be damaged
     finally: shutil.rmtree(shadow, ignore_errors=True)
 
-# %% ../../../nbs/storage/pool/delta.ipynb #c6d179d2
+# %% ../../../nbs/storage/pool/delta.ipynb #3fef71db
 def _mend(lake: LocalLake, dry_run: bool) -> list[str]:
-    damaged, hint = [path for path in lake.log.glob("*.checkpoint.parquet") if not _readable(path)], lake.log / "_last_checkpoint"
-    if not damaged and hint.exists():
-        try: deltalake.DeltaTable(lake.root.as_uri())
-        except deltalake.exceptions.DeltaError: damaged = [hint]
+    every, hint = sorted(lake.log.glob("*.checkpoint.parquet")), lake.log / "_last_checkpoint"
+    damaged = [path for path in every if not _readable(path)]
+    if not damaged and (every or hint.exists()) and not _as_the_entries_say(lake): damaged = every or [hint]
     if damaged and not dry_run:
         for path in {*damaged, hint}: path.unlink(missing_ok=True)
         _checkpoint(lake, lake.head(), whole=True)
-    return [f"{path.name}: a damaged checkpoint, which keeps other readers out" for path in damaged]
+    return [f"{path.name}: a damaged checkpoint, which keeps other readers out or misleads them" for path in damaged]
 
 def _readable(path: Path) -> bool:
     try: return bool(pq.read_table(path, page_checksum_verification=True))
     except (OSError, ValueError): return False
+
+def _as_the_entries_say(lake: LocalLake) -> bool:
+    "Whether other readers, who trust checkpoints, see the files that they should"
+    right: dict[str, int] = {}
+    for entry in lake.entries(0, lake.head()):
+        for file in entry.gone: right.pop(file.path, None)
+        right.update((file.path, file.size) for file in entry.files)
+    try: seen = pa.table(deltalake.DeltaTable(lake.root.as_uri()).get_add_actions()).to_pydict()
+    except BaseException as e:
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException": raise
+        return False
+    return dict(zip(seen["path"], seen["size_bytes"])) == right
 
 # %% ../../../nbs/storage/pool/delta.ipynb #625a9723
 class RemoteLake(Lake):
