@@ -88,7 +88,7 @@ def make(pool, **options): return DaskBuffer(**{"pool": pool, "batch_size": 16, 
 def opened(monkeypatch):
     "The paths of the files that were opened"
     paths, really = [], LocalLake.open
-    monkeypatch.setattr(LocalLake, "open", lambda lake, file: paths.append(file.path) or really(lake, file))
+    monkeypatch.setattr(LocalLake, "open", lambda lake, file, *whole: paths.append(file.path) or really(lake, file, *whole))
     return paths
 
 
