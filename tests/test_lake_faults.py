@@ -948,6 +948,22 @@ def test_every_step(tmp_path, monkeypatch, what, how):
     assert wrong == []
 
 
+@pytest.mark.parametrize("what", STEPS)
+def test_a_link_whose_answer_got_lost(path, monkeypatch, what):
+    "NFS repeats a request whose answer got lost: the link is there, and says that it was there before. It is ours"
+    pool, link, told = build(path), os.link, []
+    def twice(old, new):
+        link(old, new)
+        if not told and str(new).endswith(".json") and "_shadow" not in str(new):
+            told.append(new)
+            raise FileExistsError(17, "File exists", new)
+    with monkeypatch.context() as m:
+        m.setattr(os, "link", twice)
+        STEPS[what](pool)
+    assert told and pool.version == 5 and pool.verify() == [] and facts_of(DaskPool(path)) == facts_of(pool) and others_see(path) == lengths(pool)
+    assert litter(path) == []
+
+
 # --- a soak ---
 
 FIRST = drive(hour=1).start

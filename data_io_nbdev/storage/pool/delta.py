@@ -315,7 +315,7 @@ class LocalLake(Lake):
             raise SchemaError(f"{self.url} is no pool: it lacks a folder _delta_log, and is not empty either; name another folder")
         return super().check()
 
-# %% ../../../nbs/storage/pool/delta.ipynb #e04d8fc7
+# %% ../../../nbs/storage/pool/delta.ipynb #d238fe2b
 def _last_entry(log: Path) -> int:
     "The largest number of an entry, -1 where there is none"
     try: names = os.listdir(log)
@@ -345,7 +345,8 @@ def _link(lake: LocalLake, number: int, lines: Iterable[dict]) -> bool:
             f.flush()
             os.fsync(f.fileno())
         try: os.link(temporary, lake._entry(number))
-        except FileExistsError: return False
+        except FileExistsError:  # over NFS a link may have been made, its answer lost, and the request repeated
+            if not os.path.samefile(temporary, lake._entry(number)): return False
     finally: temporary.unlink(missing_ok=True)
     sync_folder(lake.log)
     return True
