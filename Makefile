@@ -4,11 +4,15 @@ PY ?= $(shell for p in python3.11 python3; do $$p -c '' 2>/dev/null && echo $$p 
 VENV ?= .venv
 BIN := $(VENV)/bin
 PACKAGE := data_io_nbdev
-FLAGS ?=
+FLAGS ?= $(if $(SERVER),mongo)
 DOCS_OPTIONS ?=
 
 # The constraints are a freeze made on this Python; others get the newest that settings.ini allows.
 PINS = $(shell $(PY) -c 'import sys; print("-c constraints.txt" if sys.version_info[:2] == (3, 11) else "")')
+
+# The server that the tests of MongoPool talk to: MONGODB_URI, or what is on the PATH, or FerretDB, which Go builds once.
+FERRETDB := .tools/ferretdb
+SERVER := $(or $(MONGODB_URI),$(shell command -v mongod || command -v ferretdb || { command -v go >/dev/null && echo $(FERRETDB); }))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test bench docs lab readme export clean-notebooks check-export wheel clean
@@ -30,9 +34,16 @@ $(VENV)/with-%: $(VENV)/made
 demo: $(VENV)/with-demo ## run the demonstration
 	@$(BIN)/python -m $(PACKAGE).demo
 
-test: export ## run the tests and every notebook, with coverage; FLAGS="mongo slow" adds the flagged cells
+test: export $(filter $(FERRETDB),$(SERVER)) ## run the tests and every notebook, with coverage; FLAGS="mongo slow" adds the flagged cells
 	@echo "Testing tests/ and every notebook under nbs/$(if $(FLAGS), with $(FLAGS))"
-	@$(BIN)/python -m pytest --cov --numprocesses 2 --dist loadscope --flags "$(FLAGS)"
+	@$(if $(SERVER),,echo 'NOT TESTED: MongoPool. Set MONGODB_URI, or put mongod on the PATH, or install Go')
+	@PATH="$(CURDIR)/.tools:$$PATH" $(BIN)/python -m pytest --cov --numprocesses 2 --dist loadscope --flags "$(FLAGS)"
+
+$(FERRETDB): tools/ferretdb/go.mod tools/ferretdb/go.sum
+	@echo "Building FerretDB into $@; the first time takes a minute or two"
+	@cd tools/ferretdb && go mod vendor && echo v1.24.2 > vendor/github.com/FerretDB/FerretDB/build/version/version.txt && \
+		go build -mod=vendor -trimpath -tags ferretdb_no_postgresql -o $(CURDIR)/$@ github.com/FerretDB/FerretDB/cmd/ferretdb
+	@rm -rf tools/ferretdb/vendor
 
 bench: $(VENV)/with-dev $(VENV)/with-bench ## run the benchmarks
 	@$(BIN)/python benchmarks/run.py

@@ -10,7 +10,7 @@ __all__ = []
 import importlib
 from typing import TYPE_CHECKING
 
-# %% ../nbs/names.ipynb #9728e10a
+# %% ../nbs/names.ipynb #cde46a6e
 _HOME = {name: module for module, names in {
     "data.schema": ("Field", "Schema"),
     "data.core": ("Episode", "PoolQuery", "Record"),
@@ -21,9 +21,10 @@ _HOME = {name: module for module, names in {
     "storage.buffer.memory": ("MemoryBuffer",),
     "storage.pool.dask": ("DaskPool",),
     "storage.buffer.dask": ("DaskBuffer",),
+    "storage.pool.mongo": ("MongoPool",),
 }.items() for name in names}
 
-__all__ = [name for name in _HOME if not name.startswith("Dask")]  # what `import *` gives needs no extra
+__all__ = [name for name in _HOME if not name.startswith(("Dask", "Mongo"))]  # what `import *` gives needs no extra
 
 # %% ../nbs/names.ipynb #9b74a0dd
 def __getattr__(name: str):
@@ -33,7 +34,7 @@ def __getattr__(name: str):
 
 def __dir__(): return sorted([*globals(), *_HOME])
 
-# %% ../nbs/names.ipynb #4752555e
+# %% ../nbs/names.ipynb #7adf9f0d
 if TYPE_CHECKING:
     from data_io_nbdev.data.core import Episode, PoolQuery, Record
     from data_io_nbdev.data.schema import Field, Schema
@@ -42,5 +43,6 @@ if TYPE_CHECKING:
     from data_io_nbdev.storage.buffer.memory import MemoryBuffer
     from data_io_nbdev.storage.buffer.sampler import Episodes, Sampler, Uniform
     from data_io_nbdev.storage.pool.dask import DaskPool
+    from data_io_nbdev.storage.pool.mongo import MongoPool
     from data_io_nbdev.storage.pool.memory import MemoryPool
     from data_io_nbdev.storage.pool.pool import Pool, open_pool

@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/testing/contract.ipynb #d746cd80
-from . import buffers, harness, pools
+# %% ../../nbs/testing/contract.ipynb #2d382080
+from . import buffers, harness, pools, server
 from .harness import *
 from .pools import *
 from .buffers import *
+from .server import *
 
-# %% ../../nbs/testing/contract.ipynb #0d3f66bc
+# %% ../../nbs/testing/contract.ipynb #3243d88c
 __all__ = []
 __all__ += harness.__all__
 __all__ += pools.__all__
 __all__ += buffers.__all__
+__all__ += server.__all__

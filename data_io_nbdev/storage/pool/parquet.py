@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Optional
 import numpy as np
 
 # %% auto #0
-__all__ = ['column_names', 'Column', 'columns_of', 'to_table', 'File', 'in_bulk', 'parquet_bytes', 'read_episodes']
+__all__ = ['column_names', 'Column', 'columns_of', 'to_table', 'File', 'in_bulk', 'parquet_bytes', 'read_episodes', 'episodes_of']
 
 # %% ../../../nbs/storage/pool/parquet.ipynb #4ead2309
 from ...errors import CorruptData, require
@@ -96,15 +96,16 @@ def _to_arrow(
     valid = None if null is None else pa.array(~null).buffers()[1]
     return pa.Array.from_buffers(pa.binary(), steps, [valid, offsets.buffers()[1], pa.py_buffer(flat)])
 
-# %% ../../../nbs/storage/pool/parquet.ipynb #fef9b9a7
+# %% ../../../nbs/storage/pool/parquet.ipynb #1378a54c
 _SLICE = 64 << 20  # Bytes of steps in one Arrow array, whose offsets count to 2 GB
 
 def to_table(
     part: Part, # Says whose steps these are
     episode: Episode, # The steps
+    without: Sequence[str] = (), # Roles of columns to leave out
 ) -> Any: # A `pyarrow.Table`, one row a step
     "Steps as the table has them"
-    columns = columns_of(episode.schema)
+    columns = [c for c in columns_of(episode.schema) if c.role not in without]
     length = max(1, _SLICE * len(episode) // episode.nbytes)
     cuts = [slice(a, min(a + length, len(episode))) for a in range(0, len(episode), length)]
     return pa.concat_tables(_slice_table(columns, part, episode, cut) for cut in cuts)
@@ -213,16 +214,27 @@ def _state_blocks(schema: Schema, found: dict, ends: np.ndarray, null: np.ndarra
         blocks.append((state, nstate, links))
     return blocks
 
-# %% ../../../nbs/storage/pool/parquet.ipynb #c658609e
+# %% ../../../nbs/storage/pool/parquet.ipynb #44f4b380
 def read_episodes(
     file: Any, # A `pyarrow.parquet.ParquetFile`
     schema: Schema,
     parts: Sequence[tuple[Part, int]], # Each with its first row in the file; rows in order, without a gap
 ) -> list[Episode]: # As many
     "The steps of neighbouring parts"
-    begin, ends = parts[0][1], np.cumsum([0, *(p.length for p, _ in parts)])
-    columns = [c for c in columns_of(schema) if c.role in schema.roles or c.role == "timestamp"]
-    table = _rows(file, [c.name for c in columns], begin, begin + int(ends[-1]))
+    begin, columns = parts[0][1], [c.name for c in _needed(schema)]
+    table = _rows(file, columns, begin, begin + sum(p.length for p, _ in parts))
+    return episodes_of(table, schema, [p for p, _ in parts])
+
+def _needed(schema: Schema) -> list[Column]: return [c for c in columns_of(schema) if c.role in schema.roles or c.role == "timestamp"]
+
+def episodes_of(
+    table: Any, # A `pyarrow.Table` of their steps, in order, and no others
+    schema: Schema,
+    parts: Sequence[Part],
+) -> list[Episode]: # As many
+    "The steps of parts"
+    columns, ends = _needed(schema), np.cumsum([0, *(p.length for p in parts)])
+    if len(table) != ends[-1]: raise ValueError(f"it has {len(table)} rows, and {ends[-1]} are expected")
     found: dict[str, dict] = {}
     for c in columns: found.setdefault(c.role, {})[c.field.name if c.field else ""] = _from_arrow(c, table[c.name])
     null = table[next(c.name for c in columns if c.role == "nstate")].combine_chunks().is_null().to_numpy(zero_copy_only=False)
@@ -230,7 +242,7 @@ def read_episodes(
     states = _state_blocks(schema, found, ends, null)
     rest = {r: v[""] if r in FLAGS else schema.join(r, v) for r, v in found.items() if r not in ("state", "nstate")}
     episodes = []
-    for (part, _), (state, nstate, links), a, b in zip(parts, states, ends, ends[1:]):
+    for part, (state, nstate, links), a, b in zip(parts, states, ends, ends[1:]):
         given = {"state": state, "nstate": nstate, **{r: block[a:b] for r, block in rest.items()}}
         episode = episode_of(part, schema, times[a:b], {r: given[r] for r in schema.roles})
         episode.__dict__["links"] = links  # known from the nulls: nobody need compare the states again

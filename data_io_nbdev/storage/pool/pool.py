@@ -696,15 +696,16 @@ def damage_line(part: Part, wrong: str) -> str:
     "A damaged part, for people"
     return f"episode {part.id}, steps {part.offset} to {part.offset + part.length - 1}: {wrong}"
 
-# %% ../../../nbs/storage/pool/pool.ipynb #15a54905
+# %% ../../../nbs/storage/pool/pool.ipynb #f9c88829
 class Backend(NamedTuple):
     "Where a back-end is, and what installs its driver"
     target: str  # "module:Class"
     extra: Optional[str] = None  # The extra of this package, where it needs one
 
 BACKENDS: dict[str, Backend] = {"memory": Backend("data_io_nbdev.storage.pool.memory:MemoryPool"),
-                                "delta": Backend("data_io_nbdev.storage.pool.dask:DaskPool", "dask")}
-_STORES = dict.fromkeys(("file", "s3", "s3a", "gs", "az", "abfs", "abfss"), "delta")  # where a lake can be
+                                "delta": Backend("data_io_nbdev.storage.pool.dask:DaskPool", "dask"),
+                                "mongodb": Backend("data_io_nbdev.storage.pool.mongo:MongoPool", "mongo")}
+_STORES = {"mongodb+srv": "mongodb", **dict.fromkeys(("file", "s3", "s3a", "gs", "az", "abfs", "abfss"), "delta")}  # where a lake can be
 
 def backend(scheme: str) -> type[Pool]:
     "The pool class of a scheme; raises `QueryError` for an unknown one, `MissingExtra` for a missing driver"
@@ -712,9 +713,9 @@ def backend(scheme: str) -> type[Pool]:
     module, name = BACKENDS[scheme].target.split(":")
     return getattr(importlib.import_module(module), name)
 
-# %% ../../../nbs/storage/pool/pool.ipynb #d1fb243e
+# %% ../../../nbs/storage/pool/pool.ipynb #05dec954
 def open_pool(
-    url: str | os.PathLike, # A folder, `s3://…`, `gs://…`, `abfss://…`, `"memory://name"`, or a `MemoryPool`'s file (`.npz`)
+    url: str | os.PathLike, # A folder, `s3://…`, `gs://…`, `abfss://…`, `mongodb://…`, `"memory://name"`, or a `MemoryPool`'s file (`.npz`)
     mode: str = "a", # `"a"` reads and writes, creating it if need be; `"r"` must exist, and stays as it is
     **options: Any, # For the back-end
 ) -> Pool:
