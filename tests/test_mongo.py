@@ -1,0 +1,256 @@
+"""A pool in a database whose writers and servers are killed, whose answers get lost, and that others use too. Against a real server."""
+import itertools
+import os
+import random
+import shutil
+import signal
+import threading
+import time
+import traceback
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+
+pymongo = pytest.importorskip("pymongo")
+
+from data_io_nbdev import DaskPool, Episode, MemoryBuffer, MemoryPool, MongoPool, open_pool
+from data_io_nbdev.errors import CorruptData, PoolNotFound, PoolUnavailable, QueryError, SchemaError
+from data_io_nbdev.storage.pool import mongo
+from data_io_nbdev.testing import MongoHarness, MongoServer, at_once, draws, drive, facts, facts_of, python
+
+
+@pytest.fixture
+def harness(tmp_path): return MongoHarness(tmp_path)
+
+
+@pytest.fixture
+def pool(harness): return harness.open()
+
+
+@pytest.fixture
+def server(tmp_path):
+    "A server of the test's own, which it may kill"
+    if not (shutil.which("mongod") or shutil.which("ferretdb")):
+        what = "a server that can be killed needs mongod or ferretdb on the PATH"
+        if os.environ.get("CI") and not os.environ.get("MONGODB_URI"): pytest.fail(what)
+        warnings.warn(f"NOT TESTED: {what}")
+        pytest.skip(what)
+    server = MongoServer(tmp_path / "data")
+    server.start()
+    yield server
+    server.kill()
+
+
+def leftovers(harness, pool):
+    "Tokens in the collections that no commit names"
+    named = {token for d in harness.of("log").find() for token in d["tokens"]}
+    return {d["token"] for what in ("entries", "chunks") for d in harness.of(what).find({}, {"token": 1})} - named
+
+
+# --- what can be stored ---
+
+def test_larger_than_a_document(pool, harness):
+    "An episode beyond the limit of 16 MB simply works, and so does a part of it"
+    state = np.random.default_rng(0).normal(size=(8001, 600)).astype("float32")
+    whole = Episode.from_arrays(state=state[:-1], nstate=state[1:], action=state[:-1, :2], reward=state[:-1, 0].copy(), who={"vehicle": "A"},
+                                timestamp=pd.date_range("2026-01-01", periods=8000, freq="1s", tz="UTC"))
+    pool.store(whole[:10]); pool.store(whole)
+    assert harness.open()[whole.id] == whole and pool.verify() == []
+    assert max(len(d["data"]) for d in harness.of("chunks").find()) < 16 << 20 < sum(len(d["data"]) for d in harness.of("chunks").find())
+
+
+def test_many_at_once(pool, harness):
+    "No document lists the episodes of a commit; many share a chunk"
+    items = [drive(2, hour=h) for h in range(3000)]
+    assert len(pool.extend(items)) == 3000 == harness.of("entries").count_documents({}) and harness.of("chunks").count_documents({}) < 10
+    assert len(str(harness.of("log").find_one({"_id": 1}))) < 3000
+    assert facts_of(harness.open()) == facts_of(items)
+
+
+def test_seen_by_others(pool, harness):
+    "Who, when and how long are fields that a planner can use; times are exact"
+    e = drive(5, hour=1 / 3.6e9)
+    pool.store(e)
+    found = harness.of("entries").find_one({"vehicle": "VB7", "driver": "anna", "seq_len": 5})
+    assert (found["id"], found["start"], found["episodestart"]) == (e.id, e.start, pd.Timestamp("2026-01-01").to_pydatetime())
+    assert {"token_1", "id_1", "start_1", "seq_len_1", "vehicle_1", "driver_1"} <= set(harness.of("entries").index_information())
+
+
+@pytest.mark.parametrize("there", ["memory", "lake", "mongo"])
+@pytest.mark.parametrize("here", ["memory", "lake", "mongo"])
+def test_copies(harness, tmp_path, here, there):
+    "In every direction ids, times and digests stay, and so do the batches"
+    make = {"memory": MemoryPool, "lake": lambda: DaskPool(tmp_path / str(len(list(tmp_path.iterdir())))), "mongo": lambda: harness.fresh().open()}
+    one, other = make[here](), make[there]()
+    one.extend([drive(8, hour=h, linked=h % 2 == 0) for h in range(5)])
+    one.store(drive(20, hour=9)[:7]); one.store(drive(20, hour=9)); one.delete(drive(hour=1).id)
+    one.copy_to(other); one.copy_to(other)
+    assert facts_of(other) == facts_of(one) and other.version >= 1 and other.verify() == []
+    batches = [draws(MemoryBuffer(pool=pool, batch_size=16, seed=3)) for pool in (one, other)]
+    assert batches[0] == batches[1]
+
+
+# --- what cannot ---
+
+def test_strangers(harness):
+    "A collection that is no pool's stays as it is"
+    harness.of("log").insert_one({"_id": 1, "price": 7})
+    for mode in "ar":
+        with pytest.raises(SchemaError, match="data_io_nbdev.*price"): harness.open(mode)
+    assert harness.of("log").find_one() == {"_id": 1, "price": 7}
+
+
+def test_nothing(harness):
+    with pytest.raises(PoolNotFound): harness.open("r")
+    pool = harness.open()
+    assert (len(pool), pool.version, pool.verify(), pool.repair()) == (0, 0, [], []) and harness.of("log").find_one() is None
+
+
+def test_a_newer_format(harness, pool):
+    pool.store(drive()); pool.store(drive(hour=1))
+    harness.of("log").update_one({"_id": 2}, {"$set": {"data_io_nbdev": 2}})
+    with pytest.raises(CorruptData, match="commit 2 has format 2, which needs a newer"): len(harness.open())
+    assert facts_of(harness.open().snapshot(1)) == facts_of([drive()])
+
+
+@pytest.mark.parametrize("what", ["entry gone", "entry changed", "commit gone", "chunk gone"])
+def test_damage(harness, pool, what):
+    "What is missing or was changed is noticed, and named"
+    for h in range(3): pool.store(drive(hour=h))
+    entry = harness.of("entries").find_one({"id": drive(hour=1).id})
+    if what == "entry gone": harness.of("entries").delete_one({"_id": entry["_id"]})
+    if what == "entry changed": harness.of("entries").update_one({"_id": entry["_id"]}, {"$set": {"facts": entry["facts"].replace(",6,", ",7,", 1)}})
+    if what == "commit gone": harness.of("log").delete_one({"_id": 2})
+    if what == "chunk gone": harness.of("chunks").delete_many({"token": entry["token"]})
+    again = harness.open()
+    if what == "chunk gone":
+        assert [line.split(",")[0] for line in again.verify()] == [f"episode {drive(hour=1).id}"]
+        with pytest.raises(CorruptData, match="is missing"): again[drive(hour=1).id]
+        assert again[drive(hour=2).id] == drive(hour=2)
+    else:
+        with pytest.raises(CorruptData, match={"entry gone": "commit 2 has 0 of its 1 entries", "entry changed": "checksum", "commit gone": "gap"}[what]): len(again)
+        assert facts_of(again.snapshot(1)) == facts_of([drive()])
+
+
+def test_passwords(monkeypatch):
+    "No text shows one, and none is pickled"
+    secret = "s3cret"  # a traceback shows lines of this file, which therefore must not hold the URL
+    url = f"mongodb://eve:{secret}@127.0.0.1:1/fleet.experience?authSource=admin"
+    with pytest.raises(PoolUnavailable) as e: MongoPool(url, timeout=0.1)
+    assert secret not in "".join(traceback.format_exception(e.value)) and "eve:***@127.0.0.1:1/fleet.experience?authSource=admin" in str(e.value)
+    link = mongo._Link(url, None, None, 1)
+    assert secret not in repr(link) + link.shown
+    with pytest.raises(PoolUnavailable, match="MONGODB_PASSWORD"): mongo._Link(link.shown, None, None, 1)
+    monkeypatch.setenv("MONGODB_PASSWORD", "s3:cr@et")
+    assert mongo._Link(link.shown, None, None, 1)._address.startswith("mongodb://eve:s3%3Acr%40et@")
+    with pytest.raises(QueryError) as e: MongoPool(f"mongodb://eve:{secret}@host:port/fleet")
+    assert secret not in "".join(traceback.format_exception(e.value))
+
+
+# --- killed ---
+
+def test_writers_killed(harness, pool):
+    "`kill -9` of a writer at 50 random moments: what was acknowledged is there, the next commit whole or not at all, and `repair` leaves nothing"
+    seed, done = random.SystemRandom().randrange(10**6), 0
+    rng = random.Random(seed)
+    pool.store(drive(hour=50_000))
+    for kill in range(50):
+        ready, go = os.pipe()
+        if (pid := os.fork()) == 0:
+            try:
+                own = harness.open()
+                for n in itertools.count(done):
+                    if n % 5 == 4: own.delete(drive(hour=n - 1, steps=3).id)
+                    else: own.extend([drive(3, hour=n), drive(4, hour=n, driver="twin")])
+                    os.write(go, b".")
+            except BaseException: os.write(go, traceback.format_exc().encode())
+            os._exit(1)
+        os.close(go)
+        said = os.read(ready, 1)
+        time.sleep(10 ** rng.uniform(-3, -1.2))
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        while more := os.read(ready, 65536): said += more
+        os.close(ready)
+        assert set(said) == {ord(".")}, said.decode()
+        done += len(said)
+        found = harness.open()
+        assert found.version - 1 in (done, done + 1), f"seed {seed}, kill {kill}"
+        done = found.version - 1
+    right = MemoryPool()
+    right.store(drive(hour=50_000))
+    for n in range(done):
+        if n % 5 == 4: right.delete(drive(hour=n - 1, steps=3).id)
+        else: right.extend([drive(3, hour=n), drive(4, hour=n, driver="twin")])
+    assert facts_of(pool) == facts_of(right) and pool.verify() == [] and harness.raw_numbers(pool) == list(range(1, done + 2))
+    left = leftovers(harness, pool)
+    assert pool.repair() == [] and len(harness.open().repair()) == 0
+    swept = open_pool(harness.server, grace="0s", **harness.name).repair(dry_run=False)
+    assert len(swept) == len(left) and leftovers(harness, pool) == set() and facts_of(harness.open()) == facts_of(right)
+
+
+def test_server_killed(server):
+    "`kill -9` of the server at 10 moments: nothing acknowledged is lost, and storing again what was not leaves one"
+    pool, rng, stop, stored, failed = MongoPool(server.url, timeout=5), random.Random(), threading.Event(), [], []
+    pool.store(drive(hour=0))
+    def write():
+        for n in itertools.count(1):
+            if stop.is_set(): return
+            while not stop.is_set():
+                try: stored.append(pool.store(drive(3, hour=n))); break
+                except PoolUnavailable: failed.append(n)
+    writer = threading.Thread(target=write)
+    writer.start()
+    for _ in range(10):
+        time.sleep(rng.uniform(0.02, 0.3))
+        server.kill()
+        server.start()
+    time.sleep(0.2)
+    stop.set()
+    writer.join()
+    again = MongoPool(server.url)
+    assert {*stored} <= {e.id for e in again} and again.verify() == [] and len(stored) == len(set(stored)) > 10
+    assert again.version == len(again) in (len(stored) + 1, len(stored) + 2)
+
+
+def test_server_away(server):
+    "Said within the time that was given; afterwards the same call stores"
+    pool = MongoPool(server.url, timeout=1)
+    pool.store(drive())
+    server.kill()
+    began = time.monotonic()
+    for call in (lambda: pool.store(drive(hour=1)), lambda: pool.version, lambda: list(pool), lambda: MongoPool(server.url, timeout=1)):
+        with pytest.raises(PoolUnavailable, match="127.0.0.1"): call()
+    assert time.monotonic() - began < 30
+    server.start()
+    pool.store(drive(hour=1))
+    assert facts_of(pool) == facts_of([drive(), drive(hour=1)])
+
+
+def test_everybody_at_once(harness, pool):
+    "Four writers and two readers: numbers without a gap, nothing lost, doubled or torn"
+    until = time.time() + 8
+    code = """
+import pickle, sys, time
+from data_io_nbdev.testing import drive
+pool, writer, until = pickle.load(sys.stdin.buffer)
+n, done = 0, []
+while time.time() < until:
+    done += pool.extend([drive(3 + n % 9, hour=n, vehicle=f"w{writer}", driver=d) for d in ("anna", "twin")]); n += 1
+print(*done)
+"""
+    pool.store(drive(hour=50_000))
+    def read():
+        own = harness.open()
+        while time.time() < until:
+            ids, snapshot = {}, own.snapshot()
+            for e in snapshot.sample(min(20, len(snapshot)), seed=1):
+                if e.who["vehicle"].startswith("w"): assert facts(e) == facts(drive(len(e), hour=(e.start - drive().start) / 3.6e9, **e.who))
+            for e, row in snapshot.catalogue().iterrows(): ids.setdefault((row.vehicle, row.episodestart), []).append(row.seq_len)
+            assert all(len(both) == 2 and both[0] == both[1] for (vehicle, _), both in ids.items() if vehicle.startswith("w")), "half a commit"
+    said = at_once(*(lambda w=w: python(code, (pool, w, until)).split() for w in range(4)), read, read)
+    stored = [id for ids in said[:4] for id in ids]
+    assert len(stored) == len(set(stored)) > 40 and sorted(e.id for e in pool) == sorted([*stored, drive(hour=50_000).id])
+    assert harness.raw_numbers(pool) == list(range(1, len(stored) // 2 + 2)) and pool.verify() == [] and leftovers(harness, pool) == set()
