@@ -10,7 +10,7 @@ __all__ = []
 import importlib
 from typing import TYPE_CHECKING
 
-# %% ../nbs/names.ipynb #cde46a6e
+# %% ../nbs/names.ipynb #1578416a
 _HOME = {name: module for module, names in {
     "data.schema": ("Field", "Schema"),
     "data.core": ("Episode", "PoolQuery", "Record"),
@@ -22,6 +22,7 @@ _HOME = {name: module for module, names in {
     "storage.pool.dask": ("DaskPool",),
     "storage.buffer.dask": ("DaskBuffer",),
     "storage.pool.mongo": ("MongoPool",),
+    "storage.buffer.mongo": ("MongoBuffer",),
 }.items() for name in names}
 
 __all__ = [name for name in _HOME if not name.startswith(("Dask", "Mongo"))]  # what `import *` gives needs no extra
@@ -34,13 +35,14 @@ def __getattr__(name: str):
 
 def __dir__(): return sorted([*globals(), *_HOME])
 
-# %% ../nbs/names.ipynb #7adf9f0d
+# %% ../nbs/names.ipynb #2547f0f8
 if TYPE_CHECKING:
     from data_io_nbdev.data.core import Episode, PoolQuery, Record
     from data_io_nbdev.data.schema import Field, Schema
     from data_io_nbdev.storage.buffer.buffer import Batch, Buffer
     from data_io_nbdev.storage.buffer.dask import DaskBuffer
     from data_io_nbdev.storage.buffer.memory import MemoryBuffer
+    from data_io_nbdev.storage.buffer.mongo import MongoBuffer
     from data_io_nbdev.storage.buffer.sampler import Episodes, Sampler, Uniform
     from data_io_nbdev.storage.pool.dask import DaskPool
     from data_io_nbdev.storage.pool.mongo import MongoPool

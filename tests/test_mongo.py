@@ -8,6 +8,7 @@ import threading
 import time
 import traceback
 import warnings
+from functools import lru_cache
 
 import numpy as np
 import pandas as pd
@@ -15,10 +16,10 @@ import pytest
 
 pymongo = pytest.importorskip("pymongo")
 
-from data_io_nbdev import DaskPool, Episode, MemoryBuffer, MemoryPool, MongoPool, open_pool
+from data_io_nbdev import DaskPool, Episode, MemoryBuffer, MemoryPool, MongoBuffer, MongoPool, open_pool
 from data_io_nbdev.errors import CorruptData, PoolNotFound, PoolUnavailable, QueryError, SchemaError
 from data_io_nbdev.storage.pool import mongo
-from data_io_nbdev.testing import MongoHarness, MongoServer, at_once, draws, drive, facts, facts_of, python
+from data_io_nbdev.testing import MongoHarness, MongoServer, at_once, draws, drive, facts, facts_of, python, trace
 
 
 @pytest.fixture
@@ -90,6 +91,29 @@ def test_copies(harness, tmp_path, here, there):
     assert facts_of(other) == facts_of(one) and other.version >= 1 and other.verify() == []
     batches = [draws(MemoryBuffer(pool=pool, batch_size=16, seed=3)) for pool in (one, other)]
     assert batches[0] == batches[1]
+
+
+def test_following(harness, pool):
+    "A buffer takes in what other processes store, while it is drawn from; every row is one that was stored"
+    pool.store(drive(30))
+    buffer = MongoBuffer(pool=harness.open(), batch_size=32, seed=1, follow=0.05)
+    buffer.load()
+    code = """
+import pickle, sys
+from data_io_nbdev.testing import drive
+pool = pickle.load(sys.stdin.buffer)
+for h in range(1, 30): pool.store(drive(10, hour=h))
+"""
+    writer, until = threading.Thread(target=python, args=(code, pool)), time.time() + 60
+    writer.start()
+    stored = lru_cache(None)(lambda id: pool[id])
+    while len(buffer) < 30 + 29 * 10 and time.time() < until: trace(buffer.sample(), stored)
+    writer.join()
+    assert len(buffer) == 320
+    buffer.close()
+    pool.store(drive(10, hour=40))
+    time.sleep(0.2)
+    assert not buffer._view.versions, "closed is closed"
 
 
 # --- what cannot ---

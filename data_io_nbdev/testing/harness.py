@@ -187,10 +187,12 @@ class LakeHarness(Harness):
 
 HARNESSES["delta"] = LakeHarness
 
-# %% ../../nbs/testing/harness.ipynb #7d66cc71
+# %% ../../nbs/testing/harness.ipynb #b56a8cc9
 class MongoHarness(Harness):
     "A `MongoPool` on a server of this process; without a server its tests are skipped, loudly, and fail in CI"
-    buffer = MemoryBuffer
+    @property
+    def buffer(self) -> type[Buffer]:  # type: ignore[override]
+        return importlib.import_module("data_io_nbdev.storage.buffer.mongo").MongoBuffer
 
     def __init__(self, folder: Path):
         super().__init__(folder)
