@@ -411,7 +411,7 @@ def _checkpoint(lake: LocalLake, number: int, whole: bool = False) -> None:
         _checkpoint(lake, number, whole=True)  # the last one may be damaged
     finally: shutil.rmtree(shadow, ignore_errors=True)
 
-# %% ../../../nbs/storage/pool/delta.ipynb #3fef71db
+# %% ../../../nbs/storage/pool/delta.ipynb #2788eb7f
 def _mend(lake: LocalLake, dry_run: bool) -> list[str]:
     every, hint = sorted(lake.log.glob("*.checkpoint.parquet")), lake.log / "_last_checkpoint"
     damaged = [path for path in every if not _readable(path)]
@@ -427,11 +427,14 @@ def _readable(path: Path) -> bool:
 
 def _as_the_entries_say(lake: LocalLake) -> bool:
     "Whether other readers, who trust checkpoints, see the files that they should"
-    right: dict[str, int] = {}
-    for entry in lake.entries(0, lake.head()):
+    right, head = {}, lake.head()  # others may write meanwhile
+    for entry in lake.entries(0, head):
         for file in entry.gone: right.pop(file.path, None)
         right.update((file.path, file.size) for file in entry.files)
-    try: seen = pa.table(deltalake.DeltaTable(lake.root.as_uri()).get_add_actions()).to_pydict()
+    try:
+        table = deltalake.DeltaTable(lake.root.as_uri())
+        table.load_as_version(head)
+        seen = pa.table(table.get_add_actions()).to_pydict()
     except BaseException as e:
         if not isinstance(e, Exception) and type(e).__name__ != "PanicException": raise
         return False
