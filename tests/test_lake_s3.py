@@ -176,7 +176,6 @@ def harness(store, tmp_path, monkeypatch):
     store.control()
 
 
-
 def columns_fit(harness: S3Harness, pool: DaskPool) -> bool:
     "Whether the table has the columns that its rows have"
     table = deltalake.DeltaTable(harness.url, storage_options=harness.store.options)

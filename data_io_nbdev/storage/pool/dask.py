@@ -26,7 +26,7 @@ from .pool import Commit, Index, Part, Pool, check_writable, damage, damage_line
 from .parquet import File, in_bulk, parquet_bytes, read_episodes
 from .delta import Entry, Lake, open_lake
 
-# %% ../../../nbs/storage/pool/dask.ipynb #5be98697
+# %% ../../../nbs/storage/pool/dask.ipynb #d3bbb2fe
 _WINDOW = 4 << 20  # Bytes of steps that are read at once
 
 def windows(
@@ -66,7 +66,7 @@ def _read_run(lake: Lake, schema: Schema, run: Sequence[Part], whole: bool = Fal
     except (FileNotFoundError, PoolUnavailable): raise
     except Exception as e:
         if not (lake.settled or whole): return _read_run(lake, schema, run, whole=True)  # it may be the store that failed
-        if len(run) > 1: return [episode for part in run for episode in _read_run(lake, schema, [part])]
+        if len(run) > 1: return [episode for part in run for episode in _read_run(lake, schema, [part], whole)]
         raise CorruptData(f"episode {run[0].id} cannot be read from {path}: {e}") from e
 
 # %% ../../../nbs/storage/pool/dask.ipynb #9160b0f2
@@ -162,7 +162,9 @@ def _reachable(pool: DaskPool) -> Iterator[None]:
     except DataIOError: raise
     except OSError as e: raise PoolUnavailable(f"{pool.url!r}: {e}") from e
 
-# %% ../../../nbs/storage/pool/dask.ipynb #867da1f4
+# %% ../../../nbs/storage/pool/dask.ipynb #e9f0bfda
+def _now() -> int: return time.time_ns() // 1_000_000  # as an entry says it
+
 class _Layout:
     "Where the table's rows are, as far as that is not where a pool put them"
     def __init__(self):
@@ -175,7 +177,7 @@ class _Layout:
         if entry.commit.number <= self.number: return entry.commit
         self.number, gone, before = entry.commit.number, {file.path for file in entry.gone}, self.theirs
         self.theirs = {path: file for path, file in before.items() if path not in gone}
-        if entry.files and not entry.commit.token:
+        if entry.relaid:
             self.theirs.update((file.path, file) for file in entry.files)
             self.ours = self.ours | gone - before.keys()
         if not self.theirs: self.ours = set()
@@ -186,7 +188,7 @@ def _put_back(pool: DaskPool, number: int) -> bool:
     theirs, ours = pool._layout.theirs, pool._layout.ours
     if not theirs: return False
     back = [p for path, ps in living(pool._index, number - 1).items() if path in ours for p in ps]
-    entry = Entry(Commit(number, secrets.token_hex(16), move=tuple(back)), files_of(back), tuple(theirs.values()), time.time_ns() // 1_000_000)
+    entry = Entry(Commit(number, secrets.token_hex(16), move=tuple(back)), files_of(back), tuple(theirs.values()), _now())
     with _reachable(pool): pool.lake.put(entry, pool._index.schema)
     return True
 
@@ -197,7 +199,7 @@ def _changes(pool: DaskPool, after: int, upto: int) -> Iterator[Commit]:
 
 def _of_others(pool: DaskPool, entry: Entry) -> Commit:
     gone, layout = {file.path for file in entry.gone}, pool._layout
-    if entry.files: return layout.follow(entry)
+    if entry.relaid: return layout.follow(entry)
     if theirs := gone & layout.theirs.keys():
         if theirs != layout.theirs.keys():
             raise SchemaError(f"commit {entry.commit.number} removed some of the files that another engine had laid out anew, and nobody "
@@ -227,7 +229,7 @@ def part_now(pool: DaskPool, part: Part) -> Part:
     if now := pool._catch_up(pool._head()).place(part): return now
     raise SnapshotNotFound(f"episode {part.id}: the versions that had it were given up; the oldest is {pool._index.oldest}")
 
-# %% ../../../nbs/storage/pool/dask.ipynb #524f6435
+# %% ../../../nbs/storage/pool/dask.ipynb #b3dc9bf9
 def living(
     index: Index,
     version: int, # At which
@@ -266,7 +268,7 @@ def _move(pool: DaskPool, parts: Sequence[Part], size: int = _FILE) -> list[Part
 
 def _commit(pool: DaskPool, commit: Commit, gone: tuple[File, ...]) -> bool:
     "Make this commit N, if nobody has"
-    entry = Entry(commit, files_of((*commit.put, *commit.move)), gone, time.time_ns() // 1_000_000)
+    entry = Entry(commit, files_of((*commit.put, *commit.move)), gone, _now())
     with _reachable(pool):
         for file in entry.files:
             if pool.lake.age(file.path) > pool.grace / 2:
@@ -309,7 +311,7 @@ def _replace_files(pool: DaskPool, version: int, old: Sequence[File], moved: Seq
         if _commit(pool, Commit(now + 1, secrets.token_hex(16), move=tuple(moved)), tuple(old)): return True
         version = now
 
-# %% ../../../nbs/storage/pool/dask.ipynb #76c0c71a
+# %% ../../../nbs/storage/pool/dask.ipynb #2e1186a9
 def _vacuum(pool: DaskPool, older_than: str | pd.Timedelta, dry_run: bool) -> list[str]:
     try: seconds = pd.Timedelta(older_than).total_seconds()
     except ValueError as e: raise QueryError(f"older_than: expected a duration such as '365D', got {older_than!r}") from e
@@ -320,23 +322,24 @@ def _vacuum(pool: DaskPool, older_than: str | pd.Timedelta, dry_run: bool) -> li
     for i in range(len(times) - 2, -1, -1): times[i] = times[i] or times[i + 1]  # another engine need not say when; it was before the next
     oldest = next((i for i, t in enumerate(times) if t > then or not t), len(times))  # the newest one of that time
     lines = {f.path: f"{f.path}, {f.size} bytes: not needed since version {e.commit.number}"
-             for e in entries[:oldest] if e.commit.token or not e.files for f in e.gone if f.path in there}
+             for e in entries[:oldest] if not e.relaid for f in e.gone if f.path in there}
     if not dry_run:
         while oldest > pool._oldest():
-            with _reachable(pool): pool.lake.put(Entry(Commit(pool.version + 1, secrets.token_hex(16), oldest=oldest),
-                                                       time=time.time_ns() // 1_000_000), pool._index.schema)
+            with _reachable(pool): pool.lake.put(Entry(Commit(pool.version + 1, secrets.token_hex(16), oldest=oldest), time=_now()),
+                                               pool._index.schema)
         with _reachable(pool): pool.lake.remove(lines)
     return list(lines.values())
 
-# %% ../../../nbs/storage/pool/dask.ipynb #9f31a341
+# %% ../../../nbs/storage/pool/dask.ipynb #eacb607e
 def _repair(pool: DaskPool, dry_run: bool) -> list[str]:
     with _reachable(pool):
         there = pool.lake.listing()  # before the log is read, so that what is committed meanwhile is not in it
-        named = {file.path for entry in pool.lake.entries(0, pool.version) for file in entry.files}
+        entries = list(pool.lake.entries(0, pool.version))
+        named = {file.path for entry in entries for file in entry.files}
         left = {path: f"{path}: named by no commit, {age / 3600:.1f} hours old" for path, age in there.items()
                 if path not in named and age > pool.grace}
         if not dry_run: pool.lake.remove(left)
-        return [*left.values(), *pool.lake.mend(dry_run)]
+        return [*left.values(), *pool.lake.mend(entries, dry_run)]
 
 # %% ../../../nbs/storage/pool/dask.ipynb #a2e3ea52
 def _verify(pool: DaskPool) -> list[str]:
