@@ -187,7 +187,7 @@ class LakeHarness(Harness):
 
 HARNESSES["delta"] = LakeHarness
 
-# %% ../../nbs/testing/harness.ipynb #b56a8cc9
+# %% ../../nbs/testing/harness.ipynb #dc4f1f4f
 class MongoHarness(Harness):
     "A `MongoPool` on a server of this process; without a server its tests are skipped, loudly, and fail in CI"
     @property
@@ -229,7 +229,8 @@ class MongoHarness(Harness):
     def raw_numbers(self, pool: Pool) -> list[int]: return sorted(d["_id"] for d in self.of("log").find({}, {"_id": 1}))
 
     def raw_steal(self, pool: Pool) -> None:
-        self.of("log").insert_one({"_id": len(self.raw_numbers(pool)) + 1, "data_io_nbdev": 1, "tokens": ["somebody"], "count": 0})
+        last = self.of("log").find_one(sort=[("_id", -1)]) or {"_id": 0, "episodes": 0}
+        self.of("log").insert_one({**last, "_id": last["_id"] + 1, "data_io_nbdev": 1, "tokens": ["somebody"], "count": 0})
 
     def raw_damage(self, pool: Pool, id: str) -> None:
         key = json.loads(self.of("entries").find_one({"id": id})["facts"].partition(" ")[2])[-3]

@@ -16,12 +16,11 @@ import numpy as np
 # %% auto #0
 __all__ = ['in_parallel', 'LakeHome', 'DaskBuffer']
 
-# %% ../../../nbs/storage/buffer/dask.ipynb #de9db70b
+# %% ../../../nbs/storage/buffer/dask.ipynb #2bc9a2d3
 from ...errors import CorruptData, QueryError, require
 from ...data.schema import Schema
 from ...data.core import Episode
-from ..pool.pool import Part, Pool
-from ..pool.parquet import in_bulk
+from ..pool.pool import Part, Pool, in_bulk
 from ..pool.dask import DaskPool, part_now, read_window, windows
 from .rows import Rows, row_dtype
 from .view import Home, View, enter_part, keep_once, note_part

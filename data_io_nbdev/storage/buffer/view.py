@@ -137,12 +137,12 @@ class View:
             for version in range(first, last + 1): self.look(version)
         return self
 
-# %% ../../../nbs/storage/buffer/view.ipynb #31e880a3
+# %% ../../../nbs/storage/buffer/view.ipynb #2b174183
 def _look(view: View, version: int) -> int:
     pool, since = view.pool, view.versions[-1][1] if view.versions else None
     if since is not None and version <= since: return 0
     changed = None if since is None else list(pool._changed(since, version))
-    schema = pool._catch_up(version).schema
+    schema = pool._schema(version)
     if schema: view.query.check(schema)
     found = pool._select(view.query, version, changed)
     gone, fresh = _difference(view, changed or (), found)

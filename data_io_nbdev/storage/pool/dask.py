@@ -18,12 +18,12 @@ import pandas as pd  # type: ignore
 # %% auto #0
 __all__ = ['windows', 'read_window', 'write_files', 'files_of', 'DaskPool', 'part_now', 'living']
 
-# %% ../../../nbs/storage/pool/dask.ipynb #e5d37ae8
+# %% ../../../nbs/storage/pool/dask.ipynb #850f3b3b
 from ...errors import CorruptData, DataIOError, PoolNotFound, PoolUnavailable, QueryError, SchemaError, SnapshotNotFound
 from ...data.schema import Schema
 from ...data.core import Episode
-from .pool import Commit, Index, Part, Pool, check_writable, damage, damage_line, safe_url
-from .parquet import File, in_bulk, parquet_bytes, read_episodes
+from .pool import Commit, Index, Part, Pool, check_writable, damage, damage_line, in_bulk, safe_url
+from .parquet import File, parquet_bytes, read_episodes
 from .delta import Entry, Lake, open_lake
 
 # %% ../../../nbs/storage/pool/dask.ipynb #d3bbb2fe

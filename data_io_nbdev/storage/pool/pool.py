@@ -25,8 +25,8 @@ import pandas as pd  # type: ignore
 
 # %% auto #0
 __all__ = ['BACKENDS', 'Part', 'part_of', 'Commit', 'Index', 'new_steps', 'matches', 'PoolBackend', 'forkable_lock', 'PoolHandle',
-           'PoolIndex', 'PoolReader', 'Pool', 'check_writable', 'Plan', 'view', 'damage', 'damage_line', 'Backend',
-           'backend', 'open_pool', 'safe_url']
+           'PoolIndex', 'PoolReader', 'Pool', 'in_bulk', 'check_writable', 'Plan', 'view', 'unlike', 'damage',
+           'damages', 'damage_line', 'Backend', 'backend', 'open_pool', 'safe_url']
 
 # %% ../../../nbs/storage/pool/pool.ipynb #b6a8678c
 from ...errors import (ClosedError, CorruptData, DataIOError, EpisodeConflict, EpisodeNotFound, NotEnoughData,
@@ -291,7 +291,7 @@ def _after_fork() -> None:
 
 if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=_after_fork)
 
-# %% ../../../nbs/storage/pool/pool.ipynb #382beb2b
+# %% ../../../nbs/storage/pool/pool.ipynb #ac3ccd3b
 class PoolHandle(PoolBackend):
     "A way to a pool: opened, shared, closed, sent to another process"
     def __init__(self,
@@ -317,6 +317,16 @@ class PoolHandle(PoolBackend):
         if self.closed:
             raise ClosedError(f"{type(self).__name__} {self.url} is closed; pool.load() opens it again")
         return self._head() if self._at is None else self._at
+
+    def _newest(self,
+        ask: Callable[[int], Any], # Of a version
+    ) -> Any: # The answer at `version`
+        "Ask about the newest version; again, where others gave it up meanwhile"
+        while True:
+            version = self.version
+            try: return ask(version)
+            except SnapshotNotFound:
+                if self.version == version: raise
 
     def load(self) -> None:
         "Open a closed pool again"
@@ -370,7 +380,7 @@ def _reopen(pool_class: type[Pool], url: str, mode: str, at: Optional[int], leas
                                "pickled; save() it first")
     return pool if at is None else pool.snapshot(at)
 
-# %% ../../../nbs/storage/pool/pool.ipynb #d3914ede
+# %% ../../../nbs/storage/pool/pool.ipynb #dde80859
 class PoolIndex(PoolHandle):
     "How a pool finds parts: by an index of its log, kept in memory"
     def _catch_up(self, version: int) -> Index:
@@ -381,21 +391,33 @@ class PoolIndex(PoolHandle):
                 raise SnapshotNotFound(f"{self!r}: version {version} was given up, the oldest is {self._index.oldest}")
             return self._index
 
-    def _parts(self, id: str, version: int) -> list[Part]:
-        "The parts of one episode at a version"
-        return self._catch_up(version).parts(id, version)
+    def _schema(self, version: int) -> Optional[Schema]:
+        "What every episode fits; `None` as long as there is none"
+        return self._catch_up(version).schema
 
-    def _select(self, query: PoolQuery, version: int, ids: Optional[Iterable[str]] = None) -> list[list[Part]]:
-        "The parts of each matching episode (out of `ids`), ordered by start, then id"
+    def _stored(self, ids: Iterable[str], version: int) -> dict[str, list[Part]]:
+        "The parts of those of these episodes that are there at a version"
         index = self._catch_up(version)
-        if ids is None: ids = list(index.lives) if query.ids is None else query.ids
-        there = (parts for id in ids if (parts := self._parts(id, version)))
-        found = [parts for parts in there if matches(query, parts, index.schema, self._read_one)]
-        return sorted(found, key=lambda parts: (parts[0].start, parts[0].id))
+        return {id: parts for id in ids if (parts := index.parts(id, version))}
 
     def _count(self, version: int) -> int:
         "How many episodes there are at a version"
-        return sum(1 for id in list(self._catch_up(version).lives) if self._index.parts(id, version))
+        return len(self._stored(list(self._catch_up(version).lives), version))
+
+    def _candidates(self, query: PoolQuery, version: int, ids: Optional[Iterable[str]]) -> Iterable[list[Part]]:
+        "The parts of every matching episode (out of `ids`), and perhaps of others"
+        if ids is None: ids = list(self._catch_up(version).lives) if query.ids is None else query.ids
+        return self._stored(ids, version).values()
+
+    def _select(self, query: PoolQuery, version: int, ids: Optional[Iterable[str]] = None) -> list[list[Part]]:
+        "The parts of each matching episode (out of `ids`), ordered by start, then id"
+        there, schema = self._candidates(query, version, ids), self._schema(version)
+        found = [parts for parts in there if matches(query, parts, schema, self._read_one)]
+        return sorted(found, key=lambda parts: (parts[0].start, parts[0].id))
+
+    def _parts(self, id: str, version: int) -> list[Part]:
+        "The parts of one episode at a version"
+        return self._stored([id], version).get(id, [])
 
     def _changed(self, after: int, upto: int) -> dict[str, None]:
         "Ids of the episodes that commits touched, in order"
@@ -411,12 +433,12 @@ class PoolIndex(PoolHandle):
     def _ask(self, query: Any, version: int) -> tuple[PoolQuery, list[list[Part]]]:
         "What a user asks for, and the parts of each episode that answers it"
         asked, ids = _as_query(query)
-        if schema := self._catch_up(version).schema: asked.check(schema)
+        if schema := self._schema(version): asked.check(schema)
+        found = self._select(asked, version)
+        there = {parts[0].id for parts in found}
         for id in ids:
-            if not self._parts(id, version):
-                raise EpisodeNotFound(f"no episode {id!r} at version {version}; "
-                                      "catalogue() lists what there is")
-        return asked, self._select(asked, version)
+            if id not in there: raise EpisodeNotFound(f"no episode {id!r} at version {version}; catalogue() lists what there is")
+        return asked, found
 
 # %% ../../../nbs/storage/pool/pool.ipynb #7859ab86
 def _as_query(query: Any) -> tuple[PoolQuery, Sequence[str]]:
@@ -427,32 +449,32 @@ def _as_query(query: Any) -> tuple[PoolQuery, Sequence[str]]:
     if all(isinstance(id, str) for id in ids): return PoolQuery(ids=ids), ids
     raise QueryError(f"expected a PoolQuery, an episode's id or ids, got {query!r}")
 
-# %% ../../../nbs/storage/pool/pool.ipynb #f4bd0a31
+# %% ../../../nbs/storage/pool/pool.ipynb #b2f03032
 class PoolReader(PoolIndex):
     "The questions that every pool answers"
     @property
     def schema(self) -> Optional[Schema]:
         "What every episode here fits; `None` in an empty pool"
-        return self._catch_up(self.version).schema
+        return self._newest(self._schema)
 
     def find(self,
         query: Any = None, # A `PoolQuery`, an id, or ids; by default everything
     ) -> Iterator[Episode]: # By `episodestart`, then id; cut to the query's time range
         "The episodes asked for, as they are now: the iterator keeps its version while others write"
-        query, found = self._ask(query, self.version)
+        query, found = self._newest(lambda version: self._ask(query, version))
         return (episode[steps_in(episode.times, query)] for episode in self._episodes(found))
 
     def count(self,
         query: Any = None, # A `PoolQuery`, an id, or ids; by default everything
     ) -> int:
         "How many episodes `find` would give"
-        return len(self._ask(query, self.version)[1]) if query is not None else self._count(self.version)
+        return self._newest(lambda version: len(self._ask(query, version)[1]) if query is not None else self._count(version))
 
     def catalogue(self,
         query: Any = None, # A `PoolQuery`, an id, or ids; by default everything
     ) -> pd.DataFrame: # Indexed by id, ordered by `episodestart`, then id
         "Who, when and how long, of the episodes asked for; never cut to the query's time range"
-        return _catalogue(self._ask(query, self.version)[1], self.schema)
+        return self._newest(lambda version: _catalogue(self._ask(query, version)[1], self._schema(version)))
 
     def sample(self,
         n: int, # How many
@@ -460,7 +482,7 @@ class PoolReader(PoolIndex):
         seed: Optional[int] = None, # Makes the choice reproducible
     ) -> list[Episode]: # In random order, cut to the query's time range
         "Whole episodes at random, none twice; raises `NotEnoughData` where fewer match"
-        query, found = self._ask(query, self.version)
+        query, found = self._newest(lambda version: self._ask(query, version))
         if not 0 < n <= len(found): raise NotEnoughData(f"asked for {n} episodes, and {len(found)} match")
         chosen = [found[i] for i in np.random.default_rng(seed).choice(len(found), n, replace=False)]
         return [episode[steps_in(episode.times, query)] for episode in self._episodes(chosen)]
@@ -468,7 +490,7 @@ class PoolReader(PoolIndex):
     def __getitem__(self, id: str) -> Episode: return next(self.find(id))
     def __iter__(self) -> Iterator[Episode]: return self.find()
     def __len__(self) -> int: return self.count()
-    def __contains__(self, id: Any) -> bool: return bool(self._parts(id, self.version))
+    def __contains__(self, id: Any) -> bool: return self._newest(lambda version: bool(self._parts(id, version)))
     def __bool__(self) -> bool: return True  # an empty pool is still a pool
 
 # %% ../../../nbs/storage/pool/pool.ipynb #7d4a9b30
@@ -487,7 +509,7 @@ def _catalogue(found: Sequence[Sequence[Part]], schema: Optional[Schema]) -> pd.
                "version": each(lambda parts: parts[-1].version)}
     return pd.DataFrame(columns, index=pd.Index([parts[0].id for parts in found], name="id", dtype="str"))
 
-# %% ../../../nbs/storage/pool/pool.ipynb #f670844f
+# %% ../../../nbs/storage/pool/pool.ipynb #7c03516b
 class Pool(PoolReader):
     "A durable, append-only, versioned log of episodes"
     durable: ClassVar[bool] = False  # Whether what `store` acknowledged survives a crash
@@ -527,9 +549,10 @@ class Pool(PoolReader):
     def copy_to(self,
         other: Pool, # Any back-end
         query: Any = None, # A `PoolQuery` without a time range, an id, or ids; by default everything
+        progress: Callable[[Iterable], Iterable] = iter, # Wraps the list of parts to be copied, as `tqdm` does
     ) -> list[str]: # Ids of the episodes that `other` holds now
-        "Copy episodes, their ids, times and digests unchanged; begun again, it goes on where it stopped"
-        return _copy(self, other, query)
+        "Copy episodes, their ids, times and digests unchanged, and read them back; begun again, it goes on where it stopped"
+        return _copy(self, other, query, progress)
 
     def verify(self) -> list[str]: # Empty when sound
         "Compare every step of every version with what the log says of it; one line for each damaged part"
@@ -550,11 +573,28 @@ class Pool(PoolReader):
         self.copy_to(copy := backend("memory")())
         copy.save(path, overwrite)
 
+# %% ../../../nbs/storage/pool/pool.ipynb #0d68ece3
+def in_bulk(
+    items: Iterable[Any], # In order
+    nbytes: Callable[[Any], int], # Of one of them
+    size: int, # Bytes; a single larger item is a list of its own
+) -> Iterator[list]:
+    "Neighbouring items in lists of up to a size"
+    bulk, held = [], 0
+    for item in items:
+        more = nbytes(item)
+        if bulk and held + more > size:
+            yield bulk
+            bulk, held = [], 0
+        bulk.append(item)
+        held += more
+    if bulk: yield bulk
+
 # %% ../../../nbs/storage/pool/pool.ipynb #536cff29
 def check_writable(pool: Pool) -> None:
     if pool.mode == "r": raise ReadOnly(f"{pool!r} is read-only; open_pool(url, mode='a') writes")
 
-# %% ../../../nbs/storage/pool/pool.ipynb #a951b2b7
+# %% ../../../nbs/storage/pool/pool.ipynb #50bf6b69
 class Plan(NamedTuple):
     "What a commit would do"
     put: list[tuple[Part, Episode]]  # New parts, and their steps
@@ -567,8 +607,7 @@ def _commit(pool: Pool, decide: Callable[[int], Plan]) -> list[str]:
     check_writable(pool)
     staged, before, token = [], None, secrets.token_hex(16)
     for attempt in range(1_000_000):
-        version = pool.version
-        try: plan = decide(version)
+        try: version, plan = pool._newest(lambda version: (version, decide(version)))
         except BaseException:  # what was staged for an earlier try is nobody's now
             with suppress(DataIOError): pool._drop(staged)
             raise
@@ -583,7 +622,7 @@ def _commit(pool: Pool, decide: Callable[[int], Plan]) -> list[str]:
         time.sleep(random.SystemRandom().random() * min(0.1, 0.001 * 2 ** min(attempt, 10)))
     raise PoolUnavailable(f"{pool!r}: a million other commits came first")
 
-# %% ../../../nbs/storage/pool/pool.ipynb #cc1f77bf
+# %% ../../../nbs/storage/pool/pool.ipynb #f3b268d1
 class _Extend:
     "Decides what of some items is new at a version"
     def __init__(self, pool: Pool, items: list, overwrite: bool):
@@ -591,7 +630,8 @@ class _Extend:
         self.episodes, self.schema = [], None  # the items under the pool's schema, once it is known
 
     def __call__(self, version: int) -> Plan:
-        self._convert(self.pool._catch_up(version).schema)
+        self._convert(self.pool._schema(version))
+        there = self.pool._stored([e.id for e in self.episodes], version)
         put: list[tuple[Part, Episode]] = []
         hide: dict[str, None] = {}
         mine: dict[str, list[Part]] = {}  # parts planned in this very commit
@@ -599,7 +639,7 @@ class _Extend:
             if part.version: return self.pool._read_one(part)
             return next(e for planned, e in put if planned is part)
         for e in self.episodes:
-            stored = [] if e.id in hide else self.pool._parts(e.id, version)
+            stored = [] if e.id in hide else there.get(e.id, [])
             if self.overwrite and stored and e.id not in mine and not _is_whole(e, stored, read):
                 hide[e.id] = None
                 stored = []
@@ -658,43 +698,52 @@ def _snapshot(pool: Pool, version: Optional[int]) -> Pool:
         raise SnapshotNotFound(f"{pool!r} has versions {oldest} to {newest}, got {version}")
     return view(pool, version)
 
-# %% ../../../nbs/storage/pool/pool.ipynb #fe6b9bd2
-def _copy(pool: Pool, other: Pool, query: Any, batch: int = 64 << 20) -> list[str]:
-    asked, found = pool._ask(query, pool.version)
-    if asked.time != (None, None):
-        raise QueryError("a time range cuts episodes, and copy_to takes whole ones; use start=(from, to)")
-    there = other.version
-    def copied(parts: Sequence[Part]) -> bool:
-        return [p.digest for p in other._parts(parts[0].id, there)] == [p.digest for p in parts]
-    todo = [part for parts in found if not copied(parts) for part in parts]
-    items: list[Episode] = []
-    held = 0
-    for episode in pool._read(todo):
-        items.append(episode)
-        held += episode.nbytes
-        if held < batch: continue
-        other.extend(items)
-        items, held = [], 0
-    other.extend(items)
-    return [parts[0].id for parts in found]
-
-# %% ../../../nbs/storage/pool/pool.ipynb #a2ac2611
-def damage(pool: Pool, part: Part) -> str:
-    "What is wrong with a stored part; empty when it is sound"
-    try: found = part_of(replace(pool._read_one(part)))  # a fresh copy: its digest is worked out anew
-    except CorruptData as e: return str(e)
+# %% ../../../nbs/storage/pool/pool.ipynb #3cfbae91
+def unlike(
+    part: Part, # As the log says it
+    episode: Episode, # As it was read
+) -> str:
+    "What is wrong with the steps of a part; empty when they are sound"
+    found = part_of(replace(episode))  # a fresh copy: its digest is worked out anew
     said = ("id", "who", "length", "begin", "end", "number", "digest", "ended", "tail")
     odd = [name for name in said if getattr(found, name) != getattr(part, name)]
     return f"not what was stored, by its {', '.join(odd)}" if odd else ""
 
-# %% ../../../nbs/storage/pool/pool.ipynb #d26960c5
-def _verify(pool: Pool) -> list[str]:
-    found = ((part, damage(pool, part)) for part in pool._catch_up(pool.version).every_part())
-    return [damage_line(part, wrong) for part, wrong in found if wrong]
+# %% ../../../nbs/storage/pool/pool.ipynb #fc170c4a
+def damage(pool: Pool, part: Part) -> str:
+    "What is wrong with a stored part; empty when it is sound"
+    try: return unlike(part, pool._read_one(part))
+    except CorruptData as e: return str(e)
+
+def damages(pool: Pool, parts: Iterable[Part], window: int = 16 << 20) -> Iterator[str]:
+    "A line for each damaged part"
+    for bulk in in_bulk(parts, lambda part: part.nbytes, window):
+        try: found = [unlike(*pair) for pair in zip(bulk, pool._read(bulk))]
+        except CorruptData: found = [damage(pool, part) for part in bulk]
+        yield from (damage_line(part, wrong) for part, wrong in zip(bulk, found) if wrong)
 
 def damage_line(part: Part, wrong: str) -> str:
     "A damaged part, for people"
     return f"episode {part.id}, steps {part.offset} to {part.offset + part.length - 1}: {wrong}"
+
+# %% ../../../nbs/storage/pool/pool.ipynb #bc7d9d35
+def _verify(pool: Pool) -> list[str]: return list(damages(pool, pool._catch_up(pool.version).every_part()))
+
+# %% ../../../nbs/storage/pool/pool.ipynb #afaa1d4e
+def _copy(pool: Pool, other: Pool, query: Any, progress: Callable[[Iterable], Iterable], size: int = 64 << 20) -> list[str]:
+    asked, found = pool._newest(lambda version: pool._ask(query, version))
+    if asked.time != (None, None):
+        raise QueryError("a time range cuts episodes, and copy_to takes whole ones; use start=(from, to)")
+    ids = [parts[0].id for parts in found]
+    there = other._newest(lambda version: other._stored(ids, version))
+    def copied(parts: Sequence[Part]) -> bool: return [p.digest for p in there.get(parts[0].id, ())] == [p.digest for p in parts]
+    todo = [part for parts in found if not copied(parts) for part in parts]
+    for bulk in in_bulk(zip(progress(todo), pool._read(todo)), lambda pair: pair[1].nbytes, size):
+        other.extend(episode for _, episode in bulk)
+        now = other._newest(lambda version: other._stored({part.id for part, _ in bulk}, version))
+        if wrong := next(damages(other, [part for parts in now.values() for part in parts]), None):
+            raise CorruptData(f"{other!r} has not what was copied to it: {wrong}")
+    return ids
 
 # %% ../../../nbs/storage/pool/pool.ipynb #f9c88829
 class Backend(NamedTuple):
