@@ -4,10 +4,13 @@ import os
 import random
 import shutil
 import signal
+import socket
+import struct
 import threading
 import time
 import traceback
 import warnings
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 
 import numpy as np
@@ -15,8 +18,10 @@ import pandas as pd
 import pytest
 
 pymongo = pytest.importorskip("pymongo")
+import bson
+import pymongo.monitoring
 
-from data_io_nbdev import DaskPool, Episode, MemoryBuffer, MemoryPool, MongoBuffer, MongoPool, open_pool
+from data_io_nbdev import DaskPool, Episode, MemoryBuffer, MemoryPool, MongoBuffer, MongoPool, PoolQuery, open_pool
 from data_io_nbdev.errors import CorruptData, PoolNotFound, PoolUnavailable, QueryError, SchemaError
 from data_io_nbdev.storage.pool import mongo
 from data_io_nbdev.testing import MongoHarness, MongoServer, at_once, draws, drive, facts, facts_of, python, trace
@@ -116,6 +121,73 @@ for h in range(1, 30): pool.store(drive(10, hour=h))
     assert not buffer._view.versions, "closed is closed"
 
 
+# --- what the server is asked ---
+
+class Asked(pymongo.monitoring.CommandListener):
+    "Every command that a client sends, and how many documents of which collection came back"
+    def __init__(self): self.commands, self.came = [], {}
+
+    def started(self, event): self.commands.append((event.command_name, event.command.get(event.command_name), dict(event.command)))
+
+    def succeeded(self, event):
+        if cursor := event.reply.get("cursor"):
+            what = cursor["ns"].rpartition(".")[2]
+            self.came[what] = self.came.get(what, 0) + len(cursor.get("firstBatch", cursor.get("nextBatch", ())))
+
+    def failed(self, event): pass
+
+
+@contextmanager
+def asked(monkeypatch):
+    "What clients that are made meanwhile ask"
+    with monkeypatch.context() as m:
+        listener, really = Asked(), pymongo.MongoClient
+        m.setattr(pymongo, "MongoClient", lambda *args, **kw: really(*args, **kw, event_listeners=[listener]))
+        yield listener
+
+
+@pytest.mark.parametrize("query, entries, chunks", [
+    (PoolQuery(driver="bo"), 3, 3), (PoolQuery(start=("2026-01-02T00:00Z", "2026-01-02T04:00Z")), 4, 4),
+    (PoolQuery(driver=["bo", "anna"], vehicle="B", start=(None, "2026-01-01T12:00Z")), 4, 4), (PoolQuery(ids=drive(hour=7, vehicle="A").id), 1, 1),
+    (PoolQuery(time=("2026-01-01T05:00:01Z", "2026-01-01T05:00:03Z")), 2, 2), (PoolQuery(length=(7, None)), 6, 4),
+    (PoolQuery(driver="nobody"), 0, 0), (PoolQuery(ids=["\ud800"]), 0, 0), (PoolQuery(driver="\ud800"), 0, 0)], ids=repr)
+def test_only_what_matches_travels(harness, pool, monkeypatch, query, entries, chunks):
+    "Opening reads no entry; a query reads the entries and the chunks of the episodes asked for, and no others"
+    drives = [drive(9 if h in (30, 38) else 6, hour=h, driver="bo" if h in (3, 13, 23) else "anna", vehicle="AB"[h in (2, 5, 8, 9, 22)]) for h in range(40)]
+    for e in drives: pool.store(e[:6])
+    for h in (30, 38): pool.store(drives[h])
+    with asked(monkeypatch) as said:
+        own = harness.open("r")
+        assert own.version == 42 and len(own) == 40 and own.schema == pool.schema and said.came.get("entries", 0) == said.came.get("chunks", 0) == 0
+        assert said.came["log"] <= 5
+        found = list(own.find(query))
+    assert (said.came.get("entries", 0), said.came.get("chunks", 0)) == (entries, chunks)
+    copy = MemoryPool()
+    pool.copy_to(copy)
+    assert [facts(e) for e in found] == [facts(e) for e in copy.find(query)]
+    scanned = [c for name, _, c in said.commands if name == "find" and c["find"].endswith((".entries", ".chunks")) and not c["filter"]]
+    assert scanned == [], "every question about entries and chunks has a filter"
+
+
+def test_of_many(harness, pool, monkeypatch):
+    "A hundred of 3,000 episodes: a hundred entries, and the chunks that they are in"
+    pool.extend([drive(2, hour=h, driver="bo" if h % 30 == 0 else "anna") for h in range(3000)])
+    pool.delete(PoolQuery(driver="bo", start=(None, "2026-01-02T06:00Z")))
+    with asked(monkeypatch) as said: found = harness.open().count(PoolQuery(driver="bo"))
+    assert found == 99 and said.came["entries"] == 100 + 1
+
+
+def test_two_writers_delete_and_store(harness, pool):
+    "How many there are is right at every version, whoever writes: overwritten, deleted, in parts, stored again"
+    other, right = harness.open(), MemoryPool()
+    for n, (here, act) in enumerate([(pool, lambda p: p.extend([drive(9, hour=0)[:4], drive(9, hour=0), drive(hour=1)])), (other, lambda p: p.delete(drive(hour=1).id)),
+                                     (pool, lambda p: p.store(drive(hour=1, seed=1))), (other, lambda p: p.store(drive(4, hour=0, seed=2), overwrite=True)),
+                                     (other, lambda p: p.delete(everything=True)), (pool, lambda p: p.extend([drive(hour=h) for h in range(3)]))], 1):
+        act(here); act(right)
+        assert [len(p) for p in (pool, other, right)] == [len(harness.open().catalogue())] * 3 == [len(right.catalogue())] * 3
+        assert [len(pool.snapshot(v)) for v in range(n + 1)] == [len(right.snapshot(v)) for v in range(n + 1)]
+
+
 # --- what cannot ---
 
 def test_strangers(harness):
@@ -173,6 +245,154 @@ def test_passwords(monkeypatch):
     assert mongo._Link(link.shown, None, None, 1)._address.startswith("mongodb://eve:s3%3Acr%40et@")
     with pytest.raises(QueryError) as e: MongoPool(f"mongodb://eve:{secret}@host:port/fleet")
     assert secret not in "".join(traceback.format_exception(e.value))
+
+
+def test_wrong_password(tmp_path):
+    "Wrong, or none: said at once, without the password"
+    if shutil.which("mongod") or not shutil.which("ferretdb"): pytest.skip("only FerretDB takes its first user from the command line")
+    right, wrong = "r1ght", "wr0ng"
+    server = MongoServer(tmp_path, "--test-enable-new-auth", "--setup-username=eve", f"--setup-password={right}", "--setup-database=admin")
+    server.start()
+    try:
+        address = server.url.partition("//")[2]
+        pool = MongoPool(f"mongodb://eve:{right}@{address}/fleet?authSource=admin")
+        pool.store(drive())
+        assert facts_of(pool) == facts_of([drive()]) and right not in repr(pool) + pool.url
+        with pytest.raises(PoolUnavailable, match="wrong user or password") as e: MongoPool(f"mongodb://eve:{wrong}@{address}/fleet?authSource=admin")
+        assert wrong not in "".join(traceback.format_exception(e.value))
+        with pytest.raises(PoolUnavailable, match="has not the right"): MongoPool(f"{server.url}/fleet").store(drive(hour=1))
+    finally: server.kill()
+
+
+@pytest.mark.parametrize("url", ["mongodb://no-such-host.invalid/fleet", "mongodb+srv://no-such-host.invalid/fleet"])
+def test_unknown_host(url):
+    began = time.monotonic()
+    with pytest.raises(PoolUnavailable, match="no-such-host.invalid"): MongoPool(url, timeout=0.5)
+    assert time.monotonic() - began < 30
+
+
+# --- lines that break ---
+
+class Proxy:
+    "Between clients and a server: the next command of a kind is cut off, or refused"
+    def __init__(self, server):
+        self.server, self.plan, self.seen = server, None, []
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"mongodb://127.0.0.1:{self.listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        with suppress(OSError):
+            while True: threading.Thread(target=self._serve, args=(self.listener.accept()[0],), daemon=True).start()
+
+    def _serve(self, client):
+        with suppress(OSError), client, socket.create_connection(self.server) as server:
+            while request := self._message(client):
+                act = self._act(request)
+                if act == "half a request": return server.sendall(request[:len(request) // 2])
+                if act == "no request": return
+                if act == "refused":
+                    client.sendall(_answer(request, {"ok": 0.0, "code": 13, "codeName": "Unauthorized", "errmsg": "not authorized to do this"}))
+                    continue
+                server.sendall(request)
+                answer = self._message(server)
+                if act == "no answer": return
+                client.sendall(answer[:len(answer) // 2] if act == "half an answer" else answer)
+                if act: return
+
+    def _act(self, request):
+        if struct.unpack_from("<i", request, 12)[0] != 2013: return None
+        command = _command(request)
+        name = next(iter(command))
+        kind = f"{name} {str(command[name]).rpartition('.')[2]}" if isinstance(command[name], str) else name
+        self.seen.append(kind)
+        if not self.plan or self.plan[0] != kind: return None
+        act, self.plan = self.plan[1], None
+        return act
+
+    @staticmethod
+    def _message(end):
+        head = end.recv(16, socket.MSG_WAITALL)
+        if len(head) < 16: return b""
+        return head + end.recv(struct.unpack_from("<i", head)[0] - 16, socket.MSG_WAITALL)
+
+    def close(self): self.listener.close()
+
+
+def _command(request):
+    "The command in an `OP_MSG`: the document of the section of kind 0, which may come behind one of kind 1"
+    at = 20
+    while request[at]: at += 1 + struct.unpack_from("<i", request, at + 1)[0]
+    return bson.decode(request[at + 1:at + 1 + struct.unpack_from("<i", request, at + 1)[0]])
+
+
+def _answer(request, document):
+    body = struct.pack("<iB", 0, 0) + bson.encode(document)
+    return struct.pack("<iiii", 16 + len(body), 0, struct.unpack_from("<i", request, 4)[0], 2013) + body
+
+
+@pytest.fixture
+def proxy(harness):
+    host, port = pymongo.uri_parser.parse_uri(harness.server)["nodelist"][0]
+    proxy = Proxy((host, port))
+    yield proxy
+    proxy.close()
+
+
+KINDS = ["find log", "find entries", "find chunks", "insert chunks", "insert entries", "insert log", "createIndexes entries", "createIndexes chunks",
+         "createIndexes log", "hello"]
+
+
+def lose_once(pool, harness):
+    "A `_head` after which, once, another commit takes the next number"
+    really, lost = pool._head, []
+    def head():
+        number = really()
+        if not lost: lost.append(harness.raw_steal(pool))
+        return number
+    return head
+
+
+def through(proxy, harness): return open_pool(proxy.url, timeout=2, **harness.name)
+
+
+@pytest.mark.parametrize("act", ["no request", "half a request", "no answer", "half an answer"])
+@pytest.mark.parametrize("kind", [*KINDS, "delete entries"])
+def test_a_line_that_breaks(proxy, harness, monkeypatch, kind, act):
+    "In the middle of every kind of command: done, or said to be not done; the same call again leaves one of everything"
+    here, right, failed = through(proxy, harness), MemoryPool(), []
+    def again(pool, call):
+        for attempt in range(3):
+            try: return call(pool)
+            except PoolUnavailable as e: failed.append(str(e))
+        raise AssertionError(failed)
+    calls = [lambda p: p.extend([drive(hour=h) for h in range(3)]), lambda p: p.store(drive(9, hour=3)[:4]), lambda p: p.store(drive(9, hour=3)),
+             lambda p: p.delete(drive(hour=1).id), lambda p: p.store(drive(hour=2, seed=1), overwrite=True), list]
+    cut = 0
+    for n, call in enumerate(calls):
+        proxy.plan = kind, act
+        if n == 3: monkeypatch.setattr(here, "_head", lose_once(here, harness))  # what hides is written, then taken back and written anew
+        again(here, call)
+        cut += proxy.plan is None
+        proxy.plan = None
+        call(right)
+    assert cut and facts_of(harness.open()) == facts_of(here) == facts_of(right) and here.verify() == []
+    assert harness.raw_numbers(here) == list(range(1, here.version + 1)) and len(here) == len(right)
+    assert all(harness.name["collection"] in text and "127.0.0.1" in text for text in failed)
+    open_pool(harness.server, grace="0s", **harness.name).repair(dry_run=False)
+    assert leftovers(harness, here) == set() and facts_of(harness.open()) == facts_of(right)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "hello"])
+def test_refused(proxy, harness, kind):
+    "A user who may not do it is told so; nothing is half there, and who may do it goes on"
+    harness.open().store(drive())
+    here = through(proxy, harness)
+    proxy.plan = kind, "refused"
+    with pytest.raises(PoolUnavailable, match="has not the right to do this"): here.store(drive(hour=1)) if kind != "find chunks" else list(here)
+    assert proxy.plan is None and facts_of(harness.open()) == facts_of([drive()]) and harness.raw_numbers(here) == [1]
+    here.store(drive(hour=1))
+    assert facts_of(harness.open()) == facts_of([drive(), drive(hour=1)]) and here.verify() == []
 
 
 # --- killed ---

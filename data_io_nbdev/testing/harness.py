@@ -420,10 +420,11 @@ def histories(draw, least: int = 1, most: int = 5) -> list[Episode]:
     schema = draw(schemas())
     return draw(st.lists(episodes(schema), min_size=least, max_size=most, unique_by=lambda e: e.id))
 
-# %% ../../nbs/testing/harness.ipynb #64be5db7
+# %% ../../nbs/testing/harness.ipynb #4e80adfe
 def examples(n: int, **more: Any) -> settings:
-    "Run a test on `n` examples, the same ones each time"
-    return settings(max_examples=n, deadline=None, derandomize=True, database=None,
+    "Run a test on a share of `n` examples, the same ones each time"
+    share = float(os.environ.get("EXAMPLES", "0.4"))
+    return settings(max_examples=max(1, round(share * n)), deadline=None, derandomize=True, database=None,
                     suppress_health_check=list(HealthCheck), **more)
 
 # %% ../../nbs/testing/harness.ipynb #4a4a908a

@@ -23,7 +23,7 @@ __all__ = ['MongoServer', 'mongo_server', 'shared_server']
 # %% ../../nbs/testing/server.ipynb #fdcdec5c
 from ..errors import PoolUnavailable
 
-# %% ../../nbs/testing/server.ipynb #ce222f21
+# %% ../../nbs/testing/server.ipynb #17e3f6e0
 def _command(folder: Path, port: int) -> list[str]:
     "How to start whichever server is installed"
     if found := shutil.which("mongod"):
@@ -37,8 +37,9 @@ class MongoServer:
     "A server of one's own; it can be killed, and started again on the same folder and port"
     def __init__(self,
         folder: str | os.PathLike, # Where its data is
+        *options: str, # More of the server's own
     ):
-        self.folder, self.process = Path(folder).absolute(), None
+        self.folder, self.options, self.process = Path(folder).absolute(), options, None
         with socket.create_server(("127.0.0.1", 0)) as free: self.port = free.getsockname()[1]
         self.url = f"mongodb://127.0.0.1:{self.port}"
 
@@ -46,7 +47,7 @@ class MongoServer:
         "Returns when it answers"
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "server.log", "ab") as log:
-            self.process = subprocess.Popen(_command(self.folder, self.port), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            self.process = subprocess.Popen([*_command(self.folder, self.port), *self.options], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         until = time.monotonic() + timeout
         while self.process.poll() is None and time.monotonic() < until:
             try: return socket.create_connection(("127.0.0.1", self.port), 1).close()

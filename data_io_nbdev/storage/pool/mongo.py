@@ -162,7 +162,7 @@ class MongoPool(Pool):
     @classmethod
     def from_url(cls, url: str, mode: str = "a", **options: Any) -> MongoPool: return cls(url, mode, **options)
 
-# %% ../../../nbs/storage/pool/mongo.ipynb #6ee49ae5
+# %% ../../../nbs/storage/pool/mongo.ipynb #d7202091
 _LESS = {"w": lambda v: v != "majority", "journal": lambda v: not v, "readpreference": lambda v: v != "primary",
          "readconcernlevel": lambda v: v not in ("majority", "linearizable", "snapshot")}
 
@@ -171,7 +171,9 @@ class _Link:
     def __init__(self, url: str, database: Optional[str], collection: Optional[str], timeout: float):
         self._address, self.timeout, self.client = _with_password(url), timeout, None
         try: said = pymongo.uri_parser.parse_uri(self._address, warn=False)
-        except (pymongo.errors.PyMongoError, ValueError) as e: raise QueryError(f"{_shown(url)!r} is no MongoDB URL: {e}") from None
+        except (pymongo.errors.PyMongoError, ValueError) as e:
+            if "DNS" in str(e): raise PoolUnavailable(f"{_shown(url)!r}: {e}") from None  # of mongodb+srv
+            raise QueryError(f"{_shown(url)!r} is no MongoDB URL: {e}") from None
         self.options = {k.lower(): v for k, v in said["options"].items()}
         if less := [k for k, weak in _LESS.items() if k in self.options and weak(self.options[k])]:
             raise QueryError(f"{_shown(url)!r}: {', '.join(less)} promises less than a pool does; leave it out")
