@@ -45,8 +45,8 @@ $(FERRETDB): tools/ferretdb/go.mod tools/ferretdb/go.sum
 		go build -mod=vendor -trimpath -tags ferretdb_no_postgresql -o $(CURDIR)/$@ github.com/FerretDB/FerretDB/cmd/ferretdb
 	@rm -rf tools/ferretdb/vendor
 
-bench: $(VENV)/with-dev $(VENV)/with-bench ## run the benchmarks
-	@$(BIN)/python benchmarks/run.py
+bench: $(VENV)/with-dev $(VENV)/with-bench $(filter $(FERRETDB),$(SERVER)) ## run the benchmarks
+	@PATH="$(CURDIR)/.tools:$$PATH" $(BIN)/python benchmarks/run.py
 
 docs: export ## build the site into _docs/; DOCS_OPTIONS=--draft leaves out pages not written yet
 	@$(BIN)/python docs/website.py $(DOCS_OPTIONS)

@@ -136,7 +136,10 @@ def main() -> int:
         ("growth of the process / rows, state 600", growth(600, 68, 100_000) / (wide.nbytes / len(wide)), 1.15)])
     gc.collect()
     import lake
+    import mongo
     lake.show_all(show, rounds)
+    gc.collect()
+    mongo.show_all(show, rounds)
     print(f"\n{missed} targets missed" if missed else "\nevery target is met")
     return int(missed > 0)
 

@@ -357,7 +357,7 @@ def through(proxy, harness): return open_pool(proxy.url, timeout=2, **harness.na
 
 
 @pytest.mark.parametrize("act", ["no request", "half a request", "no answer", "half an answer"])
-@pytest.mark.parametrize("kind", [*KINDS, "delete entries"])
+@pytest.mark.parametrize("kind", [*KINDS, "delete entries", "delete chunks"])
 def test_a_line_that_breaks(proxy, harness, monkeypatch, kind, act):
     "In the middle of every kind of command: done, or said to be not done; the same call again leaves one of everything"
     here, right, failed = through(proxy, harness), MemoryPool(), []
@@ -381,6 +381,16 @@ def test_a_line_that_breaks(proxy, harness, monkeypatch, kind, act):
     assert all(harness.name["collection"] in text and "127.0.0.1" in text for text in failed)
     open_pool(harness.server, grace="0s", **harness.name).repair(dry_run=False)
     assert leftovers(harness, here) == set() and facts_of(harness.open()) == facts_of(right)
+
+
+@pytest.mark.parametrize("act", ["no request", "half a request", "no answer", "half an answer"])
+def test_a_line_that_breaks_while_much_is_read(proxy, harness, act):
+    here = through(proxy, harness)
+    right = facts_of([drive(hour=h) for h in range(300)])
+    here.extend([drive(hour=h) for h in range(300)])
+    proxy.plan = "getMore", act
+    with pytest.raises(PoolUnavailable): list(here)
+    assert proxy.plan is None and facts_of(here) == right
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "hello"])
@@ -477,7 +487,7 @@ def test_server_away(server):
 
 def test_everybody_at_once(harness, pool):
     "Four writers and two readers: numbers without a gap, nothing lost, doubled or torn"
-    until = time.time() + 15
+    until = time.time() + 30
     code = """
 import pickle, sys, time
 from data_io_nbdev.testing import drive
