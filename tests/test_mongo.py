@@ -71,6 +71,7 @@ def test_many_at_once(pool, harness):
     "No document lists the episodes of a commit; many share a chunk"
     items = [drive(2, hour=h) for h in range(3000)]
     assert len(pool.extend(items)) == 3000 == harness.of("entries").count_documents({}) and harness.of("chunks").count_documents({}) < 10
+    assert sum(len(d["data"]) for d in harness.of("chunks").find()) < sum(e.nbytes for e in items), "a short episode costs no more than its steps"
     assert len(str(harness.of("log").find_one({"_id": 1}))) < 3000
     assert facts_of(harness.open()) == facts_of(items)
 

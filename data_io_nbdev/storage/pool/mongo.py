@@ -86,15 +86,15 @@ def part_from(
     except (ValueError, KeyError, TypeError) as e:
         raise CorruptData(f"entry {entry.get('_id')} of episode {entry.get('id')} is damaged: {e}") from e
 
-# %% ../../../nbs/storage/pool/mongo.ipynb #fcbc4b17
-_CHUNK, _PIECE = 1 << 20, 8 << 20  # Bytes of steps that whole parts share a chunk up to; the most in one document
+# %% ../../../nbs/storage/pool/mongo.ipynb #a1336b35
+_CHUNK, _PIECE = 1 << 20, 2 << 20  # Bytes of steps that whole parts share a chunk up to; the most in one document
 _WHO = ("episode", "episodestart", "step", "who")  # columns that entries hold
 
 def pack(
     parts: Sequence[tuple[Part, Episode]], # Of one schema
 ) -> list[bytes]: # Pieces, in order
     "Steps as Arrow IPC"
-    table = pa.concat_tables(to_table(part, episode, without=_WHO) for part, episode in parts)
+    table = pa.concat_tables(to_table(part, episode, without=_WHO) for part, episode in parts).combine_chunks()
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer: writer.write_table(table)
     content = sink.getvalue().to_pybytes()
@@ -349,8 +349,8 @@ def _commit(number: int, entries: Iterable[dict], schema: Optional[Schema] = Non
     put = tuple(part_from(entry, number) for entry in entries if "hidden" not in entry)
     return Commit(number, "", put, tuple(entry["id"] for entry in entries if "hidden" in entry), schema)
 
-# %% ../../../nbs/storage/pool/mongo.ipynb #343f8497
-_WINDOW = 16 << 20  # Bytes of steps that are asked for at once
+# %% ../../../nbs/storage/pool/mongo.ipynb #33ccf437
+_WINDOW, _BATCH = 16 << 20, 16  # Bytes of steps that are asked for at once; documents of chunks in an answer, which no server limits to 48 MB for us
 
 def _read(pool: MongoPool, parts: Sequence[Part]) -> Iterator[Episode]:
     if not parts: return
@@ -365,7 +365,7 @@ def _read(pool: MongoPool, parts: Sequence[Part]) -> Iterator[Episode]:
 def _tables(pool: MongoPool, wanted: dict[str, int]) -> dict[str, Any]:
     "Chunks by key; what is wrong with one that cannot be read"
     ids = [f"{key}/{k}" for key, pieces in wanted.items() for k in range(pieces)]
-    there = {d["_id"]: d for d in pool._link.of("chunks").find({"_id": {"$in": ids}})}
+    there = {d["_id"]: d for d in pool._link.of("chunks").find({"_id": {"$in": ids}}, batch_size=_BATCH)}
     return {key: _chunk([there.get(f"{key}/{k}") for k in range(pieces)]) for key, pieces in wanted.items()}
 
 def _chunk(pieces: list[Optional[dict]]) -> Any: # A `pyarrow.Table`, or a text
