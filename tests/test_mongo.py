@@ -1,6 +1,7 @@
 """A pool in a database whose writers and servers are killed, whose answers get lost, and that others use too. Against a real server."""
 import itertools
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -484,6 +485,37 @@ def test_server_away(server):
     server.start()
     pool.store(drive(hour=1))
     assert facts_of(pool) == facts_of([drive(), drive(hour=1)])
+
+
+def test_server_hangs(server):
+    "A server that takes what is sent and answers nothing is away, too; when it goes on, the same call stores"
+    pool = MongoPool(server.url, timeout=1)
+    pool.store(drive())
+    server.process.send_signal(signal.SIGSTOP)
+    try:
+        for call in (lambda: pool.store(drive(hour=1)), lambda: pool.version, lambda: list(pool)):
+            began = time.monotonic()
+            with pytest.raises(PoolUnavailable, match="127.0.0.1"): call()
+            assert time.monotonic() - began < 10
+    finally: server.process.send_signal(signal.SIGCONT)
+    pool.store(drive(hour=1))
+    assert facts_of(pool) == facts_of([drive(), drive(hour=1)]) and pool.version == 2
+
+
+def test_level_names_that_meet(harness):
+    "Levels whose fields might be called the same are told apart, by queries too"
+    pool = harness.open()
+    es = [Episode.from_arrays(state=[[1.0]], action=[[0.0]], reward=[0.0], nstate=[[2.0]], timestamp=pd.date_range("2026-01-01", periods=1, tz="UTC"),
+                              who={"start": a, "who_start": b, "facts": a}) for a, b in (("x", "y"), ("y", "x"))]
+    pool.extend(es)
+    for e in es: assert [f.id for f in pool.find(PoolQuery(who={"start": e.who["start"]}))] == [e.id] == [f.id for f in pool.find(PoolQuery(who={"who_start": e.who["who_start"]}))]
+
+
+def test_options_travel(harness, pool):
+    "A handle in another process waits as long, and counts as old what this one does"
+    pool.store(drive())
+    again = pickle.loads(pickle.dumps(open_pool(harness.server, timeout=3, grace="1h", **harness.name)))
+    assert (again._link.timeout, again.grace, facts_of(again)) == (3, pd.Timedelta("1h"), facts_of([drive()]))
 
 
 def test_everybody_at_once(harness, pool):

@@ -21,7 +21,7 @@ from ..pool.pool import Part, Pool
 from .view import Home, View
 from .buffer import Batch, Buffer
 
-# %% ../../../nbs/storage/buffer/mongo.ipynb #70e17be0
+# %% ../../../nbs/storage/buffer/mongo.ipynb #63662497
 class WatchedHome(Home):
     "Rows in memory; the first look, which may take long, shows how far it is"
     def __init__(self,
@@ -32,10 +32,10 @@ class WatchedHome(Home):
     def read(self, view: View, parts: Sequence[Part]) -> Iterable[Any]:
         steps = super().read(view, parts)
         if view.versions or not self.progress: return steps
-        bar = require("tqdm.auto", "mongo").tqdm
+        bar = require("tqdm", "mongo").tqdm
         return bar(steps, total=len(parts), desc="loading", unit=" parts", delay=2, leave=False)
 
-# %% ../../../nbs/storage/buffer/mongo.ipynb #ff5b8099
+# %% ../../../nbs/storage/buffer/mongo.ipynb #a62aa3d9
 def _follow(ref: weakref.ref, stop: threading.Event, seconds: float) -> None:
     "Refresh a buffer every so often, for as long as somebody has it"
     away = False
@@ -50,6 +50,7 @@ def _follow(ref: weakref.ref, stop: threading.Event, seconds: float) -> None:
             away = True
         del buffer
 
+# %% ../../../nbs/storage/buffer/mongo.ipynb #a2f7e636
 @dataclass(kw_only=True, eq=False)
 class MongoBuffer(Buffer[Episode]):
     "A buffer on a database, whose rows are in this process's memory"

@@ -97,7 +97,7 @@ def files_of(parts: Iterable[Part]) -> tuple[File, ...]:
     "The files in which parts are, each once"
     return tuple({part.where[0].path: part.where[0] for part in parts}.values())
 
-# %% ../../../nbs/storage/pool/dask.ipynb #c44582a1
+# %% ../../../nbs/storage/pool/dask.ipynb #9d2630b0
 class DaskPool(Pool):
     "Episodes in a Delta Lake table, in a folder or in an object store"
     durable: ClassVar[bool] = True
@@ -127,6 +127,8 @@ class DaskPool(Pool):
 
     def _drop(self, parts: Sequence[Part]) -> None:
         with _reachable(self): self.lake.remove({part.where[0].path for part in parts})
+
+    def _options(self) -> dict[str, Any]: return {"grace": pd.Timedelta(seconds=self.grace)}
 
     def _oldest(self) -> int:
         with suppress(DataIOError): self._catch_up(self._head())  # a commit that nobody can read ends no version before it

@@ -35,7 +35,7 @@ for module in ("pyarrow.ipc", "pymongo.errors", "pymongo.uri_parser"): require(m
 # %% ../../../nbs/storage/pool/mongo.ipynb #865c23f1
 from .parquet import episodes_of, to_table
 
-# %% ../../../nbs/storage/pool/mongo.ipynb #b15c1fed
+# %% ../../../nbs/storage/pool/mongo.ipynb #41a1a10c
 FORMAT = 1
 _FACTS = ("id", "who", "start", "zone", "offset", "length", "begin", "end", "number", "digest", "reward", "nbytes",
           "ended", "linked", "tail", "born")
@@ -52,7 +52,7 @@ def level_field(
     name: str, # Of an identity level
 ) -> str:
     "The field that holds an identity level; `$`, `.` and quotes mean something to some server, and some names are taken"
-    name = f"who_{name}" if name in _TAKEN else name
+    name = f"who_{name}" if name in _TAKEN or name.startswith("who_") else name
     return "".join(c if c.isalnum() or c in "_- " else "".join(f"%{b:02X}" for b in c.encode()) for c in name)
 
 def entry_of(
@@ -106,7 +106,7 @@ def unpack(
     "The steps of a chunk"
     with pa.ipc.open_stream(pa.py_buffer(b"".join(pieces))) as stream: return stream.read_all()
 
-# %% ../../../nbs/storage/pool/mongo.ipynb #7e78cf82
+# %% ../../../nbs/storage/pool/mongo.ipynb #d1f41909
 class MongoPool(Pool):
     "Episodes in a database that speaks the MongoDB protocol"
     durable: ClassVar[bool] = True
@@ -155,6 +155,7 @@ class MongoPool(Pool):
     def _repair(self, version: int, dry_run: bool) -> list[str]:
         with _reachable(self): return _repair(self, dry_run)
 
+    def _options(self) -> dict[str, Any]: return {"timeout": self._link.timeout, "grace": self.grace}
     def _forked(self) -> None: self._link.client = None  # its threads are the parent's
     def _open(self) -> None: "The first question connects again"
     def _close(self) -> None: self._link.close()
@@ -162,7 +163,7 @@ class MongoPool(Pool):
     @classmethod
     def from_url(cls, url: str, mode: str = "a", **options: Any) -> MongoPool: return cls(url, mode, **options)
 
-# %% ../../../nbs/storage/pool/mongo.ipynb #d7202091
+# %% ../../../nbs/storage/pool/mongo.ipynb #e7f665d8
 _LESS = {"w": lambda v: v != "majority", "journal": lambda v: not v, "readpreference": lambda v: v != "primary",
          "readconcernlevel": lambda v: v not in ("majority", "linearizable", "snapshot")}
 
@@ -190,7 +191,8 @@ class _Link:
         "One of the three collections"
         if self.client is None:
             ms = int(self.timeout * 1000)
-            limits = {k: ms for k in ("serverSelectionTimeoutMS", "connectTimeoutMS") if k.lower() not in self.options}
+            limits = {"serverSelectionTimeoutMS": ms, "connectTimeoutMS": ms, "heartbeatFrequencyMS": max(500, ms)}  # a server that hangs misses a beat
+            limits = {k: v for k, v in limits.items() if k.lower() not in self.options}
             self.client = pymongo.MongoClient(self._address, w="majority", journal=True, readConcernLevel="majority", tz_aware=True, **limits)
         return self.client[self.database][f"{self.collection}.{what}"]
 
@@ -257,7 +259,7 @@ def _storable(value: str | int) -> bool:
 def _between(low: Optional[int], high: Optional[int]) -> dict: # `high` excluded
     return {k: min(max(v, -2**63), 2**63 - 1) for k, v in (("$gte", low), ("$lt", high)) if v is not None}
 
-# %% ../../../nbs/storage/pool/mongo.ipynb #47c287dd
+# %% ../../../nbs/storage/pool/mongo.ipynb #6087c2b5
 def _find(pool: MongoPool, what: str, field: str, values: set[str], total: Callable[[], int], wanted: dict) -> Iterator[dict]:
     "Documents of which a field has one of these values, out of about so many"
     few = len(values) <= _MANY or 10 * len(values) < total()
@@ -319,9 +321,10 @@ def _schema(pool: MongoPool) -> Optional[Schema]:
     return link.schema
 
 def _count(pool: MongoPool, version: int) -> int:
-    link = pool._link
-    if version and link.counted[0] != version: link.counted = version, _logged(pool, version)["episodes"]
-    return link.counted[1] if version else 0
+    if not version: return 0
+    known, episodes = pool._link.counted
+    if known != version: _, episodes = pool._link.counted = version, _logged(pool, version)["episodes"]
+    return episodes
 
 # %% ../../../nbs/storage/pool/mongo.ipynb #00804ad2
 def _changes(pool: MongoPool, after: int, upto: int) -> Iterator[Commit]:

@@ -245,7 +245,7 @@ def matches(
         if cut.start < cut.stop: return True
     return False
 
-# %% ../../../nbs/storage/pool/pool.ipynb #8b7fcd81
+# %% ../../../nbs/storage/pool/pool.ipynb #dd123951
 class PoolBackend(abc.ABC):
     "What a back-end implements; everything else that a `Pool` does is built on it"
     @abc.abstractmethod
@@ -272,6 +272,7 @@ class PoolBackend(abc.ABC):
     def _oldest(self) -> int: return 0  # the oldest version that can still be read
     def _drop(self, parts: Sequence[Part]) -> None: "Take back what `_write` stored for a commit that failed"
     def _repair(self, version: int, dry_run: bool) -> list[str]: return []  # what is, or would be, dropped
+    def _options(self) -> dict[str, Any]: return {}  # of `from_url`, that go with a handle to another process; never a secret
     def _forked(self) -> None: "In a forked child: what is the parent's is left to the parent"
     def _open(self) -> None: "Connect again after `close`"
     def _close(self) -> None: "Let go of files and connections"
@@ -291,7 +292,7 @@ def _after_fork() -> None:
 
 if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=_after_fork)
 
-# %% ../../../nbs/storage/pool/pool.ipynb #ac3ccd3b
+# %% ../../../nbs/storage/pool/pool.ipynb #22d8ab51
 class PoolHandle(PoolBackend):
     "A way to a pool: opened, shared, closed, sent to another process"
     def __init__(self,
@@ -365,16 +366,16 @@ class PoolHandle(PoolBackend):
 
     def __enter__(self): return self
     def __exit__(self, *exc) -> None: self.close()
-    def __reduce__(self): return _reopen, (type(self), self.url, self.mode, self._at, self.version)
+    def __reduce__(self): return _reopen, (type(self), self.url, self.mode, self._options(), self._at, self.version)
     def __repr__(self) -> str:
         state = "closed" if self.closed else "read-only" if self.mode == "r" else "open"
         at = "" if self._at is None else f", version {self._at}"
         return f"{type(self).__name__}({self.url!r}, {state}{at})"
 
-# %% ../../../nbs/storage/pool/pool.ipynb #684cf40a
-def _reopen(pool_class: type[Pool], url: str, mode: str, at: Optional[int], least: int) -> Pool:
+# %% ../../../nbs/storage/pool/pool.ipynb #0d4ac8ff
+def _reopen(pool_class: type[Pool], url: str, mode: str, options: dict, at: Optional[int], least: int) -> Pool:
     "A handle in another process; raises `SnapshotNotFound` where that process cannot see what this one saw"
-    pool = pool_class.from_url(url, mode)
+    pool = pool_class.from_url(url, mode, **options)
     if pool.version < least:
         raise SnapshotNotFound(f"{pool!r} is at version {pool.version} here, and was at {least} where it was "
                                "pickled; save() it first")
