@@ -163,7 +163,20 @@ class MongoPool(Pool):
     @classmethod
     def from_url(cls, url: str, mode: str = "a", **options: Any) -> MongoPool: return cls(url, mode, **options)
 
-# %% ../../../nbs/storage/pool/mongo.ipynb #e7f665d8
+# %% ../../../nbs/storage/pool/mongo.ipynb #f5b97798
+def _shown(url: str) -> str:
+    return re.sub(r"(?i)((?:password|authmechanismproperties)=)[^&]*", r"\1***", safe_url(url))
+
+def _with_password(url: str) -> str:
+    head, at, tail = url.partition("://")[2].partition("@")
+    user, colon, password = head.partition(":")
+    if not at or (colon and password != "***"): return url
+    known = os.environ.get("MONGODB_PASSWORD")
+    if known is None and colon:
+        raise PoolUnavailable(f"{_shown(url)!r}: a password does not travel; set MONGODB_PASSWORD where this is opened")
+    return url if known is None else f"{url.partition('://')[0]}://{user}:{quote_plus(known)}@{tail}"
+
+# %% ../../../nbs/storage/pool/mongo.ipynb #171877e3
 _LESS = {"w": lambda v: v != "majority", "journal": lambda v: not v, "readpreference": lambda v: v != "primary",
          "readconcernlevel": lambda v: v not in ("majority", "linearizable", "snapshot")}
 
@@ -178,12 +191,14 @@ class _Link:
         self.options = {k.lower(): v for k, v in said["options"].items()}
         if less := [k for k, weak in _LESS.items() if k in self.options and weak(self.options[k])]:
             raise QueryError(f"{_shown(url)!r}: {', '.join(less)} promises less than a pool does; leave it out")
-        self.database, self.collection = database or said["database"] or "data_io_nbdev", collection or said["collection"] or "experience"
+        self.database = database or said["database"] or "data_io_nbdev"
+        self.collection = collection or said["collection"] or "experience"
         host, _, rest = _shown(url).partition("://")[2].partition("/")
         tail = f"?{rest.partition('?')[2]}" if "?" in rest else ""
         self.shown = f"{url.partition('://')[0]}://{host}/{self.database}.{self.collection}{tail}"
-        self.seen, self.schema, self.counted = 0, None, (0, 0)  # the newest commit; once it is known; (version, episodes)
-        self.indexed, self.staged = False, {}
+        self.seen, self.schema = 0, None  # the newest commit; the schema, once there is one
+        self.counted = 0, 0  # a version, and how many episodes it has
+        self.indexed, self.staged = False, {}  # whether indexes were made; tokens, and when their steps were written
 
     def __repr__(self) -> str: return f"_Link({self.shown!r})"
 
@@ -191,9 +206,11 @@ class _Link:
         "One of the three collections"
         if self.client is None:
             ms = int(self.timeout * 1000)
-            limits = {"serverSelectionTimeoutMS": ms, "connectTimeoutMS": ms, "heartbeatFrequencyMS": max(500, ms)}  # a server that hangs misses a beat
+            limits = {"serverSelectionTimeoutMS": ms, "connectTimeoutMS": ms,
+                      "heartbeatFrequencyMS": max(500, ms)}  # a server that hangs misses a beat
             limits = {k: v for k, v in limits.items() if k.lower() not in self.options}
-            self.client = pymongo.MongoClient(self._address, w="majority", journal=True, readConcernLevel="majority", tz_aware=True, **limits)
+            self.client = pymongo.MongoClient(self._address, w="majority", journal=True, readConcernLevel="majority",
+                                              tz_aware=True, **limits)
         return self.client[self.database][f"{self.collection}.{what}"]
 
     def head(self) -> int:
@@ -209,32 +226,23 @@ class _Link:
         if self.client is not None: self.client.close()
         self.client = None
 
-def _shown(url: str) -> str:
-    return re.sub(r"(?i)((?:password|authmechanismproperties)=)[^&]*", r"\1***", safe_url(url))
-
-def _with_password(url: str) -> str:
-    head, at, tail = url.partition("://")[2].partition("@")
-    user, colon, password = head.partition(":")
-    if not at or (colon and password != "***"): return url
-    known = os.environ.get("MONGODB_PASSWORD")
-    if known is None and colon: raise PoolUnavailable(f"{_shown(url)!r}: a password does not travel; set MONGODB_PASSWORD where this is opened")
-    return url if known is None else f"{url.partition('://')[0]}://{user}:{quote_plus(known)}@{tail}"
-
+# %% ../../../nbs/storage/pool/mongo.ipynb #990a8db4
 @contextmanager
 def _reachable(pool: MongoPool) -> Iterator[None]:
     "Whatever the server says is said with the pool's name"
     try: yield
     except pymongo.errors.PyMongoError as e:
         why = {13: "the user has not the right to do this", 18: "wrong user or password"}.get(getattr(e, "code", None), "")
-        said = [error["errmsg"] for error in getattr(e, "details", None) and e.details.get("writeErrors", ()) or ()][:1] or [str(e)[:500]]
-        raise PoolUnavailable(f"{pool.url!r}: {why + ': ' if why else ''}{said[0]}") from e
+        errors = (getattr(e, "details", None) or {}).get("writeErrors") or [{"errmsg": str(e)[:500]}]
+        raise PoolUnavailable(f"{pool.url!r}: {why + ': ' if why else ''}{errors[0]['errmsg']}") from e
 
 def _check_ours(pool: MongoPool) -> bool: # Whether there is a pool
     "Raise `SchemaError` for a collection that is no pool's"
     first = pool._link.of("log").find_one({}, sort=[("_id", 1)])
     if first is None: return False
     if "data_io_nbdev" not in first:
-        raise SchemaError(f"{pool.url!r}: {pool._link.collection}.log is no log of a pool: it lacks 'data_io_nbdev', and has {sorted(first)}")
+        raise SchemaError(f"{pool.url!r}: {pool._link.collection}.log is no log of a pool: "
+                          f"it lacks 'data_io_nbdev', and has {sorted(first)}")
     return True
 
 # %% ../../../nbs/storage/pool/mongo.ipynb #835c6b93
@@ -352,8 +360,9 @@ def _commit(number: int, entries: Iterable[dict], schema: Optional[Schema] = Non
     put = tuple(part_from(entry, number) for entry in entries if "hidden" not in entry)
     return Commit(number, "", put, tuple(entry["id"] for entry in entries if "hidden" in entry), schema)
 
-# %% ../../../nbs/storage/pool/mongo.ipynb #33ccf437
-_WINDOW, _BATCH = 16 << 20, 16  # Bytes of steps that are asked for at once; documents of chunks in an answer, which no server limits to 48 MB for us
+# %% ../../../nbs/storage/pool/mongo.ipynb #443b5dff
+_WINDOW = 16 << 20  # Bytes of steps that are asked for at once
+_BATCH = 16  # Pieces of chunks in one answer: clients refuse answers above 48 MB, and not every server keeps below
 
 def _read(pool: MongoPool, parts: Sequence[Part]) -> Iterator[Episode]:
     if not parts: return
