@@ -90,14 +90,39 @@ def test_seen_by_others(pool, harness):
 @pytest.mark.parametrize("here", ["memory", "lake", "mongo"])
 def test_copies(harness, tmp_path, here, there):
     "In every direction ids, times and digests stay, and so do the batches"
-    make = {"memory": MemoryPool, "lake": lambda: DaskPool(tmp_path / str(len(list(tmp_path.iterdir())))), "mongo": lambda: harness.fresh().open()}
+    count = itertools.count()
+    make = {"memory": MemoryPool, "lake": lambda: DaskPool(tmp_path / f"lake{next(count)}"), "mongo": lambda: harness.fresh().open()}
     one, other = make[here](), make[there]()
     one.extend([drive(8, hour=h, linked=h % 2 == 0) for h in range(5)])
     one.store(drive(20, hour=9)[:7]); one.store(drive(20, hour=9)); one.delete(drive(hour=1).id)
-    one.copy_to(other); one.copy_to(other)
+    shown = []
+    one.copy_to(other, PoolQuery(start=(None, "2026-01-01T03:00Z")))  # and stopped
+    for _ in range(2): one.copy_to(other, progress=lambda parts: shown.append(len(parts)) or parts)
+    assert shown == [4, 0]
     assert facts_of(other) == facts_of(one) and other.version >= 1 and other.verify() == []
     batches = [draws(MemoryBuffer(pool=pool, batch_size=16, seed=3)) for pool in (one, other)]
     assert batches[0] == batches[1]
+
+
+def test_a_copy_is_read_back(pool, monkeypatch):
+    "What came down wrong at the other place is said, and not taken for copied"
+    pool.extend([drive(hour=h) for h in range(3)])
+    class Bad(MemoryPool):
+        def _read(self, parts): return (drive(len(e), hour=9, seed=5) if e.start == drive(hour=1).start else e for e in super()._read(parts))
+    with pytest.raises(CorruptData, match="has not what was copied to it: episode " + drive(hour=1).id): pool.copy_to(Bad())
+
+
+def test_neighbours(pool, harness):
+    "Parts of a chunk are read together, in any order, and alone; one that is damaged is named"
+    es = [drive(3 + h, hour=h, linked=h % 3 > 0) for h in range(12)]
+    pool.extend(es)
+    parts = [pool._parts(e.id, 1)[0] for e in es]
+    for order in (parts, parts[::-1], parts[::2], parts[3:7] + parts[:2] + parts[9:]):
+        assert [facts(e) for e in pool._read(order)] == [facts(es[parts.index(p)]) for p in order]
+    chunk = harness.of("chunks").find_one()
+    table = mongo.unpack([chunk["data"]])
+    assert [facts(e) for e in mongo._steps(pool.schema, parts, table)] == [facts(e) for e in es]
+    with pytest.raises(CorruptData, match=f"episode {es[11].id} cannot be read: chunk .* rows"): mongo._steps(pool.schema, parts, table.slice(0, len(table) - 1))
 
 
 def test_following(harness, pool):

@@ -360,7 +360,7 @@ def _commit(number: int, entries: Iterable[dict], schema: Optional[Schema] = Non
     put = tuple(part_from(entry, number) for entry in entries if "hidden" not in entry)
     return Commit(number, "", put, tuple(entry["id"] for entry in entries if "hidden" in entry), schema)
 
-# %% ../../../nbs/storage/pool/mongo.ipynb #443b5dff
+# %% ../../../nbs/storage/pool/mongo.ipynb #cc0937f4
 _WINDOW = 16 << 20  # Bytes of steps that are asked for at once
 _BATCH = 16  # Pieces of chunks in one answer: clients refuse answers above 48 MB, and not every server keeps below
 
@@ -372,7 +372,17 @@ def _read(pool: MongoPool, parts: Sequence[Part]) -> Iterator[Episode]:
     for window in in_bulk(parts, nbytes, _WINDOW):
         wanted = {part.where.key: part.where.pieces for part in window}
         with _reachable(pool): tables = _tables(pool, wanted)
-        for part in window: yield _steps(pool, schema, part, tables)
+        for run in _runs(window): yield from _steps(schema, run, tables[run[0].where.key])
+
+def _runs(parts: Iterable[Part]) -> Iterator[list[Part]]:
+    "Parts that lie one behind the other in a chunk"
+    run: list[Part] = []
+    for part in parts:
+        if run and (run[-1].where.key, run[-1].where.row + run[-1].length) != (part.where.key, part.where.row):
+            yield run
+            run = []
+        run.append(part)
+    if run: yield run
 
 def _tables(pool: MongoPool, wanted: dict[str, int]) -> dict[str, Any]:
     "Chunks by key; what is wrong with one that cannot be read"
@@ -386,11 +396,14 @@ def _chunk(pieces: list[Optional[dict]]) -> Any: # A `pyarrow.Table`, or a text
     try: return unpack(d["data"] for d in pieces)
     except (OSError, ValueError) as e: return f"is damaged: {e}"
 
-def _steps(pool: MongoPool, schema: Schema, part: Part, tables: dict[str, Any]) -> Episode:
-    table, where = tables[part.where.key], f"chunk {part.where.key}"
-    if isinstance(table, str): raise CorruptData(f"episode {part.id} cannot be read: {where} {table}")
-    try: return episodes_of(table.slice(part.where.row, part.length), schema, [part])[0]
-    except (ValueError, KeyError, IndexError) as e: raise CorruptData(f"episode {part.id} cannot be read: {where}: {e}") from e
+def _steps(schema: Schema, run: Sequence[Part], table: Any) -> list[Episode]:
+    first, length = run[0], sum(part.length for part in run)
+    try:
+        if isinstance(table, str): raise ValueError(table)
+        return episodes_of(table.slice(first.where.row, length), schema, run)
+    except (ValueError, KeyError, IndexError) as e:
+        if len(run) > 1: return [episode for part in run for episode in _steps(schema, [part], table)]
+        raise CorruptData(f"episode {first.id} cannot be read: chunk {first.where.key} {e}") from e
 
 # %% ../../../nbs/storage/pool/mongo.ipynb #977f8046
 def _write(pool: MongoPool, token: str, parts: Sequence[tuple[Part, Episode]], schema: Schema) -> list[Part]:
