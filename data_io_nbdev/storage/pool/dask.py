@@ -18,11 +18,11 @@ import pandas as pd  # type: ignore
 # %% auto #0
 __all__ = ['windows', 'read_window', 'write_files', 'files_of', 'DaskPool', 'part_now', 'living']
 
-# %% ../../../nbs/storage/pool/dask.ipynb #850f3b3b
+# %% ../../../nbs/storage/pool/dask.ipynb #f298789c
 from ...errors import CorruptData, DataIOError, PoolNotFound, PoolUnavailable, QueryError, SchemaError, SnapshotNotFound
 from ...data.schema import Schema
 from ...data.core import Episode
-from .pool import Commit, Index, Part, Pool, check_writable, damage, damage_line, in_bulk, safe_url
+from .pool import Commit, Index, Part, Pool, check_writable, damage_line, damages, in_bulk, safe_url
 from .parquet import File, parquet_bytes, read_episodes
 from .delta import Entry, Lake, open_lake
 
@@ -97,7 +97,7 @@ def files_of(parts: Iterable[Part]) -> tuple[File, ...]:
     "The files in which parts are, each once"
     return tuple({part.where[0].path: part.where[0] for part in parts}.values())
 
-# %% ../../../nbs/storage/pool/dask.ipynb #9d2630b0
+# %% ../../../nbs/storage/pool/dask.ipynb #7203fc8f
 class DaskPool(Pool):
     "Episodes in a Delta Lake table, in a folder or in an object store"
     durable: ClassVar[bool] = True
@@ -152,9 +152,6 @@ class DaskPool(Pool):
     ) -> list[str]: # One line for each file that is, or would be, removed
         "Give up old versions, and remove the files that only they need; reading them raises `SnapshotNotFound` from then on"
         return _vacuum(self, older_than, dry_run)
-
-    @classmethod
-    def from_url(cls, url: str, mode: str = "a", **options: Any) -> DaskPool: return cls(url, mode, **options)
 
 # %% ../../../nbs/storage/pool/dask.ipynb #cd27b291
 @contextmanager
@@ -343,15 +340,15 @@ def _repair(pool: DaskPool, dry_run: bool) -> list[str]:
         if not dry_run: pool.lake.remove(left)
         return [*left.values(), *pool.lake.mend(entries, dry_run)]
 
-# %% ../../../nbs/storage/pool/dask.ipynb #a2e3ea52
+# %% ../../../nbs/storage/pool/dask.ipynb #7b480361
 def _verify(pool: DaskPool) -> list[str]:
     files: dict[str, list[Part]] = {}
     for part in pool._catch_up(pool.version).every_part(): files.setdefault(part.where[0].path, []).append(part)
     lines = []
     for path, parts in files.items():
-        found = [(part, wrong) for part in parts if (wrong := damage(pool, part))]
-        if not found and (wrong := _file_damage(pool, parts[0].where[0])): found = [(part, wrong) for part in parts]
-        lines += [damage_line(part, wrong) for part, wrong in found]
+        found = list(damages(pool, parts))
+        if not found and (wrong := _file_damage(pool, parts[0].where[0])): found = [damage_line(part, wrong) for part in parts]
+        lines += found
     return lines
 
 def _file_damage(pool: DaskPool, file: File) -> str:

@@ -381,7 +381,7 @@ def _reopen(pool_class: type[Pool], url: str, mode: str, options: dict, at: Opti
                                "pickled; save() it first")
     return pool if at is None else pool.snapshot(at)
 
-# %% ../../../nbs/storage/pool/pool.ipynb #dde80859
+# %% ../../../nbs/storage/pool/pool.ipynb #a6a77638
 class PoolIndex(PoolHandle):
     "How a pool finds parts: by an index of its log, kept in memory"
     def _catch_up(self, version: int) -> Index:
@@ -436,7 +436,7 @@ class PoolIndex(PoolHandle):
         asked, ids = _as_query(query)
         if schema := self._schema(version): asked.check(schema)
         found = self._select(asked, version)
-        there = {parts[0].id for parts in found}
+        there = {parts[0].id for parts in found} if ids else ()
         for id in ids:
             if id not in there: raise EpisodeNotFound(f"no episode {id!r} at version {version}; catalogue() lists what there is")
         return asked, found
