@@ -15,7 +15,7 @@ FERRETDB := .tools/ferretdb
 SERVER := $(or $(MONGODB_URI),$(shell command -v mongod || command -v ferretdb || { command -v go >/dev/null && echo $(FERRETDB); }))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench docs lab readme export clean-notebooks check-export wheel clean
+.PHONY: help demo test soak bench docs lab readme export clean-notebooks check-export wheel clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,10 @@ test: export $(filter $(FERRETDB),$(SERVER)) ## run the tests and every notebook
 	@echo "Testing tests/ and every notebook under nbs/$(if $(FLAGS), with $(FLAGS))"
 	@$(if $(SERVER),,echo 'NOT TESTED: MongoPool. Set MONGODB_URI, or put mongod on the PATH, or install Go')
 	@PATH="$(CURDIR)/.tools:$$PATH" $(BIN)/python -m pytest --cov --numprocesses 2 --dist loadscope --flags "$(FLAGS)"
+
+soak: export $(filter $(FERRETDB),$(SERVER)) ## attack the package ten times as often as the tests do, and print a table; takes an hour or so
+	@$(if $(SERVER),,echo 'NOT TESTED: MongoPool. Set MONGODB_URI, or put mongod on the PATH, or install Go')
+	@PATH="$(CURDIR)/.tools:$$PATH" SOAK=10 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal tests/test_attack_*.py
 
 $(FERRETDB): tools/ferretdb/go.mod tools/ferretdb/go.sum
 	@echo "Building FerretDB into $@; the first time takes a minute or two"
