@@ -11,20 +11,21 @@ import weakref
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import fields, replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, Optional
 import numpy as np
 
 # %% auto #0
-__all__ = ['FORMAT', 'episode_of', 'sync_folder', 'replace_file', 'MemoryPool']
+__all__ = ['FORMAT', 'episode_of', 'sync_folder', 'replace_file', 'Kept', 'MemoryPool', 'lending', 'forgetting']
 
 # %% ../../../nbs/storage/pool/memory.ipynb #890a161c
 from ...errors import CorruptData, PoolNotFound, PoolUnavailable, ReadOnly, SnapshotNotFound
 from ...data.schema import Schema
 from ...data.core import Episode
-from .pool import Commit, Part, Pool, view
+from .pool import Commit, Part, Pool, at_once, view
 
 # %% ../../../nbs/storage/pool/memory.ipynb #989210b7
 FORMAT = 1
@@ -33,10 +34,10 @@ def _log_json(commits: Iterable[Commit], schema: Optional[Schema], last: int, ho
     "The log as JSON; a part goes without `where`, which is its place, and `version`, its commit's number"
     names = {"reward": "return", "nbytes": "bytes"}
     def plain(p: Part) -> dict:
-        return {names.get(k, k): v for k, v in asdict(p).items() if k not in ("where", "version")}
+        return {names.get(f.name, f.name): getattr(p, f.name) for f in fields(p) if f.name not in ("where", "version")}
     log = [dict(number=c.number, token=c.token, hide=c.hide, put=[plain(p) for p in c.put]) for c in commits]
-    fields = schema and json.loads(schema.to_json())
-    return json.dumps(dict(format=FORMAT, token=token, last=last, horizon=horizon, schema=fields, commits=log))
+    about = schema and json.loads(schema.to_json())
+    return json.dumps(dict(format=FORMAT, token=token, last=last, horizon=horizon, schema=about, commits=log))
 
 # %% ../../../nbs/storage/pool/memory.ipynb #e7b22ab8
 def _parse_log(text: str) -> tuple[dict[int, Commit], Optional[Schema], dict]:
@@ -141,6 +142,16 @@ def _same(url: str, mode: str, at: Optional[int]) -> MemoryPool:
     pool = _NAMED[url]
     return pool if mode == "a" else view(pool, at)
 
+# %% ../../../nbs/storage/pool/memory.ipynb #bdadc185
+class Kept:
+    "The steps of a part, or what reads them"
+    __slots__ = ("steps",)
+    def __init__(self, steps: Episode | Callable[[], Episode]): self.steps = steps
+
+    def read(self) -> Episode:
+        steps = self.steps
+        return steps() if callable(steps) else steps
+
 # %% ../../../nbs/storage/pool/memory.ipynb #6c041cea
 class MemoryPool(Pool):
     "Episodes in memory; with a path, also in a file that `save` replaces in one step"
@@ -153,8 +164,6 @@ class MemoryPool(Pool):
         self.path = None if path is None else Path(path).absolute()
         super().__init__(str(self.path) if self.path else f"memory://{name or secrets.token_hex(8)}", mode)
         self._log: dict[int, Commit] = {}
-        self._steps: dict[int, Episode | Callable[[], Episode]] = {}  # by a part's `where`
-        self._places = count()
         self._shared = dict(last=0, oldest=0, saved=0, tokens={})  # with snapshots, which must see it change
         if self.path and (mode == "r" or self.path.exists()): _load(self)
         elif mode == "r":
@@ -171,27 +180,15 @@ class MemoryPool(Pool):
         return [self._log[n] for n in numbers if n in self._log and after < n <= upto]
 
     def _write(self, token: str, parts: Sequence[tuple[Part, Episode]], schema: Schema) -> list[Part]:
-        placed = [replace(part, where=next(self._places)) for part, _ in parts]
-        self._steps.update((part.where, episode) for part, (_, episode) in zip(placed, parts))
-        return placed
+        return [replace(part, where=Kept(episode)) for part, episode in parts]
 
     def _put(self, commit: Commit) -> bool:
         with self._lock:
             if commit.number != self._shared["last"] + 1: return False
-            self._log[commit.number] = commit
-            self._shared["last"] = commit.number
+            at_once(partial(dict.update, self._log, {commit.number: commit}), partial(dict.update, self._shared, last=commit.number))
             return True
 
-    def _read(self, parts: Sequence[Part]) -> Iterator[Episode]:
-        for part in parts:
-            steps = self._steps.get(part.where)
-            if steps is None:
-                raise SnapshotNotFound(f"episode {part.id}: steps {part.offset} ff. have left the ring "
-                                       "of the buffer that owned them")
-            yield steps() if callable(steps) else steps
-
-    def _drop(self, parts: Sequence[Part]) -> None:
-        for part in parts: del self._steps[part.where]
+    def _read(self, parts: Sequence[Part]) -> Iterator[Episode]: return (part.where.read() for part in parts)
 
     def _close(self) -> None:
         if self.path and self.mode == "a" and self._shared["last"] > self._shared["saved"]: self.save()
@@ -215,19 +212,6 @@ class MemoryPool(Pool):
 
     def __reduce__(self): return super().__reduce__() if self.path else (_same, (self.url, self.mode, self._at))
 
-    def lend(self, part: Part, steps: Episode | Callable[[], Episode]) -> None:
-        "Read a part from elsewhere from now on, and keep it no longer"
-        self._steps[part.where] = steps
-
-    def forget(self, parts: Sequence[Part]) -> None:
-        "Drop parts from every version, for good"
-        _forget(self, parts)
-
-    def reclaim(self, rows: Any = None) -> None:
-        "Keep again whatever is lent, but to these rows"
-        for where, steps in list(self._steps.items()):
-            if callable(steps) and (rows is None or getattr(steps, "rows", None) is not rows): self._steps[where] = steps()
-
 # %% ../../../nbs/storage/pool/memory.ipynb #77be9a6e
 def _token(path: Path) -> str:
     "Which save a file is; empty where it is no saved pool"
@@ -247,7 +231,7 @@ def _save(pool: MemoryPool, path: Optional[Path], overwrite: bool) -> None:
         raise PoolUnavailable(f"{str(path)!r} was written by somebody else; open it and copy_to it, "
                               "choose another path, or overwrite=True")
     with ExitStack() as held:
-        lent = [steps for steps in list(pool._steps.values()) if hasattr(steps, "lock")]
+        lent = [part.where.steps for commit in list(pool._log.values()) for part in commit.put if hasattr(part.where.steps, "lock")]
         for lock in {id(steps.lock): steps.lock for steps in lent}.values():
             held.enter_context(lock)  # a ring must not overwrite what is being written
         with pool._lock:
@@ -274,28 +258,33 @@ def _load(pool: MemoryPool) -> None:
     except PermissionError as e: raise PoolUnavailable(f"{pool.url!r}: {e}") from e
     except Exception as e:
         raise CorruptData(f"{pool.url!r} is no pool that MemoryPool saved, or is damaged: {e}") from e
-    pool._log, pool._steps, pool._places = commits, steps, count(len(steps))
+    pool._log = {n: c._replace(put=tuple(replace(p, where=Kept(steps[p.where])) for p in c.put)) for n, c in commits.items()}
     pool._index.schema = schema
     pool._shared.update(last=d["last"], oldest=d["horizon"], saved=d["last"], tokens={pool.path: d["token"]})
 
 # %% ../../../nbs/storage/pool/memory.ipynb #03318610
-def _forget(pool: MemoryPool, parts: Sequence[Part]) -> None:
-    if not parts: return
-    gone = {part.where for part in parts}
-    with pool._lock:
-        index = pool._catch_up(pool._shared["last"])
-        for version in {part.version for part in parts}:
-            put = tuple(part for part in pool._log[version].put if part.where not in gone)
-            if put or pool._log[version].hide: pool._log[version] = pool._log[version]._replace(put=put)
-            else: del pool._log[version]
-        for id in {part.id for part in parts}: _forget_lives(index.lives, id, gone)
-        for where in gone: pool._steps.pop(where, None)
-        pool._shared["oldest"] = pool._shared["last"]
+def lending(
+    part: Part,
+    steps: Episode | Callable[[], Episode], # Themselves, to keep them again, or what reads them from now on
+) -> Callable[[], None]:
+    "What changes where a part's steps are"
+    return partial(setattr, part.where, "steps", steps)
 
-def _forget_lives(lives: dict, id: str, gone: set[int]) -> None:
-    "Take forgotten parts out of an episode's lives; the oldest leave first, so they stand at the front"
-    for life in lives[id]:
-        left = next((n for n, part in enumerate(life.parts) if part.where not in gone), len(life.parts))
-        del life.parts[:left]
-    lives[id] = [life for life in lives[id] if life.parts]
-    if not lives[id]: del lives[id]
+def forgetting(
+    pool: MemoryPool, # Its lock is held until the changes were made
+    parts: Sequence[Part], # The oldest of their episodes
+) -> list[Callable[[], None]]:
+    "What drops parts from every version, for good"
+    if not parts: return []
+    gone, log, last = {part.where for part in parts}, pool._log, pool._shared["last"]
+    lives, changes = pool._catch_up(last).lives, [partial(dict.update, pool._shared, oldest=last)]
+    for commit in {part.version: log[part.version] for part in parts}.values():
+        put = tuple(part for part in commit.put if part.where not in gone)
+        if put or commit.hide: changes.append(partial(dict.update, log, {commit.number: commit._replace(put=put)}))
+        else: changes.append(partial(dict.pop, log, commit.number))
+    for id in {part.id for part in parts}:
+        oldest = [(life, next((n for n, part in enumerate(life.parts) if part.where not in gone), None)) for life in lives[id]]
+        left = [life for life, n in oldest if n is not None]
+        changes.append(partial(dict.update, lives, {id: left}) if left else partial(dict.pop, lives, id))
+        changes += [partial(list.__delitem__, life.parts, slice(n)) for life, n in oldest if n]
+    return changes
