@@ -22,7 +22,7 @@ __all__ = ['Batch', 'make_batch', 'Buffer', 'choose']
 from ...errors import ClosedError, NotEnoughData, QueryError, SnapshotNotFound
 from ...data.schema import Schema
 from ...data.core import Episode, ItemT, PoolQuery, as_episode
-from ..pool.pool import Pool, at_once, forkable_lock
+from ..pool.pool import Pool, forkable_lock
 from ..pool.memory import MemoryPool
 from .rows import Rows
 from .sampler import Draw, Sampler, Uniform, sampler_state
@@ -283,8 +283,10 @@ def _acquire(buffer: Buffer) -> None:
     "Hold the pool, and see to it that it is let go once: by `close`, by the garbage collector, or at exit"
     pool, resources, me = buffer.pool, ExitStack(), object()
     counts = hasattr(pool, "hold")
-    resources.callback(partial(pool.release, me) if counts else pool.close)  # anything with a `close` will do
-    vars(buffer).update(_resources=resources, _finalizer=weakref.finalize(buffer, resources.close), _closed=False)
+    release = partial(pool.release, me) if counts else pool.close  # anything with a `close` will do
+    resources.callback(release)
+    vars(buffer).update(_resources=resources, _release=release if counts else None, _closed=False,
+                        _finalizer=weakref.finalize(buffer, resources.close))
     if counts: pool.hold(me)  # last: what lets it go again is registered
 
 # %% ../../../nbs/storage/buffer/buffer.ipynb #0408cf37
@@ -296,6 +298,7 @@ def _check_open(buffer: Buffer) -> None:
 def _close(buffer: Buffer) -> None:
     with buffer._moving:
         vars(buffer).update(_view=_new_view(buffer), _closed=True)
+        if buffer._release: buffer._release()  # should this break off, the finalizer does it once more
         buffer._finalizer()
 
 # %% ../../../nbs/storage/buffer/buffer.ipynb #73044d35

@@ -49,7 +49,7 @@ class Growing:
 
     def drop(self, n: int) -> Growing: return Growing(self._room, self._from + n, self._to)
 
-# %% ../../../nbs/storage/buffer/rows.ipynb #d298f421
+# %% ../../../nbs/storage/buffer/rows.ipynb #9d109763
 class Line:
     "Things in a line. `push` at the end and `drop` at the front give new ones, which share its room"
     def __init__(self, room: Optional[list] = None, begin: int = 0, end: Optional[int] = None):

@@ -19,7 +19,7 @@ __all__ = ['unseen', 'keep_once', 'Lent', 'Home', 'View']
 from ...errors import SnapshotNotFound
 from ...data.schema import Schema
 from ...data.core import Episode, PoolQuery, steps_in
-from ..pool.pool import Part, Pool, at_once
+from ..pool.pool import Part, Pool, in_one_step
 from ..pool.memory import episode_of, forgetting, lending
 from .rows import Line, Rows, row_dtype
 
@@ -189,13 +189,13 @@ def _merge(view: View, fork: View, gone: Iterable[str]) -> None:
     if rows is not fork.rows: changes.append(rows.merge(fork.rows))
     left = _settle(fork, rows, view.serial, changes) if view._adopted else []
     changes.append(partial(dict.update, vars(view), {**vars(fork), "rows": rows, "_news": {}}))
-    _together(view, changes, left)
+    _change(view, changes, left)
 
-def _together(view: View, changes: Iterable[Callable[[], Any]], left: Sequence[Part]) -> None:
+def _change(view: View, changes: Iterable[Callable[[], Any]], left: Sequence[Part]) -> None:
     "Make changes while nobody draws; the own pool forgets the parts that left"
     with view.lock:
-        if not view.own: return at_once(*changes)
-        with view.pool._lock: at_once(*changes, *forgetting(view.pool, left))
+        if not view.own: return in_one_step(*changes)
+        with view.pool._lock: in_one_step(*changes, *forgetting(view.pool, left))
 
 # %% ../../../nbs/storage/buffer/view.ipynb #95e287c5
 def _difference(view: View, changed: Iterable[str], found: Sequence[Sequence[Part]]) -> tuple[dict, list[Part]]:
@@ -224,10 +224,10 @@ def _settle(view: View, rows: Rows, new: int, changes: list) -> list[Part]:
 
 # %% ../../../nbs/storage/buffer/view.ipynb #547a63a5
 def _adopt(view: View, more: Iterable[Callable[[], Any]]) -> None:
-    if not view.own: return _together(view, more, ())
+    if not view.own: return _change(view, more, ())
     changes: list = []
     left = _settle(view, view.rows, 0, changes)
     mine = {part.where for part, serial in view._entered}
     for part in view.pool._catch_up(view.pool.version).every_part():  # what other rows had is kept again
         if callable(part.where.steps) and part.where not in mine: changes.append(lending(part, part.where.read()))
-    _together(view, [*changes, partial(dict.update, vars(view), _adopted=True), *more], left)
+    _change(view, [*changes, partial(dict.update, vars(view), _adopted=True), *more], left)

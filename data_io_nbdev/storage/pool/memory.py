@@ -25,7 +25,7 @@ __all__ = ['FORMAT', 'episode_of', 'sync_folder', 'replace_file', 'Kept', 'Memor
 from ...errors import CorruptData, PoolNotFound, PoolUnavailable, ReadOnly, SnapshotNotFound
 from ...data.schema import Schema
 from ...data.core import Episode
-from .pool import Commit, Part, Pool, at_once, view
+from .pool import Commit, Part, Pool, in_one_step, view
 
 # %% ../../../nbs/storage/pool/memory.ipynb #989210b7
 FORMAT = 1
@@ -142,7 +142,7 @@ def _same(url: str, mode: str, at: Optional[int]) -> MemoryPool:
     pool = _NAMED[url]
     return pool if mode == "a" else view(pool, at)
 
-# %% ../../../nbs/storage/pool/memory.ipynb #bdadc185
+# %% ../../../nbs/storage/pool/memory.ipynb #d6cd1fb6
 class Kept:
     "The steps of a part, or what reads them"
     __slots__ = ("steps",)
@@ -185,7 +185,7 @@ class MemoryPool(Pool):
     def _put(self, commit: Commit) -> bool:
         with self._lock:
             if commit.number != self._shared["last"] + 1: return False
-            at_once(partial(dict.update, self._log, {commit.number: commit}), partial(dict.update, self._shared, last=commit.number))
+            in_one_step(partial(dict.update, self._log, {commit.number: commit}), partial(dict.update, self._shared, last=commit.number))
             return True
 
     def _read(self, parts: Sequence[Part]) -> Iterator[Episode]: return (part.where.read() for part in parts)

@@ -27,9 +27,9 @@ import numpy as np
 import pandas as pd  # type: ignore
 
 # %% auto #0
-__all__ = ['BACKENDS', 'Part', 'part_of', 'Commit', 'at_once', 'Index', 'new_steps', 'matches', 'PoolBackend', 'forkable_lock',
-           'PoolHandle', 'PoolIndex', 'PoolReader', 'Pool', 'in_bulk', 'check_writable', 'Plan', 'view', 'unlike',
-           'damage', 'damages', 'damage_line', 'Backend', 'backend', 'open_pool', 'safe_url']
+__all__ = ['BACKENDS', 'Part', 'part_of', 'Commit', 'in_one_step', 'Index', 'new_steps', 'matches', 'PoolBackend',
+           'forkable_lock', 'PoolHandle', 'PoolIndex', 'PoolReader', 'Pool', 'in_bulk', 'check_writable', 'Plan',
+           'view', 'unlike', 'damage', 'damages', 'damage_line', 'Backend', 'backend', 'open_pool', 'safe_url']
 
 # %% ../../../nbs/storage/pool/pool.ipynb #b6a8678c
 from ...errors import (ClosedError, CorruptData, DataIOError, EpisodeConflict, EpisodeNotFound, NotEnoughData,
@@ -94,10 +94,10 @@ class Commit(NamedTuple):
     move: tuple[Part, ...] = ()  # Parts that are there already, each with a new `where`
     oldest: int = 0  # From here on this is the oldest version that can be read
 
-# %% ../../../nbs/storage/pool/pool.ipynb #87e9b8a5
+# %% ../../../nbs/storage/pool/pool.ipynb #8d34af56
 _call = methodcaller("__call__")
 
-def at_once(
+def in_one_step(
     *changes: Callable[[], Any], # Each a `partial` of a method that is written in C, such as `dict.update`, and must not fail
 ) -> None:
     "Make several changes with nothing in between: no exception, no other thread, no fork"
@@ -132,7 +132,7 @@ class Index:
         changes += [partial(list.__setitem__, *found, part) for part in commit.move if (found := self._find(part))]
         said = dict(number=commit.number, schema=self.schema or commit.schema)
         if commit.oldest > self.oldest: said.update(oldest=commit.oldest, lives=self._since(commit.oldest))
-        at_once(*changes, partial(dict.update, vars(self), said))
+        in_one_step(*changes, partial(dict.update, vars(self), said))
 
     def _find(self, part: Part) -> Optional[tuple[list[Part], int]]:
         "The parts of the life that a part belongs to, and its position among them"
