@@ -1,6 +1,7 @@
 """Ctrl-C, errors and forks at any moment: what a pool knows and what a buffer has read is as it was before, or as it is after.
 
 An interrupt comes in two ways: as a real signal after a random time, and at a random line of the package, by a trace function."""
+import faulthandler
 import gc
 import os
 import pickle
@@ -347,7 +348,7 @@ def in_child(look):
     ours, theirs = os.pipe()
     if (pid := os.fork()) == 0:
         try:
-            signal.alarm(30)
+            faulthandler.dump_traceback_later(30, exit=True)
             os.close(ours)
             with os.fdopen(theirs, "wb") as f: pickle.dump(look(), f)
             os._exit(0)

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from functools import cached_property
 from typing import Any, Optional, TypeVar
 import numpy as np
 import pandas as pd  # type: ignore
@@ -21,7 +20,7 @@ __all__ = ['ItemT', 'from_us', 'utc_us', 'episode_id', 'same_steps', 'state_dige
 
 # %% ../../nbs/data/core.ipynb #3570aca1
 from ..errors import DataIOError, QueryError, SchemaError
-from .schema import FLAGS, Field, Schema, columns_of, is_time, who_value
+from .schema import FLAGS, Field, Schema, columns_of, is_time, lazy, who_value
 
 # %% ../../nbs/data/core.ipynb #7034b8b9
 def from_us(
@@ -136,12 +135,12 @@ class Steps:
         "Bytes of the time stamps and blocks"
         return self.times.nbytes + sum(b.nbytes for b in self.blocks.values())
 
-    @cached_property
+    @lazy
     def digest(self) -> str:
         "SHA-256 of every byte of every step: times, blocks and flags"
         return _digest([self.times, *self.blocks.values()])
 
-    @cached_property
+    @lazy
     def links(self) -> np.ndarray:  # `(steps - 1,)` bool
         "Where a step's `nstate` is the next step's `state`, bit for bit"
         return same_steps(self.blocks["nstate"][:-1], self.blocks["state"][1:])
@@ -335,7 +334,7 @@ class Episode(Steps):
         "The episode as a frame"
         return _to_frame(self)
 
-    @cached_property
+    @lazy
     def id(self) -> str:
         "The hash of who and when"
         return episode_id(self.who, self.start)

@@ -8,15 +8,25 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Any, Optional
+from typing import Any, Optional, TypeVar
 import numpy as np
 import pandas as pd  # type: ignore
 
 # %% auto #0
-__all__ = ['ROLES', 'FLAGS', 'KINDS', 'RESERVED', 'Units', 'Field', 'who_value', 'Schema', 'columns_of', 'is_time']
+__all__ = ['T', 'ROLES', 'FLAGS', 'KINDS', 'RESERVED', 'Units', 'lazy', 'Field', 'who_value', 'Schema', 'columns_of', 'is_time']
 
 # %% ../../nbs/data/schema.ipynb #03cefeaf
 from ..errors import SchemaError, require
+
+# %% ../../nbs/data/schema.ipynb #25759bd0
+T = TypeVar("T")
+
+class lazy(cached_property[T]):
+    "A `cached_property` without a lock"
+    def __get__(self, obj: Any, owner: Any = None) -> T:
+        if obj is None: return self
+        value = vars(obj)[self.attrname] = self.func(obj)
+        return value
 
 # %% ../../nbs/data/schema.ipynb #d7b76df0
 ROLES = ("state", "action", "reward", "info")  # what a schema declares; `nstate` is laid out like `state`
@@ -127,18 +137,18 @@ class Schema:
         object.__setattr__(self, "columns", tuple(self.columns))
         object.__setattr__(self, "flags", tuple((r, n) for r, n in self.flags))
 
-    @cached_property
+    @lazy
     def levels(self) -> tuple[str, ...]:  # For example `("vehicle", "driver")`
         "Names of the identity levels"
         return tuple(name for name, _ in self.identity)
 
-    @cached_property
+    @lazy
     def roles(self) -> tuple[str, ...]:  # In the order of a batch
         "Every role that a step has, the flags included"
         always = ("state", "action", "reward", "nstate", *FLAGS)
         return (*always, "info") if self.of("info") else always
 
-    @cached_property
+    @lazy
     def _blocks(self) -> dict[str, np.dtype]:
         return {r: np.dtype(bool) if r in FLAGS else _block(r, self.of(r)) for r in self.roles}
 

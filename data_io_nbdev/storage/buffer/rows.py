@@ -4,7 +4,6 @@
 
 # %% ../../../nbs/storage/buffer/rows.ipynb #8a426d8e
 from __future__ import annotations
-import copy
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -29,9 +28,9 @@ def row_dtype(
 # %% ../../../nbs/storage/buffer/rows.ipynb #0d75be12
 class Growing:
     "A one-dimensional int64 array. `push` at the end and `drop` at the front give new ones, which share its room"
-    def __init__(self, room: Any = (), begin: int = 0, end: Optional[int] = None):
-        self._room = np.asarray(room, "int64")
-        self._from, self._to = begin, len(self._room) if end is None else end
+    __slots__ = ("_room", "_from", "_to")
+    def __init__(self, room: np.ndarray = np.empty(0, "int64"), begin: int = 0, end: Optional[int] = None):
+        self._room, self._from, self._to = room, begin, len(room) if end is None else end
 
     @property
     def values(self) -> np.ndarray: # A view
@@ -39,7 +38,7 @@ class Growing:
         return self._room[self._from:self._to]
     def __len__(self) -> int: return self._to - self._from
 
-    def push(self, values: np.ndarray) -> Growing: # What was pushed to the same one before is overwritten
+    def push(self, values: Sequence[int] | np.ndarray) -> Growing: # What was pushed to the same one before is overwritten
         room, begin, end, n = self._room, self._from, self._to, len(values)
         if end + n > len(room):
             room, begin, end = np.empty(2 * (len(self) + n), "int64"), 0, len(self)
@@ -49,12 +48,12 @@ class Growing:
 
     def drop(self, n: int) -> Growing: return Growing(self._room, self._from + n, self._to)
 
-# %% ../../../nbs/storage/buffer/rows.ipynb #9d109763
+# %% ../../../nbs/storage/buffer/rows.ipynb #e6d16bc3
 class Line:
     "Things in a line. `push` at the end and `drop` at the front give new ones, which share its room"
-    def __init__(self, room: Optional[list] = None, begin: int = 0, end: Optional[int] = None):
-        self._room = [] if room is None else room
-        self._from, self._to = begin, len(self._room) if end is None else end
+    __slots__ = ("_room", "_from", "_to")
+    def __init__(self, room: Optional[list] = None, begin: int = 0, end: int = 0):
+        self._room, self._from, self._to = [] if room is None else room, begin, end
 
     def __len__(self) -> int: return self._to - self._from
     def __iter__(self) -> Iterator[Any]: return map(self._room.__getitem__, range(self._from, self._to))
@@ -66,7 +65,7 @@ class Line:
 
     def drop(self, n: int) -> Line:
         begin = self._from + n
-        return Line(self._room, begin, self._to) if 2 * begin <= self._to else Line(self._room[begin:self._to])
+        return Line(self._room, begin, self._to) if 2 * begin <= self._to else Line(self._room[begin:self._to], 0, self._to - begin)
 
 # %% ../../../nbs/storage/buffer/rows.ipynb #38b9da6b
 class Run(NamedTuple):
@@ -121,8 +120,7 @@ class Rows:
         self.data = allocate(room + once * (1 + room // 64), self.dtype)
         self.begin = self.serial = self.slot = begin  # of the first row; the next row's
         self._slots = Growing() if once else None  # logical row to slot; None while they run in step
-        self._runs, self._firsts = Line(), Growing()  # and the slots in which they begin
-        self._hidden: frozenset[int] = frozenset()  # serial numbers of the first rows of runs that are drawn no more
+        self._runs, self._firsts, self._names = Line(), Growing(), Growing()  # slots in which they begin, hashes of their episodes' ids
         self._episodes: Optional[list[np.ndarray]] = None
         self._shown: Optional[int] = None  # the first slot that others may be drawing from, which must stay as it is
         self.ledger = Ledger(self._firsts.values, self._runs)
@@ -140,15 +138,16 @@ class Rows:
 
     def fork(self) -> Rows: # Shares every array
         "The same rows, to be changed beside; of several forks only one may be `merge`d"
-        new = copy.copy(self)
-        new._shown = _slot_of(self, self.oldest())
+        new = object.__new__(type(self))
+        vars(new).update(vars(self), _shown=_slot_of(self, self.oldest()) if self.capacity else None)
         return new
 
     def merge(self,
         fork: Rows, # With all its changes
     ) -> Callable[[], None]: # To be called once, with whatever else must change at the same time
         "Become a fork, in one step"
-        return partial(dict.update, vars(self), {**vars(fork), "_shown": None})
+        fork._shown = None
+        return partial(dict.update, vars(self), vars(fork))
 
     def append(self,
         episode: Episode, # Steps to add behind the last row
@@ -240,7 +239,7 @@ def evict(rows: Rows, oldest: int) -> None:
     "Forget rows before a serial number"
     if (slots := rows._slots) is not None: rows._slots = slots.drop(int(np.searchsorted(slots.values, _slot_of(rows, oldest))))
     gone = next((n for n, run in enumerate(rows._runs) if run.end > oldest), len(rows._runs))
-    if gone: rows._runs, rows._firsts = rows._runs.drop(gone), rows._firsts.drop(gone)
+    if gone: rows._runs, rows._firsts, rows._names = rows._runs.drop(gone), rows._firsts.drop(gone), rows._names.drop(gone)
 
 # %% ../../../nbs/storage/buffer/rows.ipynb #da45efdf
 def _append(rows: Rows, episode: Episode) -> int:
@@ -258,8 +257,8 @@ def _append(rows: Rows, episode: Episode) -> int:
 def _append_run(rows: Rows, steps: Episode) -> None:
     n, oldest = len(steps), rows.oldest(more=len(steps))
     slot = rows.slot - (rows.once and oldest < rows.serial and _goes_on(rows, steps))
-    _make_room(rows, _slot_of(rows, oldest), slot + n + rows.once)
-    evict(rows, oldest)
+    _make_room(rows, _slot_of(rows, oldest) if rows.capacity else rows.begin, slot + n + rows.once)
+    if rows.capacity: evict(rows, oldest)
     size = len(rows.data)
     for a, b in _stretches(slot, n, size):
         for role in rows.dtype.names: rows.data[role][(slot + a) % size:][:b - a] = steps.blocks[role][a:b]
@@ -269,7 +268,7 @@ def _append_run(rows: Rows, steps: Episode) -> None:
 def register(rows: Rows, run: Run) -> None:
     "Count a run whose steps are in their slots"
     n = len(run.times)
-    rows._firsts, rows._runs = rows._firsts.push(np.array([run.slot])), rows._runs.push(run)
+    rows._runs, rows._firsts, rows._names = rows._runs.push(run), rows._firsts.push((run.slot,)), rows._names.push((hash(run.episode),))
     if rows._slots is not None: rows._slots = rows._slots.push(np.arange(run.slot, run.slot + n))
     rows.serial, rows.slot = rows.serial + n, run.slot + n + rows.once
     rows._episodes, rows.ledger = None, Ledger(rows._firsts.values, rows._runs)
@@ -280,19 +279,23 @@ def _first_step(steps: Episode) -> int: return steps.offset if steps.first is No
 def _goes_on(rows: Rows, steps: Episode) -> bool:
     "Whether steps begin in the very state in which the last run ended"
     last = rows._runs[-1] if rows._runs else None
-    if not last or last.episode != steps.id or last.serial in rows._hidden or last.step + len(last.times) != _first_step(steps): return False
+    if not last or last.episode != steps.id or rows._names.values[-1] == _HIDDEN: return False
+    if last.step + len(last.times) != _first_step(steps): return False
     return bool(same_steps(rows.data["state"][[(rows.slot - 1) % len(rows.data)]], steps.state[:1])[0])
 
 # %% ../../../nbs/storage/buffer/rows.ipynb #5f725d33
+_HIDDEN = -1  # instead of the hash of an id; Python gives nothing that hash
+
 def _hide(rows: Rows, ids: Iterable[str]) -> None:
     slots = np.arange(rows.oldest(), rows.serial) if rows._slots is None else rows._slots.values
-    ids, keep, first = set(ids), np.ones(len(slots), bool), next((run.serial for run in rows._runs), rows.serial)
-    runs = [run for run in rows._runs if run.episode in ids and run.serial not in rows._hidden]
-    for run in runs:
+    ids, keep, names = set(ids), np.ones(len(slots), bool), rows._names.values.copy()
+    wanted = [hash(id) for id in ids]
+    alike = [np.isin(names, wanted)] if len(wanted) > 16 else [names == name for name in wanted]  # a few are found faster one by one
+    for i in (i for found in alike for i in np.flatnonzero(found).tolist()):
+        if (run := rows._runs[i]).episode not in ids: continue
         a, b = np.searchsorted(slots, [run.slot, run.slot + len(run.times)])
-        keep[a:b] = False
-    rows._hidden = frozenset((*(serial for serial in rows._hidden if serial >= first), *(run.serial for run in runs)))
-    rows._slots, rows._episodes = Growing(slots[keep]), None
+        keep[a:b], names[i] = False, _HIDDEN
+    rows._names, rows._slots, rows._episodes = Growing(names), Growing(slots[keep]), None
 
 # %% ../../../nbs/storage/buffer/rows.ipynb #6962b587
 _PAIR = np.array([0, 1])  # a row, and the one that holds its next state
@@ -301,8 +304,8 @@ _PAIR = np.array([0, 1])  # a row, and the one that holds its next state
 def _episodes(rows: Rows) -> list[np.ndarray]:
     if rows._episodes is None:
         runs: dict[str, list[Run]] = {}
-        for run in rows._runs:
-            if run.serial not in rows._hidden: runs.setdefault(run.episode, []).append(run)
+        for run, name in zip(rows._runs, rows._names.values.tolist()):
+            if name != _HIDDEN: runs.setdefault(run.episode, []).append(run)
         rows._episodes = [np.concatenate([_logical(rows, run) for run in of_one]) for of_one in runs.values()]
     return rows._episodes
 

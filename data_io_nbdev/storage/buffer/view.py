@@ -4,7 +4,6 @@
 
 # %% ../../../nbs/storage/buffer/view.ipynb #41e753b1
 from __future__ import annotations
-import copy
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -178,8 +177,8 @@ def _look(view: View, version: int) -> int:
     return new
 
 def _fork(view: View) -> View:
-    fork = copy.copy(view)
-    vars(fork).update(_news={}, rows=view.rows and view.rows.fork())
+    fork = object.__new__(View)
+    vars(fork).update(vars(view), _news={}, rows=None if view.rows is None else view.rows.fork())
     return fork
 
 def _merge(view: View, fork: View, gone: Iterable[str]) -> None:
@@ -188,8 +187,8 @@ def _merge(view: View, fork: View, gone: Iterable[str]) -> None:
     changes = [*(partial(dict.pop, view._held, id) for id in gone), partial(dict.update, view._held, fork._news)]
     if rows is not fork.rows: changes.append(rows.merge(fork.rows))
     left = _settle(fork, rows, view.serial, changes) if view._adopted else []
-    changes.append(partial(dict.update, vars(view), {**vars(fork), "rows": rows, "_news": {}}))
-    _change(view, changes, left)
+    vars(fork).update(rows=rows, _news={})
+    _change(view, [*changes, partial(dict.update, vars(view), vars(fork))], left)
 
 def _change(view: View, changes: Iterable[Callable[[], Any]], left: Sequence[Part]) -> None:
     "Make changes while nobody draws; the own pool forgets the parts that left"
