@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import stat
+import sys
 import time
 import weakref
 import zipfile
@@ -49,7 +50,7 @@ def _log_json(commits: Iterable[Commit], schema: Optional[Schema], last: int, ho
     fields = schema and json.loads(schema.to_json())
     return _seal(json.dumps(dict(format=FORMAT, token=token, last=last, horizon=horizon, schema=fields, commits=log, members=members)))
 
-# %% ../../../nbs/storage/pool/memory.ipynb #c80555dd
+# %% ../../../nbs/storage/pool/memory.ipynb #fdd2a93b
 def _possible(p: Part, schema: Schema, width: int) -> bool: # `width`: bytes of one step
     "Whether there can be such a part, by the types and sizes of what the log says of it"
     whole = [p.start, p.begin, p.end, p.offset, p.length, p.nbytes, p.born, *([] if p.number is None else [p.number])]
@@ -67,7 +68,7 @@ def _follows(p: Part, before: Optional[Part], gaps: bool) -> bool: # `gaps`: a r
     return ((p.offset == due or (gaps and p.offset > due)) and p.begin > before.end and not before.ended
             and (p.life, p.who, p.start) == (before.life, before.who, before.start))
 
-# %% ../../../nbs/storage/pool/memory.ipynb #4ffdd9ab
+# %% ../../../nbs/storage/pool/memory.ipynb #1c7dc02a
 def _check_order(commits: Iterable[Commit], last: int, horizon: int) -> None:
     "Raise `CorruptData` unless each commit can follow those before it"
     numbers, alive = [c.number for c in commits], {}  # `alive`: the last part of each episode
@@ -150,7 +151,7 @@ def episode_of(
     return Episode(schema=schema, who=dict(zip(schema.levels, part.who)), start=part.start, zone=part.zone,
                    times=times, blocks=blocks, first=part.number, offset=part.offset)
 
-# %% ../../../nbs/storage/pool/memory.ipynb #2a639503
+# %% ../../../nbs/storage/pool/memory.ipynb #facb2ef4
 def _check_members(file: zipfile.ZipFile, size: int) -> None: # `size`: bytes of the file
     "Raise `CorruptData` for members that are packed, there twice, or larger than the file"
     members = file.infolist()
@@ -232,7 +233,7 @@ def _make_like(handle: int, like: os.stat_result) -> None:
         with suppress(PermissionError): os.fchown(handle, uid, gid)
     if stat.S_IMODE(mine.st_mode) != (mode := stat.S_IMODE(like.st_mode)): os.fchmod(handle, mode)  # last: chown may clear bits
 
-# %% ../../../nbs/storage/pool/memory.ipynb #17854a7a
+# %% ../../../nbs/storage/pool/memory.ipynb #f69fdd8f
 def _target(path: str | os.PathLike) -> Path:
     "The file itself, behind whatever links lead to it"
     try: return Path(os.path.realpath(path))
@@ -357,10 +358,18 @@ class MemoryPool(Pool):
             if callable(steps) and (rows is None or getattr(steps, "rows", None) is not rows): self._steps[where] = steps()
 
 # %% ../../../nbs/storage/pool/memory.ipynb #77be9a6e
+def _unzip(f: Any) -> zipfile.ZipFile: # `f`: an open binary file
+    "What is in a zip; raises `OSError` where the disk does not answer, which zipfile takes for damage"
+    before = sys.exc_info()[1]  # the caller may be handling another error
+    try: return zipfile.ZipFile(f)
+    except zipfile.BadZipFile as e:
+        if isinstance(e.__context__, OSError) and e.__context__ is not before: raise e.__context__
+        raise
+
 def _token(path: Path) -> str:
     "Which save a file is; empty where it is no saved pool"
     try:
-        with open(path, "rb") as f, zipfile.ZipFile(f) as file, file.open("log.json") as log: begin = log.read(200)
+        with open(path, "rb") as f, _unzip(f) as file, file.open("log.json") as log: begin = log.read(200)
     except FileNotFoundError: return ""
     except OSError: raise  # there may well be one
     except Exception: return ""
@@ -374,7 +383,7 @@ def _there(path: Path) -> Optional[os.stat_result]:
     if stat.S_ISREG(found.st_mode): return found
     raise PoolUnavailable(f"{str(path)!r} is a folder or a device; give the path of a file")
 
-# %% ../../../nbs/storage/pool/memory.ipynb #575c6799
+# %% ../../../nbs/storage/pool/memory.ipynb #1631d651
 def _hold_lent(pool: MemoryPool, work: Callable[[], Any], held: tuple = ()) -> Any:
     "Do some work while the locks of all lent rows are held"
     locks = (getattr(steps, "lock", None) for steps in list(pool._steps.values()) if callable(steps))
@@ -439,7 +448,7 @@ def _outcome(target: Path, token: str) -> str:
 # %% ../../../nbs/storage/pool/memory.ipynb #5297aafb
 def _read_pool(f: Any) -> tuple[dict[int, Commit], Optional[Schema], dict, dict[int, Episode]]:
     "The commits, the schema, the log and the steps that an open binary file holds"
-    with zipfile.ZipFile(f) as file:
+    with _unzip(f) as file:
         _check_members(file, os.fstat(f.fileno()).st_size)
         commits, schema, log = _parse_log(file.read("log.json").decode())
         arrays = {m.filename: m.CRC for m in file.infolist() if m.filename != "log.json"}
