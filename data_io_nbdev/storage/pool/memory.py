@@ -50,7 +50,7 @@ def _log_json(commits: Iterable[Commit], schema: Optional[Schema], last: int, ho
     fields = schema and json.loads(schema.to_json())
     return _seal(json.dumps(dict(format=FORMAT, token=token, last=last, horizon=horizon, schema=fields, commits=log, members=members)))
 
-# %% ../../../nbs/storage/pool/memory.ipynb #fdd2a93b
+# %% ../../../nbs/storage/pool/memory.ipynb #d62222c9
 def _possible(p: Part, schema: Schema, width: int) -> bool: # `width`: bytes of one step
     "Whether there can be such a part, by the types and sizes of what the log says of it"
     whole = [p.start, p.begin, p.end, p.offset, p.length, p.nbytes, p.born, *([] if p.number is None else [p.number])]
@@ -68,7 +68,7 @@ def _follows(p: Part, before: Optional[Part], gaps: bool) -> bool: # `gaps`: a r
     return ((p.offset == due or (gaps and p.offset > due)) and p.begin > before.end and not before.ended
             and (p.life, p.who, p.start) == (before.life, before.who, before.start))
 
-# %% ../../../nbs/storage/pool/memory.ipynb #1c7dc02a
+# %% ../../../nbs/storage/pool/memory.ipynb #7d350b9c
 def _check_order(commits: Iterable[Commit], last: int, horizon: int) -> None:
     "Raise `CorruptData` unless each commit can follow those before it"
     numbers, alive = [c.number for c in commits], {}  # `alive`: the last part of each episode
@@ -108,8 +108,8 @@ def _as_commits(d: dict) -> tuple[dict[int, Commit], Optional[Schema], dict]:
     schema = None if d["schema"] is None else Schema.from_json(json.dumps(d["schema"]))
     width, place = 8 + sum(schema.block(role).itemsize for role in schema.roles) if schema else 0, count()
     def part(said: dict, version: int) -> Part:
-        p = Part(**{name: said[word] for name, word in _NAMES.items()}, version=version, where=next(place))
-        p = replace(p, who=tuple(p.who))
+        facts = {name: said[word] for name, word in _NAMES.items()}
+        p = Part(**{**facts, "who": tuple(facts["who"])}, version=version, where=next(place))
         if schema and len(said) == len(_NAMES) and _possible(p, schema, width): return p
         raise CorruptData(f"its commit {version} puts what is no part: {said!r:.300}")
     commits = [Commit(c["number"], c["token"], tuple(part(said, c["number"]) for said in c["put"]), tuple(c["hide"])) for c in d["commits"]]
@@ -151,7 +151,7 @@ def episode_of(
     return Episode(schema=schema, who=dict(zip(schema.levels, part.who)), start=part.start, zone=part.zone,
                    times=times, blocks=blocks, first=part.number, offset=part.offset)
 
-# %% ../../../nbs/storage/pool/memory.ipynb #facb2ef4
+# %% ../../../nbs/storage/pool/memory.ipynb #858f89a8
 def _check_members(file: zipfile.ZipFile, size: int) -> None: # `size`: bytes of the file
     "Raise `CorruptData` for members that are packed, there twice, or larger than the file"
     members = file.infolist()
@@ -233,7 +233,7 @@ def _make_like(handle: int, like: os.stat_result) -> None:
         with suppress(PermissionError): os.fchown(handle, uid, gid)
     if stat.S_IMODE(mine.st_mode) != (mode := stat.S_IMODE(like.st_mode)): os.fchmod(handle, mode)  # last: chown may clear bits
 
-# %% ../../../nbs/storage/pool/memory.ipynb #f69fdd8f
+# %% ../../../nbs/storage/pool/memory.ipynb #bf27bfc2
 def _target(path: str | os.PathLike) -> Path:
     "The file itself, behind whatever links lead to it"
     try: return Path(os.path.realpath(path))
@@ -383,7 +383,7 @@ def _there(path: Path) -> Optional[os.stat_result]:
     if stat.S_ISREG(found.st_mode): return found
     raise PoolUnavailable(f"{str(path)!r} is a folder or a device; give the path of a file")
 
-# %% ../../../nbs/storage/pool/memory.ipynb #1631d651
+# %% ../../../nbs/storage/pool/memory.ipynb #b9e07b1a
 def _hold_lent(pool: MemoryPool, work: Callable[[], Any], held: tuple = ()) -> Any:
     "Do some work while the locks of all lent rows are held"
     locks = (getattr(steps, "lock", None) for steps in list(pool._steps.values()) if callable(steps))
@@ -462,7 +462,7 @@ def _read_pool(f: Any) -> tuple[dict[int, Commit], Optional[Schema], dict, dict[
 def _load(pool: MemoryPool) -> None:
     "Take a file in, whole or not at all; where there is none, only a reader minds"
     try:
-        target = _target(pool.path)
+        _there(target := _target(pool.path))  # opening a pipe would wait for ever
         with open(target, "rb") as f: commits, schema, log, steps = _read_pool(f)
     except (FileNotFoundError, NotADirectoryError):
         if pool.mode == "a": return
