@@ -5,10 +5,12 @@
 # %% ../../../nbs/storage/buffer/buffer.ipynb #c776bb6d
 from __future__ import annotations
 import abc
+import copy
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Generic, Optional, Tuple, TypeVar, get_args, get_origin
 import numpy as np
 import pandas as pd  # type: ignore
@@ -279,19 +281,25 @@ def _set_up(buffer: Buffer) -> None:
 
 def _acquire(buffer: Buffer) -> None:
     "Hold the pool, and see to it that it is let go once: by `close`, by the garbage collector, or at exit"
-    buffer._resources = ExitStack()
-    if counts := hasattr(buffer.pool, "hold"): buffer.pool.hold()
-    buffer._resources.callback(buffer.pool.release if counts else buffer.pool.close)  # anything with a `close` will do
-    buffer._finalizer = weakref.finalize(buffer, buffer._resources.close)
+    pool, resources, me = buffer.pool, ExitStack(), object()
+    counts = hasattr(pool, "hold")
+    release = partial(pool.release, me) if counts else pool.close  # anything with a `close` will do
+    resources.callback(release)
+    vars(buffer).update(_resources=resources, _release=release if counts else None, _closed=False,
+                        _finalizer=weakref.finalize(buffer, resources.close))
+    if counts: pool.hold(me)  # last: what lets it go again is registered
 
 # %% ../../../nbs/storage/buffer/buffer.ipynb #0408cf37
+def _is_open(buffer: Buffer) -> bool: return buffer._finalizer.alive and not buffer._closed
+
 def _check_open(buffer: Buffer) -> None:
-    if not buffer._finalizer.alive: raise ClosedError("this buffer is closed; buffer.load() opens it again")
+    if not _is_open(buffer): raise ClosedError("this buffer is closed; buffer.load() opens it again")
 
 def _close(buffer: Buffer) -> None:
     with buffer._moving:
+        vars(buffer).update(_view=_new_view(buffer), _closed=True)
+        if buffer._release: buffer._release()  # should this break off, the finalizer does it once more
         buffer._finalizer()
-        buffer._view = _new_view(buffer)
 
 # %% ../../../nbs/storage/buffer/buffer.ipynb #73044d35
 def _new_view(buffer: Buffer, **changes: Any) -> View:
@@ -302,18 +310,17 @@ def _new_view(buffer: Buffer, **changes: Any) -> View:
 def _load(buffer: Buffer) -> None:
     "Read the pool at its newest version; what was loaded before stays until this is done"
     with buffer._moving:
-        if not buffer._finalizer.alive:  # it was closed, and perhaps its pool with it
+        if not _is_open(buffer):  # and perhaps its pool was closed with it
+            buffer._finalizer()
             buffer.pool.load()
             _acquire(buffer)
         view = _new_view(buffer)
         view.look(buffer.pool.version)
         _install(buffer, view)
 
-def _install(buffer: Buffer, view: View) -> None:
-    "Draw from a view from now on"
-    with buffer._lock:
-        if view.own: view.adopt()
-        buffer._view = view
+def _install(buffer: Buffer, view: View, *changes: Callable[[], None], **options: Any) -> None:
+    "Draw from a view from now on, and change what else goes with it, in one step"
+    view.adopt(*changes, partial(dict.update, vars(buffer), {"_view": view, **options}))
 
 def _refresh(buffer: Buffer) -> int:
     with buffer._moving:
@@ -344,7 +351,13 @@ def _draw(buffer: Buffer, n: Optional[int]) -> Batch:
     if not view.versions: view = _loaded(buffer)
     with buffer._lock:
         if not view.rows: raise NotEnoughData(f"no step to draw: nothing in {buffer.pool!r} matches {buffer.query!r}")
-        return buffer._batch(n, view.rows)
+        if buffer.sampler.in_one_step: return buffer._batch(n, view.rows)
+        before = buffer._rng.bit_generator.state, copy.deepcopy(buffer.sampler.state_dict())
+        try: return buffer._batch(n, view.rows)
+        except BaseException:  # the next draw is the one that this would have been
+            buffer._rng.bit_generator.state = before[0]
+            buffer.sampler.load_state_dict(before[1])
+            raise
 
 def choose(buffer: Buffer, n: int, rows: Rows) -> Draw:
     "What the sampler wants next"
@@ -369,19 +382,15 @@ def _load_state(buffer: Buffer, state: dict[str, Any]) -> None:
     first, last, oldest, newest = versions[0][0], versions[-1][1], buffer.pool._oldest(), buffer.pool.version
     if last > newest or (first < oldest and capacity is None):
         raise SnapshotNotFound(f"the state is of versions {first} to {last}; {buffer.pool!r} has {oldest} to {newest}")
-    with buffer._moving, buffer._lock:
-        view = _replayed(buffer, versions, serial, query=query, capacity=capacity)
-        if len(view) != rows or (not view.begin and view.trail != state["trail"]):
+    with buffer._moving:
+        view = _new_view(buffer, query=query, capacity=capacity).replay(versions)
+        if (lost := serial - view.serial) > 0 and first < oldest:
+            view = _new_view(buffer, begin=lost, query=query, capacity=capacity).replay(versions)
+        if (len(view), view.serial) != (rows, serial) or (not view.begin and view.trail != state["trail"]):
             raise SnapshotNotFound(f"the state has {rows} rows, {buffer.pool!r} gives {len(view)}, or others: another pool?")
-        buffer.sampler.load_state_dict(state["sampler"])
-        buffer.query, buffer.capacity, buffer._rng = query, capacity, rng
-        _install(buffer, view)
-
-def _replayed(buffer: Buffer, versions: Sequence[Sequence[int]], serial: int, **options: Any) -> View:
-    "A new view that looked at these versions, whose next serial number is `serial`"
-    view = _new_view(buffer, **options).replay(versions)
-    lost = serial - view.serial
-    return view if lost <= 0 else _new_view(buffer, begin=lost, **options).replay(versions)
+        sampler = copy.deepcopy(buffer.sampler)
+        sampler.load_state_dict(state["sampler"])
+        _install(buffer, view, partial(dict.update, vars(buffer.sampler), vars(sampler)), query=query, capacity=capacity, _rng=rng)
 
 # %% ../../../nbs/storage/buffer/buffer.ipynb #41208a92
 def _parse_state(state: Any) -> tuple:

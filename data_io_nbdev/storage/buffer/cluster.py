@@ -38,7 +38,7 @@ def pack(
         for episode in read_window(lake, schema, window):
             before, wanted = len(rows.ledger.runs), steps_in(episode.times, query)
             if wanted.start < wanted.stop: rows.append(episode[wanted])
-            runs.append(rows.ledger.runs[before:])
+            runs.append([rows.ledger.runs[i] for i in range(before, len(rows.ledger.runs))])
     return rows.data[:rows.slot], runs
 
 def pick(
@@ -93,7 +93,12 @@ class ClusterRows(Rows):
             evict(self, self.oldest(more=len(run.times)))
             register(self, run._replace(serial=self.serial, slot=base + run.slot))
         self.slot = base + size
-        while self.chunks and self.ledger.runs[self._gone:] and self.chunks[0].end <= self.ledger.runs[self._gone].slot: self.chunks.popleft()
+        while self.chunks and self._runs and self.chunks[0].end <= self._runs[0].slot: self.chunks.popleft()
+
+    def fork(self) -> Rows:
+        new = super().fork()
+        new.chunks = deque(self.chunks)
+        return new
 
     def launch(self, slots: Sequence[np.ndarray]) -> Flight:
         "Ask for rows, in several pieces"
@@ -162,14 +167,19 @@ class LookAhead:
     ) -> Batch:
         "The batch that is due now"
         now = _moment(buffer, n, rows)
-        if not (self._queue and self._queue[0].before.same(now)):
+        try:
+            if not (self._queue and self._queue[0].before.same(now)):
+                self._queue.clear()
+                self._draw(buffer, now)
+            due = self._queue.popleft()
+            if len(self._queue) < self.batches: self._draw(buffer, self._queue[-1].after if self._queue else due.after)
+            if isinstance(due.flight[0], Flight): due.flight[:] = rows.land(due.flight[0])
+            _restore(buffer, due.after)
+            return make_batch(rows, due.draw, due.flight[due.i])
+        except BaseException:  # what was drawn ahead is drawn again
             self._queue.clear()
-            self._draw(buffer, now)
-        due = self._queue.popleft()
-        if len(self._queue) < self.batches: self._draw(buffer, self._queue[-1].after if self._queue else due.after)
-        if isinstance(due.flight[0], Flight): due.flight[:] = rows.land(due.flight[0])
-        _restore(buffer, due.after)
-        return make_batch(rows, due.draw, due.flight[due.i])
+            _restore(buffer, now)
+            raise
 
     def _draw(self, buffer: Buffer, moment: Moment) -> None:
         "Let the next batches take off, drawn as they will be after a moment"

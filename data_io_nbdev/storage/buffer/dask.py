@@ -23,7 +23,7 @@ from ...data.core import Episode
 from ..pool.pool import Part, Pool, in_bulk
 from ..pool.dask import DaskPool, part_now, read_window, windows
 from .rows import Rows, row_dtype
-from .view import Home, View, enter_part, keep_once, note_part
+from .view import Home, View, keep_once
 from .buffer import Batch, Buffer
 from .mapped import Cache, cache_key
 from .cluster import ClusterRows, LookAhead
@@ -75,7 +75,7 @@ class LakeHome(Home):
     def enter(self, view: View, parts: Sequence[Part], steps: Iterable[Any]) -> None:
         if isinstance(view.rows, ClusterRows): self._enter_chunks(view, parts, steps)
         elif self.recalled and not view.versions:
-            for part in parts: note_part(view, part)
+            for part in parts: view.note(part)
         elif view.versions: super().enter(view, parts, steps)
         else: self._enter_first(view, parts)
 
@@ -103,7 +103,7 @@ class LakeHome(Home):
     def _enter_chunks(self, view: View, parts: Sequence[Part], found: Iterable[tuple]) -> None:
         def enter(chunk: Sequence[Part], found: tuple) -> None:
             view.rows.adopt(*found)
-            for part in chunk: note_part(view, part)
+            for part in chunk: view.note(part)
         chunks = self._chunks(parts)
         if not found: in_parallel(chunks, partial(self._request, view), enter, _threads(self.client), self.progress)
         else:

@@ -4,14 +4,15 @@
 
 # %% ../../../nbs/storage/buffer/rows.ipynb #8a426d8e
 from __future__ import annotations
+import copy
 from bisect import bisect_right
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, Optional
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Optional
 import numpy as np
 
 # %% auto #0
-__all__ = ['row_dtype', 'Growing', 'Run', 'Ledger', 'Taken', 'Rows', 'evict', 'register']
+__all__ = ['row_dtype', 'Growing', 'Line', 'Run', 'Ledger', 'Taken', 'Rows', 'evict', 'register']
 
 # %% ../../../nbs/storage/buffer/rows.ipynb #3b56103b
 from ...data.schema import Schema
@@ -27,26 +28,45 @@ def row_dtype(
 
 # %% ../../../nbs/storage/buffer/rows.ipynb #0d75be12
 class Growing:
-    "A one-dimensional int64 array with a cheap `push` at the end and `drop` at the front"
-    def __init__(self, values: Sequence[int] = ()):
-        self._data = np.array(values, "int64")
-        self._from, self._to = 0, len(self._data)
+    "A one-dimensional int64 array. `push` at the end and `drop` at the front give new ones, which share its room"
+    def __init__(self, room: Any = (), begin: int = 0, end: Optional[int] = None):
+        self._room = np.asarray(room, "int64")
+        self._from, self._to = begin, len(self._room) if end is None else end
 
     @property
-    def values(self) -> np.ndarray: # A view; what it shows is never overwritten
-        "The array as it is now"
-        return self._data[self._from:self._to]
+    def values(self) -> np.ndarray: # A view
+        "The array as it is"
+        return self._room[self._from:self._to]
     def __len__(self) -> int: return self._to - self._from
 
-    def push(self, values: np.ndarray) -> None:
-        if self._to + len(values) > len(self._data):
-            data = np.empty(2 * (len(self) + len(values)), "int64")
-            data[:len(self)] = self.values
-            self._data, self._from, self._to = data, 0, len(self)
-        self._data[self._to:self._to + len(values)] = values
-        self._to += len(values)
+    def push(self, values: np.ndarray) -> Growing: # What was pushed to the same one before is overwritten
+        room, begin, end, n = self._room, self._from, self._to, len(values)
+        if end + n > len(room):
+            room, begin, end = np.empty(2 * (len(self) + n), "int64"), 0, len(self)
+            room[:end] = self.values
+        room[end:end + n] = values
+        return Growing(room, begin, end + n)
 
-    def drop(self, n: int) -> None: self._from += n
+    def drop(self, n: int) -> Growing: return Growing(self._room, self._from + n, self._to)
+
+# %% ../../../nbs/storage/buffer/rows.ipynb #9d109763
+class Line:
+    "Things in a line. `push` at the end and `drop` at the front give new ones, which share its room"
+    def __init__(self, room: Optional[list] = None, begin: int = 0, end: Optional[int] = None):
+        self._room = [] if room is None else room
+        self._from, self._to = begin, len(self._room) if end is None else end
+
+    def __len__(self) -> int: return self._to - self._from
+    def __iter__(self) -> Iterator[Any]: return map(self._room.__getitem__, range(self._from, self._to))
+    def __getitem__(self, i: int) -> Any: return self._room[i + (self._from if i >= 0 else self._to)]
+
+    def push(self, *things: Any) -> Line: # What was pushed to the same one before is overwritten
+        self._room[self._to:] = things
+        return Line(self._room, self._from, self._to + len(things))
+
+    def drop(self, n: int) -> Line:
+        begin = self._from + n
+        return Line(self._room, begin, self._to) if 2 * begin <= self._to else Line(self._room[begin:self._to])
 
 # %% ../../../nbs/storage/buffer/rows.ipynb #38b9da6b
 class Run(NamedTuple):
@@ -64,7 +84,7 @@ class Run(NamedTuple):
 class Ledger(NamedTuple):
     "The runs at one moment. A batch keeps one, and can trace its rows after they have left the ring"
     slots: np.ndarray  # `(runs,)` first slot of each, increasing
-    runs: list[Run]  # At least as many
+    runs: Line  # As many `Run`s
 
     def trace(self,
         slots: np.ndarray, # `(n,)` slots of rows
@@ -97,11 +117,14 @@ class Rows:
     ):
         self.schema, self.once, self.capacity, self.allocate = schema, once, capacity, allocate
         self.dtype = row_dtype(schema, once)
-        self.data = allocate((capacity or reserve) + once * (1 + (capacity or reserve) // 64), self.dtype)
+        room = capacity + capacity // 16 if capacity else reserve
+        self.data = allocate(room + once * (1 + room // 64), self.dtype)
         self.begin = self.serial = self.slot = begin  # of the first row; the next row's
         self._slots = Growing() if once else None  # logical row to slot; None while they run in step
-        self._runs, self._firsts, self._gone, self._of = [], Growing(), 0, {}
+        self._runs, self._firsts = Line(), Growing()  # and the slots in which they begin
+        self._hidden: frozenset[int] = frozenset()  # serial numbers of the first rows of runs that are drawn no more
         self._episodes: Optional[list[np.ndarray]] = None
+        self._shown: Optional[int] = None  # the first slot that others may be drawing from, which must stay as it is
         self.ledger = Ledger(self._firsts.values, self._runs)
 
     def __len__(self) -> int: return self.serial - self.oldest() if self._slots is None else len(self._slots)
@@ -114,6 +137,18 @@ class Rows:
         "Bytes of memory that the rows take"
         filled = min(self.slot, len(self.data))
         return filled * self.dtype.itemsize + (0 if self._slots is None else self._slots.values.nbytes)
+
+    def fork(self) -> Rows: # Shares every array
+        "The same rows, to be changed beside; of several forks only one may be `merge`d"
+        new = copy.copy(self)
+        new._shown = _slot_of(self, self.oldest())
+        return new
+
+    def merge(self,
+        fork: Rows, # With all its changes
+    ) -> Callable[[], None]: # To be called once, with whatever else must change at the same time
+        "Become a fork, in one step"
+        return partial(dict.update, vars(self), {**vars(fork), "_shown": None})
 
     def append(self,
         episode: Episode, # Steps to add behind the last row
@@ -185,34 +220,27 @@ _RESERVE = 64 << 20  # Bytes of address space to begin with: so much malloc give
 
 def _make_room(rows: Rows, first: int, need: int) -> None:
     "Make room for slots up to `need`, keeping what is in those from `first` on"
-    size = len(rows.data)
-    if need - first <= size if rows.capacity else need <= size: return
-    room = need - first + size // 16 if rows.capacity else max(need, 2 * size, _RESERVE // rows.dtype.itemsize)
+    size, shown = len(rows.data), first if rows._shown is None else min(first, rows._shown)
+    if need - shown <= size if rows.capacity else need <= size: return
+    room = need - shown + size // 16 if rows.capacity else max(need, 2 * size, _RESERVE // rows.dtype.itemsize)
     data = rows.allocate(room, rows.dtype)
     wraps = {slot for n in (size, len(data)) if n for slot in range(first - first % n + n, rows.slot, n)}
     ends = sorted({first, rows.slot, *wraps})  # between two of these, slots lie side by side in both arrays
     for a, b in zip(ends, ends[1:]): data[a % len(data):][:b - a] = rows.data[a % size:][:b - a]
-    rows.data = data
+    rows.data, rows._shown = data, None  # nobody else has this one
 
 # %% ../../../nbs/storage/buffer/rows.ipynb #8b02fbe1
 def _slot_of(rows: Rows, serial: int) -> int:
     "The slot of a row by its serial number; of the next row where there is none"
-    i = bisect_right(rows._runs, serial, lo=rows._gone, key=lambda run: run.serial) - 1
-    if i < rows._gone or serial >= rows._runs[i].end: return rows.slot
+    i = bisect_right(rows._runs, serial, key=lambda run: run.serial) - 1
+    if i < 0 or serial >= rows._runs[i].end: return rows.slot
     return rows._runs[i].slot + serial - rows._runs[i].serial
 
 def evict(rows: Rows, oldest: int) -> None:
-    "Forget rows before a serial number. Batches may hold the lists, so these are replaced, not cut"
-    if (slots := rows._slots) is not None: slots.drop(int(np.searchsorted(slots.values, _slot_of(rows, oldest))))
-    while rows._gone < len(rows._runs) and (run := rows._runs[rows._gone]).end <= oldest:
-        rows._gone += 1
-        mine = rows._of.get(run.episode)
-        if not mine or mine[0] is not run: continue  # hidden
-        mine.popleft()
-        if not mine: del rows._of[run.episode]
-    if rows._gone > len(rows._runs) // 2:
-        rows._runs, rows._firsts = rows._runs[rows._gone:], Growing(rows._firsts.values[rows._gone:])
-        rows._gone = 0
+    "Forget rows before a serial number"
+    if (slots := rows._slots) is not None: rows._slots = slots.drop(int(np.searchsorted(slots.values, _slot_of(rows, oldest))))
+    gone = next((n for n, run in enumerate(rows._runs) if run.end > oldest), len(rows._runs))
+    if gone: rows._runs, rows._firsts = rows._runs.drop(gone), rows._firsts.drop(gone)
 
 # %% ../../../nbs/storage/buffer/rows.ipynb #da45efdf
 def _append(rows: Rows, episode: Episode) -> int:
@@ -241,10 +269,8 @@ def _append_run(rows: Rows, steps: Episode) -> None:
 def register(rows: Rows, run: Run) -> None:
     "Count a run whose steps are in their slots"
     n = len(run.times)
-    rows._firsts.push(np.array([run.slot]))
-    if rows._slots is not None: rows._slots.push(np.arange(run.slot, run.slot + n))
-    rows._of.setdefault(run.episode, deque()).append(run)
-    rows._runs.append(run)
+    rows._firsts, rows._runs = rows._firsts.push(np.array([run.slot])), rows._runs.push(run)
+    if rows._slots is not None: rows._slots = rows._slots.push(np.arange(run.slot, run.slot + n))
     rows.serial, rows.slot = rows.serial + n, run.slot + n + rows.once
     rows._episodes, rows.ledger = None, Ledger(rows._firsts.values, rows._runs)
 
@@ -253,17 +279,19 @@ def _first_step(steps: Episode) -> int: return steps.offset if steps.first is No
 
 def _goes_on(rows: Rows, steps: Episode) -> bool:
     "Whether steps begin in the very state in which the last run ended"
-    last, mine = rows._runs[-1] if rows._runs else None, rows._of.get(steps.id)
-    if not mine or mine[-1] is not last or last.step + len(last.times) != _first_step(steps): return False
+    last = rows._runs[-1] if rows._runs else None
+    if not last or last.episode != steps.id or last.serial in rows._hidden or last.step + len(last.times) != _first_step(steps): return False
     return bool(same_steps(rows.data["state"][[(rows.slot - 1) % len(rows.data)]], steps.state[:1])[0])
 
 # %% ../../../nbs/storage/buffer/rows.ipynb #5f725d33
 def _hide(rows: Rows, ids: Iterable[str]) -> None:
     slots = np.arange(rows.oldest(), rows.serial) if rows._slots is None else rows._slots.values
-    keep = np.ones(len(slots), bool)
-    for run in (run for id in ids for run in rows._of.pop(id, ())):
+    ids, keep, first = set(ids), np.ones(len(slots), bool), next((run.serial for run in rows._runs), rows.serial)
+    runs = [run for run in rows._runs if run.episode in ids and run.serial not in rows._hidden]
+    for run in runs:
         a, b = np.searchsorted(slots, [run.slot, run.slot + len(run.times)])
         keep[a:b] = False
+    rows._hidden = frozenset((*(serial for serial in rows._hidden if serial >= first), *(run.serial for run in runs)))
     rows._slots, rows._episodes = Growing(slots[keep]), None
 
 # %% ../../../nbs/storage/buffer/rows.ipynb #6962b587
@@ -272,7 +300,10 @@ _PAIR = np.array([0, 1])  # a row, and the one that holds its next state
 # %% ../../../nbs/storage/buffer/rows.ipynb #43e9b206
 def _episodes(rows: Rows) -> list[np.ndarray]:
     if rows._episodes is None:
-        rows._episodes = [np.concatenate([_logical(rows, run) for run in runs]) for runs in rows._of.values()]
+        runs: dict[str, list[Run]] = {}
+        for run in rows._runs:
+            if run.serial not in rows._hidden: runs.setdefault(run.episode, []).append(run)
+        rows._episodes = [np.concatenate([_logical(rows, run) for run in of_one]) for of_one in runs.values()]
     return rows._episodes
 
 def _logical(rows: Rows, run: Run) -> np.ndarray:
@@ -283,7 +314,7 @@ def _logical(rows: Rows, run: Run) -> np.ndarray:
 # %% ../../../nbs/storage/buffer/rows.ipynb #95f3e1b3
 def _read(rows: Rows, serial: int, n: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     times, slots = [], []
-    begin = bisect_right(rows._runs, serial, lo=rows._gone, key=lambda run: run.serial) - 1
+    begin = bisect_right(rows._runs, serial, key=lambda run: run.serial) - 1
     for run in (rows._runs[i] for i in range(begin, len(rows._runs))):
         a, b = max(serial, run.serial) - run.serial, min(serial + n, run.end) - run.serial
         if a >= b: break

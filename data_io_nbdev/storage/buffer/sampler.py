@@ -27,6 +27,7 @@ class Draw(NamedTuple):
 class Sampler(abc.ABC):
     "Decides which rows make the next batch"
     in_range: ClassVar[bool] = False  # True where every draw is a row that exists, which saves checking
+    in_one_step: ClassVar[bool] = False  # True where a draw changes nothing but `rng`, by one call: then there is nothing to undo
 
     @abc.abstractmethod
     def draw(self,
@@ -48,7 +49,7 @@ class Sampler(abc.ABC):
 # %% ../../../nbs/storage/buffer/sampler.ipynb #2395f796
 class Uniform(Sampler):
     "Every row is equally likely, each time"
-    in_range = True
+    in_range = in_one_step = True
 
     def draw(self, n: int, rng: np.random.Generator, rows: Drawable) -> Draw:
         return Draw(rng.integers(len(rows), size=n))
@@ -56,7 +57,7 @@ class Uniform(Sampler):
 # %% ../../../nbs/storage/buffer/sampler.ipynb #0d58fe61
 class Episodes(Sampler):
     "Whole episodes, each equally likely, padded to the longest in the batch"
-    in_range = True
+    in_range = in_one_step = True
 
     def draw(self, n: int, rng: np.random.Generator, rows: Drawable) -> Draw:
         episodes = rows.episodes()

@@ -4,23 +4,24 @@
 
 # %% ../../../nbs/storage/buffer/view.ipynb #41e753b1
 from __future__ import annotations
+import copy
 import hashlib
 import os
-from collections import deque
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import islice
 from typing import Any, Optional
 
 # %% auto #0
-__all__ = ['unseen', 'keep_once', 'Lent', 'Home', 'View', 'enter_part', 'note_part']
+__all__ = ['unseen', 'keep_once', 'Lent', 'Home', 'View']
 
 # %% ../../../nbs/storage/buffer/view.ipynb #0d388ce0
 from ...errors import SnapshotNotFound
 from ...data.schema import Schema
 from ...data.core import Episode, PoolQuery, steps_in
-from ..pool.pool import Part, Pool
-from ..pool.memory import episode_of
-from .rows import Rows, row_dtype
+from ..pool.pool import Part, Pool, in_one_step
+from ..pool.memory import episode_of, forgetting, lending
+from .rows import Line, Rows, row_dtype
 
 # %% ../../../nbs/storage/buffer/view.ipynb #05672a89
 def unseen(
@@ -86,10 +87,10 @@ class Home:
         parts: Sequence[Part], # New ones
         steps: Iterable[Any], # From `read`
     ) -> None:
-        "Rows for the parts, in their order"
+        "Rows for the parts, in their order; the view is one that nobody draws from yet"
         for part, episode in zip(parts, steps):
-            enter_part(view, part, episode)
-            note_part(view, part)
+            view.append(part, episode)
+            view.note(part)
 
 # %% ../../../nbs/storage/buffer/view.ipynb #3c74507d
 class View:
@@ -109,15 +110,33 @@ class View:
         self.capacity, self.own, self.begin = capacity, own, begin
         self.rows: Optional[Rows] = None  # until there is a schema
         self.versions: list[list[int]] = []  # [first, last]: looked at each of these, and at every one between
-        self._held: dict[str, tuple[int, int]] = {}  # id to its life, and how many of its steps were taken in
-        self._entered: deque[tuple[Part, int]] = deque()  # the own pool's whole parts, and their first rows' serial numbers
-        self._adopted = False  # whether the own pool reads from these rows
         self.trail = ""  # a digest of every part that entered, in order
+        self._held: dict[str, tuple[int, int]] = {}  # id to its life, and how many of its steps were taken in
+        self._news: dict[str, tuple[int, int]] = {}  # what a fork will add to that
+        self._entered = Line()  # the own pool's whole parts, and their first rows' serial numbers
+        self._adopted = False  # whether the own pool reads from these rows
 
     def __len__(self) -> int: return 0 if self.rows is None else len(self.rows)
 
     @property
     def serial(self) -> int: return self.begin if self.rows is None else self.rows.serial  # of the next row
+
+    def append(self,
+        part: Part,
+        episode: Episode, # Its steps
+    ) -> None:
+        "Rows for one part, as far as the query's time range goes"
+        wanted = steps_in(episode.times, self.query)
+        if wanted.start >= wanted.stop: return
+        serial, whole = self.rows.append(episode[wanted]), wanted.stop - wanted.start == part.length
+        if self.own and whole: self._entered = self._entered.push((part, serial))  # a part that was cut stays with the pool
+
+    def note(self,
+        part: Part,
+    ) -> None:
+        "Remember that a part has entered"
+        self.trail = hashlib.sha256(f"{self.trail} {part.id} {part.digest}".encode()).hexdigest()
+        self._news[part.id] = part.life, part.offset + part.length
 
     def look(self,
         version: int, # Of the pool, at or behind the last one
@@ -125,9 +144,11 @@ class View:
         "Take in what changed up to a version: all of it, or not at all"
         return _look(self, version)
 
-    def adopt(self) -> None:
-        "From now on the own pool reads from these rows, and forgets what leaves them"
-        _adopt(self)
+    def adopt(self,
+        *changes: Callable[[], None], # What else must change at the same time
+    ) -> None:
+        "From now on these are the rows that count: an own pool reads from them, and forgets what leaves them"
+        _adopt(self, changes)
 
     def replay(self,
         versions: Iterable[Sequence[int]], # `(first, last)`
@@ -146,16 +167,35 @@ def _look(view: View, version: int) -> int:
     if schema: view.query.check(schema)
     found = pool._select(view.query, version, changed)
     gone, fresh = _difference(view, changed or (), found)
-    steps = view.home.read(view, fresh)
-    with nullcontext() if since is None else view.lock:  # nobody draws from a view that has not looked yet
-        before = view.serial
-        if gone: view.rows.hide(gone)
-        for id in gone: del view._held[id]
-        if fresh and view.rows is None: view.rows = view.home.rows(view, schema, fresh)
-        view.home.enter(view, fresh, steps)
-        if since == version - 1 and len(view.versions) > 1: view.versions[-1][1] = version
-        else: view.versions.append([version, version])
-        return view.serial - before
+    steps, fork = view.home.read(view, fresh), _fork(view)
+    if gone: fork.rows.hide(gone)
+    if fresh and fork.rows is None: fork.rows = view.home.rows(view, schema, fresh)
+    view.home.enter(fork, fresh, steps)
+    goes_on = since == version - 1 and len(view.versions) > 1
+    fork.versions = [*view.versions[:-1], [view.versions[-1][0], version]] if goes_on else [*view.versions, [version, version]]
+    new = fork.serial - view.serial
+    _merge(view, fork, gone)
+    return new
+
+def _fork(view: View) -> View:
+    fork = copy.copy(view)
+    vars(fork).update(_news={}, rows=view.rows and view.rows.fork())
+    return fork
+
+def _merge(view: View, fork: View, gone: Iterable[str]) -> None:
+    "Become a fork, without the episodes that are gone, in one step"
+    rows = fork.rows if view.rows is None else view.rows  # what others hold stays the same object
+    changes = [*(partial(dict.pop, view._held, id) for id in gone), partial(dict.update, view._held, fork._news)]
+    if rows is not fork.rows: changes.append(rows.merge(fork.rows))
+    left = _settle(fork, rows, view.serial, changes) if view._adopted else []
+    changes.append(partial(dict.update, vars(view), {**vars(fork), "rows": rows, "_news": {}}))
+    _change(view, changes, left)
+
+def _change(view: View, changes: Iterable[Callable[[], Any]], left: Sequence[Part]) -> None:
+    "Make changes while nobody draws; the own pool forgets the parts that left"
+    with view.lock:
+        if not view.own: return in_one_step(*changes)
+        with view.pool._lock: in_one_step(*changes, *forgetting(view.pool, left))
 
 # %% ../../../nbs/storage/buffer/view.ipynb #95e287c5
 def _difference(view: View, changed: Iterable[str], found: Sequence[Sequence[Part]]) -> tuple[dict, list[Part]]:
@@ -168,44 +208,26 @@ def _difference(view: View, changed: Iterable[str], found: Sequence[Sequence[Par
         fresh += unseen(parts, 0 if id in gone or id not in view._held else view._held[id][1])
     return gone, fresh
 
-# %% ../../../nbs/storage/buffer/view.ipynb #a0ea423a
-def enter_part(view: View, part: Part, episode: Episode) -> None:
-    "Rows for one part, as far as the query's time range goes"
-    wanted = steps_in(episode.times, view.query)
-    if wanted.start < wanted.stop:
-        left = _make_way(view, wanted.stop - wanted.start) if view._adopted else []
-        serial = view.rows.append(episode[wanted])
-        if view.own and wanted.stop - wanted.start == part.length:  # a part that was cut stays with the pool
-            view._entered.append((part, serial))
-            if view._adopted: _lend(view, part, serial)
-        if left: view.pool.forget(left)
-
-def note_part(view: View, part: Part) -> None:
-    "Remember that a part has entered; last, so that what failed to enter is new the next time"
-    view.trail = hashlib.sha256(f"{view.trail} {part.id} {part.digest}".encode()).hexdigest()
-    view._held[part.id] = part.life, part.offset + part.length
-
 # %% ../../../nbs/storage/buffer/view.ipynb #488dfd1d
-def _lend(view: View, part: Part, serial: int) -> None:
-    "Let the own pool read a part from its rows, where they are all there"
-    if serial >= view.rows.oldest(): view.pool.lend(part, Lent(view.rows, view.lock, part, serial))
-
-def _make_way(view: View, steps: int) -> list[Part]:
-    "Before steps enter a ring: the parts that will leave it. One that will leave in part is taken back"
-    oldest, left = view.rows.oldest(more=steps), []
-    while view._entered:
-        part, serial = view._entered[0]
-        if serial + part.length > oldest:
-            if serial < oldest: view.pool.lend(part, view.pool._read_one(part))
-            break
-        left.append(part)
-        view._entered.popleft()
-    return left
+def _settle(view: View, rows: Rows, new: int, changes: list) -> list[Part]:
+    "Add what the own pool must change: it reads from `rows` what entered since serial `new`. Gives the parts that left the ring"
+    oldest, entered = view.rows.oldest() if view.rows is not None else 0, view._entered
+    gone = next((n for n, (part, serial) in enumerate(entered) if serial + part.length > oldest), len(entered))
+    view._entered = entered.drop(gone)
+    if view._entered and view._entered[0][1] < oldest:  # some of its steps will be overwritten
+        part = view._entered[0][0]
+        changes.append(lending(part, part.where.read()))
+    for part, serial in map(view._entered.__getitem__, reversed(range(len(view._entered)))):
+        if serial < max(new, oldest): break
+        changes.append(lending(part, Lent(rows, view.lock, part, serial)))
+    return [part for part, _ in islice(entered, gone)]
 
 # %% ../../../nbs/storage/buffer/view.ipynb #547a63a5
-def _adopt(view: View) -> None:
-    left = _make_way(view, 0) if view.rows is not None else []
-    for part, serial in view._entered: _lend(view, part, serial)
-    view.pool.reclaim(view.rows)
-    view.pool.forget(left)
-    view._adopted = True
+def _adopt(view: View, more: Iterable[Callable[[], Any]]) -> None:
+    if not view.own: return _change(view, more, ())
+    changes: list = []
+    left = _settle(view, view.rows, 0, changes)
+    mine = {part.where for part, serial in view._entered}
+    for part in view.pool._catch_up(view.pool.version).every_part():  # what other rows had is kept again
+        if callable(part.where.steps) and part.where not in mine: changes.append(lending(part, part.where.read()))
+    _change(view, [*changes, partial(dict.update, vars(view), _adopted=True), *more], left)

@@ -24,13 +24,13 @@ from typing import Any, Optional
 import numpy as np
 
 # %% auto #0
-__all__ = ['FORMAT', 'episode_of', 'sync_folder', 'replace_file', 'MemoryPool']
+__all__ = ['FORMAT', 'episode_of', 'sync_folder', 'replace_file', 'Kept', 'MemoryPool', 'lending', 'forgetting']
 
 # %% ../../../nbs/storage/pool/memory.ipynb #890a161c
 from ...errors import CorruptData, DataIOError, PoolNotFound, PoolUnavailable, ReadOnly, SnapshotNotFound
 from ...data.schema import Schema, who_value
 from ...data.core import Episode, from_us
-from .pool import Commit, Part, Pool, forkable_lock, view
+from .pool import Commit, Part, Pool, forkable_lock, in_one_step, view
 
 # %% ../../../nbs/storage/pool/memory.ipynb #989210b7
 FORMAT = 2
@@ -50,7 +50,7 @@ def _log_json(commits: Iterable[Commit], schema: Optional[Schema], last: int, ho
     fields = schema and json.loads(schema.to_json())
     return _seal(json.dumps(dict(format=FORMAT, token=token, last=last, horizon=horizon, schema=fields, commits=log, members=members)))
 
-# %% ../../../nbs/storage/pool/memory.ipynb #d62222c9
+# %% ../../../nbs/storage/pool/memory.ipynb #ea9942e2
 def _possible(p: Part, schema: Schema, width: int) -> bool: # `width`: bytes of one step
     "Whether there can be such a part, by the types and sizes of what the log says of it"
     whole = [p.start, p.begin, p.end, p.offset, p.length, p.nbytes, p.born, *([] if p.number is None else [p.number])]
@@ -68,7 +68,7 @@ def _follows(p: Part, before: Optional[Part], gaps: bool) -> bool: # `gaps`: a r
     return ((p.offset == due or (gaps and p.offset > due)) and p.begin > before.end and not before.ended
             and (p.life, p.who, p.start) == (before.life, before.who, before.start))
 
-# %% ../../../nbs/storage/pool/memory.ipynb #7d350b9c
+# %% ../../../nbs/storage/pool/memory.ipynb #3c2e66a3
 def _check_order(commits: Iterable[Commit], last: int, horizon: int) -> None:
     "Raise `CorruptData` unless each commit can follow those before it"
     numbers, alive = [c.number for c in commits], {}  # `alive`: the last part of each episode
@@ -151,7 +151,7 @@ def episode_of(
     return Episode(schema=schema, who=dict(zip(schema.levels, part.who)), start=part.start, zone=part.zone,
                    times=times, blocks=blocks, first=part.number, offset=part.offset)
 
-# %% ../../../nbs/storage/pool/memory.ipynb #858f89a8
+# %% ../../../nbs/storage/pool/memory.ipynb #b797804f
 def _check_members(file: zipfile.ZipFile, size: int) -> None: # `size`: bytes of the file
     "Raise `CorruptData` for members that are packed, there twice, or larger than the file"
     members = file.infolist()
@@ -233,7 +233,7 @@ def _make_like(handle: int, like: os.stat_result) -> None:
         with suppress(PermissionError): os.fchown(handle, uid, gid)
     if stat.S_IMODE(mine.st_mode) != (mode := stat.S_IMODE(like.st_mode)): os.fchmod(handle, mode)  # last: chown may clear bits
 
-# %% ../../../nbs/storage/pool/memory.ipynb #bf27bfc2
+# %% ../../../nbs/storage/pool/memory.ipynb #5b99c231
 def _target(path: str | os.PathLike) -> Path:
     "The file itself, behind whatever links lead to it"
     try: return Path(os.path.realpath(path))
@@ -267,6 +267,16 @@ def _same(url: str, mode: str, at: Optional[int]) -> MemoryPool:
     pool = _NAMED[url]
     return pool if mode == "a" else view(pool, at)
 
+# %% ../../../nbs/storage/pool/memory.ipynb #d6cd1fb6
+class Kept:
+    "The steps of a part, or what reads them"
+    __slots__ = ("steps",)
+    def __init__(self, steps: Episode | Callable[[], Episode]): self.steps = steps
+
+    def read(self) -> Episode:
+        steps = self.steps
+        return steps() if callable(steps) else steps
+
 # %% ../../../nbs/storage/pool/memory.ipynb #6c041cea
 class MemoryPool(Pool):
     "Episodes in memory; with a path, also in a file that `save` replaces in one step"
@@ -279,8 +289,6 @@ class MemoryPool(Pool):
         self.path = None if path is None else Path(path).absolute()
         super().__init__(str(self.path) if self.path else f"memory://{name or secrets.token_hex(8)}", mode)
         self._log: dict[int, Commit] = {}
-        self._steps: dict[int, Episode | Callable[[], Episode]] = {}  # by a part's `where`
-        self._places = count()
         self._shared = dict(last=0, oldest=0, saved=0, tokens={})  # with snapshots, which must see it change
         self._saving = forkable_lock()  # held while a file is written; always taken before other locks
         if self.path: _load(self)
@@ -298,27 +306,15 @@ class MemoryPool(Pool):
         return [self._log[n] for n in numbers if n in self._log and after < n <= upto]
 
     def _write(self, token: str, parts: Sequence[tuple[Part, Episode]], schema: Schema) -> list[Part]:
-        placed = [replace(part, where=next(self._places)) for part, _ in parts]
-        self._steps.update((part.where, episode) for part, (_, episode) in zip(placed, parts))
-        return placed
+        return [replace(part, where=Kept(episode)) for part, episode in parts]
 
     def _put(self, commit: Commit) -> bool:
         with self._lock:
             if commit.number != self._shared["last"] + 1: return False
-            self._log[commit.number] = commit
-            self._shared["last"] = commit.number
+            in_one_step(partial(dict.update, self._log, {commit.number: commit}), partial(dict.update, self._shared, last=commit.number))
             return True
 
-    def _read(self, parts: Sequence[Part]) -> Iterator[Episode]:
-        for part in parts:
-            steps = self._steps.get(part.where)
-            if steps is None:
-                raise SnapshotNotFound(f"episode {part.id}: steps {part.offset} ff. have left the ring "
-                                       "of the buffer that owned them")
-            yield steps() if callable(steps) else steps
-
-    def _drop(self, parts: Sequence[Part]) -> None:
-        for part in parts: del self._steps[part.where]
+    def _read(self, parts: Sequence[Part]) -> Iterator[Episode]: return (part.where.read() for part in parts)
 
     def _close(self) -> None:
         if self.path and self.mode == "a" and self._shared["last"] > self._shared["saved"]: self.save()
@@ -343,19 +339,6 @@ class MemoryPool(Pool):
         return cls(mode=mode, name=url.removeprefix("memory://"), **options)
 
     def __reduce__(self): return super().__reduce__() if self.path else (_same, (self.url, self.mode, self._at))
-
-    def lend(self, part: Part, steps: Episode | Callable[[], Episode]) -> None:
-        "Read a part from elsewhere from now on, and keep it no longer"
-        self._steps[part.where] = steps
-
-    def forget(self, parts: Sequence[Part]) -> None:
-        "Drop parts from every version, for good"
-        _forget(self, parts)
-
-    def reclaim(self, rows: Any = None) -> None:
-        "Keep again whatever is lent, but to these rows"
-        for where, steps in list(self._steps.items()):
-            if callable(steps) and (rows is None or getattr(steps, "rows", None) is not rows): self._steps[where] = steps()
 
 # %% ../../../nbs/storage/pool/memory.ipynb #77be9a6e
 def _unzip(f: Any) -> zipfile.ZipFile: # `f`: an open binary file
@@ -383,10 +366,11 @@ def _there(path: Path) -> Optional[os.stat_result]:
     if stat.S_ISREG(found.st_mode): return found
     raise PoolUnavailable(f"{str(path)!r} is a folder or a device; give the path of a file")
 
-# %% ../../../nbs/storage/pool/memory.ipynb #b9e07b1a
+# %% ../../../nbs/storage/pool/memory.ipynb #86d178e2
 def _hold_lent(pool: MemoryPool, work: Callable[[], Any], held: tuple = ()) -> Any:
     "Do some work while the locks of all lent rows are held"
-    locks = (getattr(steps, "lock", None) for steps in list(pool._steps.values()) if callable(steps))
+    steps = (part.where.steps for commit in list(pool._log.values()) for part in commit.put)
+    locks = (getattr(lent, "lock", None) for lent in steps if callable(lent))
     lock = next((lock for lock in locks if lock is not None and lock not in held), None)
     if lock is None: return work()
     with lock: return _hold_lent(pool, work, (*held, lock))
@@ -471,28 +455,33 @@ def _load(pool: MemoryPool) -> None:
         if isinstance(e, (OSError, MemoryError)) and not isinstance(e, CorruptData):
             raise PoolUnavailable(f"{pool.url!r} cannot be read now: {e or 'there is no room for it in memory'}") from e
         raise CorruptData(f"{pool.url!r} is no pool that MemoryPool saved, or is damaged: {e}") from e
-    pool._log, pool._steps, pool._places = commits, steps, count(len(steps))
+    pool._log = {n: c._replace(put=tuple(replace(p, where=Kept(steps[p.where])) for p in c.put)) for n, c in commits.items()}
     pool._index.schema = schema
     pool._shared.update(last=log["last"], oldest=log["horizon"], saved=log["last"], tokens={target: (log["token"],)})
 
 # %% ../../../nbs/storage/pool/memory.ipynb #03318610
-def _forget(pool: MemoryPool, parts: Sequence[Part]) -> None:
-    if not parts: return
-    gone = {part.where for part in parts}
-    with pool._lock:
-        index = pool._catch_up(pool._shared["last"])
-        for version in {part.version for part in parts}:
-            put = tuple(part for part in pool._log[version].put if part.where not in gone)
-            if put or pool._log[version].hide: pool._log[version] = pool._log[version]._replace(put=put)
-            else: del pool._log[version]
-        for id in {part.id for part in parts}: _forget_lives(index.lives, id, gone)
-        for where in gone: pool._steps.pop(where, None)
-        pool._shared["oldest"] = pool._shared["last"]
+def lending(
+    part: Part,
+    steps: Episode | Callable[[], Episode], # Themselves, to keep them again, or what reads them from now on
+) -> Callable[[], None]:
+    "What changes where a part's steps are"
+    return partial(setattr, part.where, "steps", steps)
 
-def _forget_lives(lives: dict, id: str, gone: set[int]) -> None:
-    "Take forgotten parts out of an episode's lives; the oldest leave first, so they stand at the front"
-    for life in lives[id]:
-        left = next((n for n, part in enumerate(life.parts) if part.where not in gone), len(life.parts))
-        del life.parts[:left]
-    lives[id] = [life for life in lives[id] if life.parts]
-    if not lives[id]: del lives[id]
+def forgetting(
+    pool: MemoryPool, # Its lock is held until the changes were made
+    parts: Sequence[Part], # The oldest of their episodes
+) -> list[Callable[[], None]]:
+    "What drops parts from every version, for good"
+    if not parts: return []
+    gone, log, last = {part.where for part in parts}, pool._log, pool._shared["last"]
+    lives, changes = pool._catch_up(last).lives, [partial(dict.update, pool._shared, oldest=last)]
+    for commit in {part.version: log[part.version] for part in parts}.values():
+        put = tuple(part for part in commit.put if part.where not in gone)
+        if put or commit.hide: changes.append(partial(dict.update, log, {commit.number: commit._replace(put=put)}))
+        else: changes.append(partial(dict.pop, log, commit.number))
+    for id in {part.id for part in parts}:
+        oldest = [(life, next((n for n, part in enumerate(life.parts) if part.where not in gone), None)) for life in lives[id]]
+        left = [life for life, n in oldest if n is not None]
+        changes.append(partial(dict.update, lives, {id: left}) if left else partial(dict.pop, lives, id))
+        changes += [partial(list.__delitem__, life.parts, slice(n)) for life, n in oldest if n]
+    return changes

@@ -14,19 +14,22 @@ import threading
 import time
 import weakref
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
+from operator import methodcaller
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Optional
 import numpy as np
 import pandas as pd  # type: ignore
 
 # %% auto #0
-__all__ = ['BACKENDS', 'Part', 'part_of', 'Commit', 'Index', 'new_steps', 'matches', 'PoolBackend', 'forkable_lock', 'PoolHandle',
-           'PoolIndex', 'PoolReader', 'Pool', 'in_bulk', 'check_writable', 'Plan', 'view', 'unlike', 'damage',
-           'damages', 'damage_line', 'Backend', 'backend', 'open_pool', 'safe_url']
+__all__ = ['BACKENDS', 'Part', 'part_of', 'Commit', 'in_one_step', 'Index', 'new_steps', 'matches', 'PoolBackend',
+           'forkable_lock', 'PoolHandle', 'PoolIndex', 'PoolReader', 'Pool', 'in_bulk', 'check_writable', 'Plan',
+           'view', 'unlike', 'damage', 'damages', 'damage_line', 'Backend', 'backend', 'open_pool', 'safe_url']
 
 # %% ../../../nbs/storage/pool/pool.ipynb #b6a8678c
 from ...errors import (ClosedError, CorruptData, DataIOError, EpisodeConflict, EpisodeNotFound, NotEnoughData,
@@ -91,6 +94,15 @@ class Commit(NamedTuple):
     move: tuple[Part, ...] = ()  # Parts that are there already, each with a new `where`
     oldest: int = 0  # From here on this is the oldest version that can be read
 
+# %% ../../../nbs/storage/pool/pool.ipynb #8d34af56
+_call = methodcaller("__call__")
+
+def in_one_step(
+    *changes: Callable[[], Any], # Each a `partial` of a method that is written in C, such as `dict.update`, and must not fail
+) -> None:
+    "Make several changes with nothing in between: no exception, no other thread, no fork"
+    deque(map(_call, changes), maxlen=0)
+
 # %% ../../../nbs/storage/pool/pool.ipynb #50005adf
 @dataclass
 class _Life:
@@ -107,16 +119,20 @@ class Index:
     oldest: int = 0  # The oldest version that it still knows
 
     def apply(self, commit: Commit) -> None:
-        "Take in the next commit"
-        for life in (life for id in commit.hide for life in self.lives.get(id, ())[-1:]):  # a ring may have forgotten it
-            life.died = commit.number
-        for part in commit.put:
-            lives = self.lives.setdefault(part.id, [])
-            if lives and lives[-1].died > commit.number: lives[-1].parts.append(part)
-            else: lives.append(_Life([part]))
-        for part in commit.move: self._move(part)
-        if commit.oldest > self.oldest: self._forget(commit.oldest)
-        self.schema, self.number = self.schema or commit.schema, commit.number
+        "Take in the next commit, whole or not at all"
+        dying = [life for id in commit.hide for life in self.lives.get(id, ())[-1:]]  # a ring may have forgotten it
+        changes = [partial(dict.update, vars(life), died=commit.number) for life in dying]
+        came, hidden = {}, set(commit.hide)
+        for part in commit.put: came.setdefault(part.id, []).append(part)
+        for id, parts in came.items():
+            lives = self.lives.get(id)
+            if lives and lives[-1].died > commit.number and id not in hidden: changes.append(partial(list.extend, lives[-1].parts, parts))
+            elif lives: changes.append(partial(list.append, lives, _Life(parts)))
+            else: changes.append(partial(dict.update, self.lives, {id: [_Life(parts)]}))
+        changes += [partial(list.__setitem__, *found, part) for part in commit.move if (found := self._find(part))]
+        said = dict(number=commit.number, schema=self.schema or commit.schema)
+        if commit.oldest > self.oldest: said.update(oldest=commit.oldest, lives=self._since(commit.oldest))
+        in_one_step(*changes, partial(dict.update, vars(self), said))
 
     def _find(self, part: Part) -> Optional[tuple[list[Part], int]]:
         "The parts of the life that a part belongs to, and its position among them"
@@ -125,15 +141,10 @@ class Index:
             if i >= 0 and (life.parts[i].offset, life.parts[i].version) == (part.offset, part.version): return life.parts, i
         return None
 
-    def _move(self, part: Part) -> None:
-        if found := self._find(part): found[0][found[1]] = part
-
-    def _forget(self, oldest: int) -> None:
-        for id, lives in list(self.lives.items()):
-            left = [life for life in lives if life.died > oldest]
-            if left: self.lives[id] = left
-            else: del self.lives[id]
-        self.oldest = oldest
+    def _since(self, oldest: int) -> dict[str, list[_Life]]:
+        "The lives that some version from this one on has"
+        left = {id: [life for life in lives if life.died > oldest] for id, lives in self.lives.items()}
+        return {id: lives for id, lives in left.items() if lives}
 
     def every_part(self) -> list[Part]:
         "The parts of every version, each once"
@@ -303,7 +314,7 @@ class PoolHandle(PoolBackend):
         self.url, self.mode = url, mode
         self._at, self._parent = None, None  # a snapshot's version, and the pool that it was taken of
         self._closed, self._idle = False, False  # idle: closed because its last buffer was done
-        self._holders, self._guests, self._left = 0, 0, False  # buffers here, and on snapshots; all of them were done once
+        self._holders, self._guests, self._left = set(), set(), False  # buffers here, and on snapshots; all of them were done once
         self._index, self._lock = Index(), forkable_lock()
         _HANDLES.add(self)
 
@@ -333,28 +344,32 @@ class PoolHandle(PoolBackend):
         "Open a closed pool again"
         if self._parent is not None: self._parent.load()
         elif self._closed: self._open()
-        self._closed = self._idle = False
+        vars(self).update(_closed=False, _idle=False)
 
     def close(self) -> None:
         "Let go of files and connections; closing twice is harmless"
         if not self._closed and self._parent is None: self._close()  # where this fails the pool stays open
-        self._closed, self._idle = True, False
+        vars(self).update(_closed=True, _idle=False)
 
-    def hold(self) -> None:
+    def hold(self,
+        who: Any, # Hashable: stands for the buffer
+    ) -> None:
         "Say that one more buffer reads here; a pool that only its last buffer closed opens again"
-        with self._lock: self._holders += 1
+        self._holders.add(who)
         if self._idle: self.load()
-        if self._parent is not None: self._parent._guests += 1
+        if self._parent is not None: self._parent._guests.add(who)
 
-    def release(self) -> None:
+    def release(self,
+        who: Any, # As given to `hold`; once more does nothing
+    ) -> None:
         "Say that a buffer is done; the last one closes the pool"
-        with self._lock: self._holders -= 1
-        if self._parent is not None: self._parent._leave()
+        self._holders.discard(who)
+        if self._parent is not None: self._parent._leave(who)
         self._rest()
 
-    def _leave(self) -> None:
+    def _leave(self, who: Any) -> None:
         "A buffer on a snapshot of this pool is done"
-        self._guests -= 1
+        self._guests.discard(who)
         if self._left: self._rest()
 
     def _rest(self) -> None:
@@ -362,7 +377,7 @@ class PoolHandle(PoolBackend):
         self._left = not self._holders
         if self._holders or self._guests or self._closed: return
         self.close()
-        self._idle = True
+        self._idle = True  # after an interrupt just before this, it counts as closed by its user
 
     def __enter__(self): return self
     def __exit__(self, *exc) -> None: self.close()
@@ -686,8 +701,8 @@ def view(
 ) -> Pool:
     "A read-only handle that shares everything with `pool`"
     handle, parent = object.__new__(type(pool)), pool._parent or pool
-    handle.__dict__.update(pool.__dict__, mode="r", _at=version, _parent=parent, 
-                           _closed=False, _idle=False, _holders=0, _guests=0)
+    handle.__dict__.update(pool.__dict__, mode="r", _at=version, _parent=parent,
+                           _closed=False, _idle=False, _holders=set(), _guests=set())
     _HANDLES.add(handle)
     return handle
 
