@@ -1,7 +1,7 @@
 """The file of a `MemoryPool`: replaced in one step or not at all, and never read wrongly.
 
-The stored sample in tests/data was written once by `python tests/test_memory_file.py`, with the version that introduced format 1. It
-is never written again: what was saved then must open for ever."""
+The stored samples in tests/data were each written once by `python tests/test_memory_file.py`, with the version that introduced their
+format, and hold the same. They are never written again: what was saved then must open for ever."""
 import json
 import multiprocessing
 import os
@@ -19,10 +19,12 @@ import pytest
 
 from data_io_nbdev import MemoryPool, open_pool
 from data_io_nbdev.errors import CorruptData, DataIOError, PoolUnavailable, ReadOnly
+from data_io_nbdev.storage.pool.memory import FORMAT
 from data_io_nbdev.testing import drive, facts_of, python
 
 DATA = Path(__file__).parent / "data"
-SAMPLE, EXPECTED = DATA / "pool-format-1.npz", DATA / "pool-format-1.json"
+EXPECTED = DATA / "pool-format-1.json"
+def sample(format): return DATA / f"pool-format-{format}.npz"
 
 
 @pytest.fixture
@@ -273,10 +275,10 @@ class TestDamage:
     def test_newer_format(self, path):
         "A format of the future is refused by name, and left alone"
         fill(MemoryPool(path)).close()
-        self.rewrite(path, lambda m: m.update({"log.json": m["log.json"].replace(b'"format": 1', b'"format": 2', 1)}))
+        self.rewrite(path, lambda m: m.update({"log.json": m["log.json"].replace(b'"format": %d' % FORMAT, b'"format": %d' % (FORMAT + 1), 1)}))
         before = path.read_bytes()
         for mode in "ra":
-            with pytest.raises(CorruptData, match="format 2"): MemoryPool(path, mode)
+            with pytest.raises(CorruptData, match=f"format {FORMAT + 1}"): MemoryPool(path, mode)
         with pytest.raises(DataIOError): fill(MemoryPool()).save(path)
         assert path.read_bytes() == before
 
@@ -304,23 +306,24 @@ class TestFormat:
             assert set(file.namelist()) == {"log.json", *(f"{n}.npy" for n in ("times", *drive().schema.roles))}
             log = json.loads(file.read("log.json"))
         parts = [p for c in log["commits"] for p in c["put"]]
-        assert (log["format"], log["last"], [c["number"] for c in log["commits"]]) == (1, 2, [1, 2])
+        assert (log["format"], log["last"], [c["number"] for c in log["commits"]]) == (FORMAT, 2, [1, 2])
         assert [p["length"] for p in parts] == [3, 2, 3] and {"id", "who", "start", "zone", "offset", "digest", "return"} <= set(parts[0])
         arrays = np.load(path, allow_pickle=False)
         both = (drive(3, hour=2), drive(5, hour=1))
         np.testing.assert_array_equal(arrays["times"], np.concatenate([e.times for e in both]))
         np.testing.assert_array_equal(arrays["state"], np.concatenate([e.state for e in both]))
 
-    def test_stored_sample(self, tmp_path):
-        "A pool that was saved when format 1 was new opens as it did then, and takes new episodes"
+    @pytest.mark.parametrize("format", range(1, FORMAT + 1))
+    def test_stored_sample(self, tmp_path, format):
+        "A pool that was saved when its format was new opens as it did then, and takes new episodes"
         expected = json.loads(EXPECTED.read_text(encoding="utf-8"))
-        assert everything(MemoryPool(SAMPLE, "r")) == expected
-        assert MemoryPool(SAMPLE, "r").verify() == []
-        shutil.copy(SAMPLE, tmp_path / "copy.npz")
+        assert everything(MemoryPool(sample(format), "r")) == expected
+        assert MemoryPool(sample(format), "r").verify() == []
+        shutil.copy(sample(format), tmp_path / "copy.npz")
         with MemoryPool(tmp_path / "copy.npz") as pool: pool.store(drive(hour=9))
         assert everything(MemoryPool(tmp_path / "copy.npz", "r").snapshot(expected["version"])) == expected
 
 
 if __name__ == "__main__":
-    DATA.mkdir(exist_ok=True)
-    with fill(MemoryPool(SAMPLE)) as made: EXPECTED.write_text(json.dumps(everything(made), ensure_ascii=False, indent=1), encoding="utf-8")
+    with MemoryPool(sample(FORMAT)) as made: fill(made)
+    assert everything(made.load() or made) == json.loads(EXPECTED.read_text(encoding="utf-8"))

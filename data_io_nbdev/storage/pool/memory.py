@@ -4,14 +4,19 @@
 
 # %% ../../../nbs/storage/pool/memory.ipynb #c6963ae1
 from __future__ import annotations
+import hashlib
 import json
 import os
+import re
 import secrets
+import stat
+import sys
+import time
 import weakref
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import fields, replace
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -22,40 +27,97 @@ import numpy as np
 __all__ = ['FORMAT', 'episode_of', 'sync_folder', 'replace_file', 'Kept', 'MemoryPool', 'lending', 'forgetting']
 
 # %% ../../../nbs/storage/pool/memory.ipynb #890a161c
-from ...errors import CorruptData, PoolNotFound, PoolUnavailable, ReadOnly, SnapshotNotFound
-from ...data.schema import Schema
-from ...data.core import Episode
-from .pool import Commit, Part, Pool, in_one_step, view
+from ...errors import CorruptData, DataIOError, PoolNotFound, PoolUnavailable, ReadOnly, SnapshotNotFound
+from ...data.schema import Schema, who_value
+from ...data.core import Episode, from_us
+from .pool import Commit, Part, Pool, forkable_lock, in_one_step, view
 
 # %% ../../../nbs/storage/pool/memory.ipynb #989210b7
-FORMAT = 1
+FORMAT = 2
+_SAYS = ("id", "who", "start", "zone", "offset", "length", "begin", "end", "number", "digest", "reward", "nbytes", "ended", "linked",
+         "tail", "born")  # of a part, which goes without `where`, its place, and `version`, its commit's number
+_NAMES = {name: {"reward": "return", "nbytes": "bytes"}.get(name, name) for name in _SAYS}  # attribute to the log's word for it
 
-def _log_json(commits: Iterable[Commit], schema: Optional[Schema], last: int, horizon: int, token: str) -> str:
-    "The log as JSON; a part goes without `where`, which is its place, and `version`, its commit's number"
-    names = {"reward": "return", "nbytes": "bytes"}
-    def plain(p: Part) -> dict:
-        return {names.get(f.name, f.name): getattr(p, f.name) for f in fields(p) if f.name not in ("where", "version")}
+def _seal(text: str) -> str:
+    "A JSON object with the SHA-256 of its text as the last entry"
+    return f'{text[:-1]}, "sha256": "{hashlib.sha256(text.encode()).hexdigest()}"}}'
+
+def _log_json(commits: Iterable[Commit], schema: Optional[Schema], last: int, horizon: int, token: str,
+              members: dict[str, int]) -> str: # `members`: the CRC of each array's file
+    "The log as JSON, sealed"
+    def plain(p: Part) -> dict: return {word: getattr(p, name) for name, word in _NAMES.items()}
     log = [dict(number=c.number, token=c.token, hide=c.hide, put=[plain(p) for p in c.put]) for c in commits]
-    about = schema and json.loads(schema.to_json())
-    return json.dumps(dict(format=FORMAT, token=token, last=last, horizon=horizon, schema=about, commits=log))
+    fields = schema and json.loads(schema.to_json())
+    return _seal(json.dumps(dict(format=FORMAT, token=token, last=last, horizon=horizon, schema=fields, commits=log, members=members)))
+
+# %% ../../../nbs/storage/pool/memory.ipynb #ea9942e2
+def _possible(p: Part, schema: Schema, width: int) -> bool: # `width`: bytes of one step
+    "Whether there can be such a part, by the types and sizes of what the log says of it"
+    whole = [p.start, p.begin, p.end, p.offset, p.length, p.nbytes, p.born, *([] if p.number is None else [p.number])]
+    return (all(type(n) is int and abs(n) < 1 << 63 for n in whole)
+            and all(type(text) is str and text.isascii() for text in (p.id, p.digest, p.tail)) and type(p.zone) is str
+            and type(p.ended) is type(p.linked) is bool and type(p.reward) is float
+            and p.who == tuple(who_value(*level, value) for level, value in zip(schema.identity, p.who, strict=True))
+            and p.length > 0 and p.nbytes == p.length * width and p.begin <= p.end and 0 <= p.born <= p.version
+            and p.offset >= 0 and max(p.offset, p.number or 0) + p.length < 1 << 63)
+
+def _follows(p: Part, before: Optional[Part], gaps: bool) -> bool: # `gaps`: a ring has forgotten some
+    "Whether a part can begin its episode, or stand behind the part before it"
+    if before is None: return gaps or not (p.offset or p.born)
+    due = before.offset + before.length
+    return ((p.offset == due or (gaps and p.offset > due)) and p.begin > before.end and not before.ended
+            and (p.life, p.who, p.start) == (before.life, before.who, before.start))
+
+# %% ../../../nbs/storage/pool/memory.ipynb #3c2e66a3
+def _check_order(commits: Iterable[Commit], last: int, horizon: int) -> None:
+    "Raise `CorruptData` unless each commit can follow those before it"
+    numbers, alive = [c.number for c in commits], {}  # `alive`: the last part of each episode
+    if not all(a < b for a, b in zip([0, *numbers], [*numbers, last + 1])) or not (horizon or len(numbers) == last):
+        raise CorruptData(f"it counts {len(numbers)} commits up to number {last}, and numbers them {numbers[:9]} …")
+    for c in commits:
+        if lost := [id for id in c.hide if alive.pop(id, None) is None and not horizon]:
+            raise CorruptData(f"its commit {c.number} ends episode {lost[0]}, which was not there")
+        for p in c.put:
+            if not _follows(p, alive.get(p.id), horizon > 0):
+                raise CorruptData(f"its commit {c.number} puts steps {p.offset} ff. of episode {p.id} where they cannot stand")
+            alive[p.id] = p
+
+def _check_zones(parts: Iterable[Part]) -> None:
+    "Raise, one way or another, unless all times can be shown in their zones"
+    times: dict[str, list[int]] = {}
+    for p in parts: times.setdefault(p.zone, []).extend((p.start, p.begin, p.end))
+    for zone, us in times.items(): from_us(min(us), zone).isoformat(), from_us(max(us), zone).isoformat()
 
 # %% ../../../nbs/storage/pool/memory.ipynb #e7b22ab8
 def _parse_log(text: str) -> tuple[dict[int, Commit], Optional[Schema], dict]:
-    "The commits by number, the schema, and the log as it stands; raises `CorruptData` for a newer format"
-    d = json.loads(text)
-    if d["format"] > FORMAT:
-        raise CorruptData(f"it has format {d['format']}, which needs a newer data_io_nbdev; "
-                          f"this one reads up to {FORMAT}")
-    schema = Schema.from_json(json.dumps(d["schema"])) if d["schema"] else None
-    place, commits = count(), {}
-    def part(p: dict, version: int) -> Part:
-        p = dict(p)
-        renamed = dict(reward=p.pop("return"), nbytes=p.pop("bytes"), who=tuple(p.pop("who")))
-        return Part(**p, **renamed, version=version, where=next(place))
-    for c in d["commits"]:
-        number, put = c["number"], tuple(part(p, c["number"]) for p in c["put"])
-        commits[number] = Commit(number, c["token"], put, tuple(c["hide"]))
-    return commits, schema, d
+    "The commits by number, the schema, and the log as it stands; raises `CorruptData` for a newer format or another's work"
+    format = int(found[1]) if (found := re.match(r'\{"format": (\d{1,9})\b', text)) else 0
+    if format > FORMAT:
+        raise CorruptData(f"it has format {format}, which needs a newer data_io_nbdev; this one reads up to {FORMAT}")
+    if not format: raise CorruptData("its log does not begin with its format")
+    if format > 1 and text != _seal(text[:-len(_seal("}"))] + "}"): raise CorruptData("its log is not what was written, by its sha256")
+    try: return _as_commits(json.loads(text))
+    except (CorruptData, MemoryError): raise
+    except Exception as e: raise CorruptData(f"its log says what none says: {type(e).__name__}: {e!s:.200}") from e
+
+def _as_commits(d: dict) -> tuple[dict[int, Commit], Optional[Schema], dict]:
+    "What a log says, checked; what is not even of its shape raises whatever it raises"
+    last, horizon = d["last"], d["horizon"]
+    if not (type(last) is type(horizon) is int and 0 <= horizon <= last < 1 << 63 and type(d["token"]) is str):
+        raise CorruptData(f"it ends at version {last!r:.40}, begins at {horizon!r:.40} and has the token {d['token']!r:.40}")
+    schema = None if d["schema"] is None else Schema.from_json(json.dumps(d["schema"]))
+    width, place = 8 + sum(schema.block(role).itemsize for role in schema.roles) if schema else 0, count()
+    def part(said: dict, version: int) -> Part:
+        facts = {name: said[word] for name, word in _NAMES.items()}
+        p = Part(**{**facts, "who": tuple(facts["who"])}, version=version, where=next(place))
+        if schema and len(said) == len(_NAMES) and _possible(p, schema, width): return p
+        raise CorruptData(f"its commit {version} puts what is no part: {said!r:.300}")
+    commits = [Commit(c["number"], c["token"], tuple(part(said, c["number"]) for said in c["put"]), tuple(c["hide"])) for c in d["commits"]]
+    if not all(type(c.number) is int and all(type(text) is str for text in (c.token, *c.hide)) for c in commits):
+        raise CorruptData("its commits are not numbered, or have no token, or end what is no episode")
+    _check_order(commits, last, horizon)
+    _check_zones(p for c in commits for p in c.put)
+    return {c.number: c for c in commits}, schema, d
 
 # %% ../../../nbs/storage/pool/memory.ipynb #e724f57d
 def _npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
@@ -89,21 +151,48 @@ def episode_of(
     return Episode(schema=schema, who=dict(zip(schema.levels, part.who)), start=part.start, zone=part.zone,
                    times=times, blocks=blocks, first=part.number, offset=part.offset)
 
+# %% ../../../nbs/storage/pool/memory.ipynb #b797804f
+def _check_members(file: zipfile.ZipFile, size: int) -> None: # `size`: bytes of the file
+    "Raise `CorruptData` for members that are packed, there twice, or larger than the file"
+    members = file.infolist()
+    if len({m.filename for m in members}) < len(members): raise CorruptData("it has a member twice")
+    if any(m.compress_type != zipfile.ZIP_STORED or m.compress_size != m.file_size for m in members): raise CorruptData("a member is packed")
+    if sum(m.file_size for m in members) > size: raise CorruptData("its members claim to be larger than the file")
+
+def _read_array(file: zipfile.ZipFile, name: str, dtype: np.dtype, steps: int) -> np.ndarray: # `(steps, *dtype.shape)`
+    "A member as it was written, for so many steps; raises `CorruptData` for any other before it takes room"
+    head, size = _npy_header(dtype.base, shape := (steps, *dtype.shape)), file.getinfo(name).file_size
+    if size != len(head) + steps * dtype.itemsize:
+        raise CorruptData(f"{name} has {size} bytes, and another number of steps than the log, which counts {steps}")
+    with file.open(name) as member:
+        if (found := member.read(len(head))) != head:
+            raise CorruptData(f"{name} should hold {dtype.base} of shape {shape} in C order, and begins {found!r:.160}")
+        array = np.empty(shape, dtype.base)
+        room, done = array.reshape(-1).view("u1"), 0
+        while done < len(room):
+            if not (n := member.readinto(room[done:done + (1 << 20)])): raise CorruptData(f"{name} is cut short")  # the last one checks its CRC
+            done += n
+    return array
+
 # %% ../../../nbs/storage/pool/memory.ipynb #1c4d3582
 def _read_steps(file: zipfile.ZipFile, schema: Schema, parts: Sequence[Part]) -> dict[int, Episode]:
     "Every part's episode by its `where`, as views of one array for each role"
-    arrays = {}
-    for name in ("times", *schema.roles):
-        with file.open(f"{name}.npy") as member:
-            arrays[name] = np.lib.format.read_array(member, allow_pickle=False, max_header_size=1 << 24)
-            if member.read(1): raise ValueError(f"{name}.npy is longer than it says")
     ends = np.cumsum([0, *(p.length for p in parts)])
-    if any(len(a) != ends[-1] for a in arrays.values()):
-        raise ValueError("the arrays have another number of steps than the log")
-    times, episodes = arrays.pop("times"), {}
+    steps = int(ends[-1])
+    times = _read_array(file, "times.npy", np.dtype("int64"), steps)
+    blocks, episodes = {r: _read_array(file, f"{r}.npy", schema.block(r), steps) for r in schema.roles}, {}
+    _check_times(times, parts, ends)
     for p, a, b in zip(parts, ends, ends[1:]):
-        episodes[p.where] = episode_of(p, schema, times[a:b], {r: block[a:b] for r, block in arrays.items()})
+        episodes[p.where] = episode_of(p, schema, times[a:b], {r: block[a:b] for r, block in blocks.items()})
     return episodes
+
+def _check_times(times: np.ndarray, parts: Sequence[Part], ends: np.ndarray) -> None:
+    "Raise `CorruptData` unless the times of each part increase, from its `begin` to its `end`"
+    onward = times[1:] > times[:-1]
+    onward[ends[1:-1] - 1] = True  # between two parts
+    said = [[p.begin for p in parts], [p.end for p in parts]]
+    if not onward.all() or not np.array_equal([times[ends[:-1]], times[ends[1:] - 1]], np.array(said, "int64")):
+        raise CorruptData("times.npy has other times than the log, or some that don't increase")
 
 # %% ../../../nbs/storage/pool/memory.ipynb #23ac4b07
 def sync_folder(
@@ -118,11 +207,14 @@ def sync_folder(
 def replace_file(
     path: Path, # To replace or create
     write: Callable[[Any], None], # Writes the new content to an open binary file
+    like: Optional[os.stat_result] = None, # Of a file whose mode and, where permitted, owner the new one gets
 ) -> None:
     "Replace a file by a new one, durably and in one step; a failing `write` leaves the old one as it was"
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with open(temporary, "xb") as f:
+        # nobody may read what the old file kept to itself; `partial`, since no signal comes between C and C, and the handle cannot get lost
+        with open(temporary, "xb", opener=partial(os.open, mode=0o600 if like else 0o666)) as f:
+            if like: _make_like(f.fileno(), like)
             write(f)
             f.flush()
             os.fsync(f.fileno())
@@ -131,6 +223,39 @@ def replace_file(
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+def _make_like(handle: int, like: os.stat_result) -> None:
+    "Give an open file the mode of another and, where permitted, its owner and group"
+    if os.name != "posix": return
+    mine = os.fstat(handle)
+    for uid, gid in ((like.st_uid, -1), (-1, like.st_gid)):
+        if uid in (-1, mine.st_uid) and gid in (-1, mine.st_gid): continue
+        with suppress(PermissionError): os.fchown(handle, uid, gid)
+    if stat.S_IMODE(mine.st_mode) != (mode := stat.S_IMODE(like.st_mode)): os.fchmod(handle, mode)  # last: chown may clear bits
+
+# %% ../../../nbs/storage/pool/memory.ipynb #5b99c231
+def _target(path: str | os.PathLike) -> Path:
+    "The file itself, behind whatever links lead to it"
+    try: return Path(os.path.realpath(path))
+    except ValueError as e: raise PoolUnavailable(f"{os.fspath(path)!r} cannot name a file: {e}") from e
+
+def _is_ours(path: str) -> bool:
+    "Whether a file begins as a saved pool does"
+    with open(path, "rb") as f: return re.match(rb"PK\x03\x04.{26}(times\.npy|log\.json)", f.read(64), re.DOTALL) is not None
+
+def _leftovers(path: Optional[Path], dry_run: bool, grace: float = 86400) -> list[str]: # `grace`: seconds
+    "What is, or would be, dropped: files that saves to a path were writing when they were killed"
+    if path is None: return []
+    target, found = _target(path), []
+    name = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{16}}")
+    try:
+        for entry in [e for e in os.scandir(target.parent) if name.fullmatch(e.name) and e.is_file(follow_symlinks=False)]:
+            if time.time() - entry.stat().st_mtime < grace or not _is_ours(entry.path): continue
+            if not dry_run: os.unlink(entry.path)
+            found.append(f"{entry.name}: written by a save that was killed")
+    except FileNotFoundError: pass  # the folder, or somebody else repairs
+    except OSError as e: raise PoolUnavailable(f"{str(target.parent)!r} could not be searched for what killed saves left: {e}") from e
+    return found
 
 # %% ../../../nbs/storage/pool/memory.ipynb #0bfae235
 _NAMED: weakref.WeakValueDictionary[str, MemoryPool] = weakref.WeakValueDictionary()
@@ -165,7 +290,8 @@ class MemoryPool(Pool):
         super().__init__(str(self.path) if self.path else f"memory://{name or secrets.token_hex(8)}", mode)
         self._log: dict[int, Commit] = {}
         self._shared = dict(last=0, oldest=0, saved=0, tokens={})  # with snapshots, which must see it change
-        if self.path and (mode == "r" or self.path.exists()): _load(self)
+        self._saving = forkable_lock()  # held while a file is written; always taken before other locks
+        if self.path: _load(self)
         elif mode == "r":
             raise PoolNotFound("a pool in memory begins empty, so mode='r' has nothing to read; "
                                "give the path of a saved one")
@@ -193,6 +319,8 @@ class MemoryPool(Pool):
     def _close(self) -> None:
         if self.path and self.mode == "a" and self._shared["last"] > self._shared["saved"]: self.save()
 
+    def _repair(self, version: int, dry_run: bool) -> list[str]: return _leftovers(self.path, dry_run)
+
     def _forked(self) -> None: self._shared["saved"] = self._shared["last"]  # what was there is the parent's to save
 
     def save(self,
@@ -213,54 +341,123 @@ class MemoryPool(Pool):
     def __reduce__(self): return super().__reduce__() if self.path else (_same, (self.url, self.mode, self._at))
 
 # %% ../../../nbs/storage/pool/memory.ipynb #77be9a6e
+def _unzip(f: Any) -> zipfile.ZipFile: # `f`: an open binary file
+    "What is in a zip; raises `OSError` where the disk does not answer, which zipfile takes for damage"
+    before = sys.exc_info()[1]  # the caller may be handling another error
+    try: return zipfile.ZipFile(f)
+    except zipfile.BadZipFile as e:
+        if isinstance(e.__context__, OSError) and e.__context__ is not before: raise e.__context__
+        raise
+
 def _token(path: Path) -> str:
     "Which save a file is; empty where it is no saved pool"
     try:
-        with zipfile.ZipFile(path) as file: return json.loads(file.read("log.json"))["token"]
+        with open(path, "rb") as f, _unzip(f) as file, file.open("log.json") as log: begin = log.read(200)
+    except FileNotFoundError: return ""
+    except OSError: raise  # there may well be one
     except Exception: return ""
+    found = re.match(rb'\{"format": \d+, "token": "([^"\\]*)"', begin)
+    return found[1].decode() if found else ""
+
+def _there(path: Path) -> Optional[os.stat_result]:
+    "The file at a path, if any; raises `PoolUnavailable` where something else stands there"
+    try: found = os.stat(path)
+    except FileNotFoundError: return None
+    if stat.S_ISREG(found.st_mode): return found
+    raise PoolUnavailable(f"{str(path)!r} is a folder or a device; give the path of a file")
+
+# %% ../../../nbs/storage/pool/memory.ipynb #86d178e2
+def _hold_lent(pool: MemoryPool, work: Callable[[], Any], held: tuple = ()) -> Any:
+    "Do some work while the locks of all lent rows are held"
+    steps = (part.where.steps for commit in list(pool._log.values()) for part in commit.put)
+    locks = (getattr(lent, "lock", None) for lent in steps if callable(lent))
+    lock = next((lock for lock in locks if lock is not None and lock not in held), None)
+    if lock is None: return work()
+    with lock: return _hold_lent(pool, work, (*held, lock))
+
+def _write_pool(pool: MemoryPool, f: Any, token: str) -> int: # `f`: an open binary file
+    "Write every version, and say which was the last"
+    with pool._lock:
+        last, horizon = pool._head(), pool._oldest()
+        commits, schema = list(pool._changes(0, last)), pool._catch_up(last).schema
+    file = zipfile.ZipFile(f, "w", zipfile.ZIP_STORED)
+    try:
+        if schema: _write_steps(file, schema, [p for c in commits for p in c.put], pool._read_one)
+        log = _log_json(commits, schema, last, horizon, token, {m.filename: m.CRC for m in file.infolist()})
+        file.writestr(zipfile.ZipInfo("log.json"), log)  # without a date, which a clock that stands at 1970 could not give
+        file.close()
+    except BaseException:
+        file.fp = None  # half a file needs no end, and an error in writing one would hide this error
+        raise
+    return last
 
 # %% ../../../nbs/storage/pool/memory.ipynb #7f9552c6
 def _save(pool: MemoryPool, path: Optional[Path], overwrite: bool) -> None:
-    if pool.mode == "r" and path in (None, pool.path):
+    own, target = (p and _target(p) for p in (pool.path, path))
+    if pool.mode == "r" and target in (None, own):
         raise ReadOnly(f"{pool!r} is read-only; save(path) writes a copy elsewhere")
-    if path is None: raise PoolUnavailable("this pool has no file yet; save(path) says where")
+    if target is None: raise PoolUnavailable("this pool has no file yet; save(path) says where")
     if pool._at is not None:  # one version only, without its past
         return super(MemoryPool, pool).save(path, overwrite)
-    tokens = pool._shared["tokens"]
-    if not overwrite and path.exists() and _token(path) != tokens.get(path):
-        raise PoolUnavailable(f"{str(path)!r} was written by somebody else; open it and copy_to it, "
+    with pool._saving:
+        last = _replace_saved(pool, target, overwrite)
+        if target == own: pool._shared["saved"] = last
+
+def _replace_saved(pool: MemoryPool, target: Path, overwrite: bool) -> int:
+    "Write a pool to a file, and say which was the last version"
+    tokens, token, last = pool._shared["tokens"], secrets.token_hex(16), 0
+    def check() -> Optional[os.stat_result]:
+        found = _there(target)
+        if not found or overwrite or _token(target) in tokens.get(target, ()): return found
+        raise PoolUnavailable(f"{str(target)!r} was written by somebody else; open it and copy_to it, "
                               "choose another path, or overwrite=True")
-    with ExitStack() as held:
-        lent = [part.where.steps for commit in list(pool._log.values()) for part in commit.put if hasattr(part.where.steps, "lock")]
-        for lock in {id(steps.lock): steps.lock for steps in lent}.values():
-            held.enter_context(lock)  # a ring must not overwrite what is being written
-        with pool._lock:
-            last, commits = pool._shared["last"], list(pool._log.values())
-            schema = pool._catch_up(last).schema
-        parts, token = [p for c in commits for p in c.put], secrets.token_hex(16)
-        def write(f):
-            with zipfile.ZipFile(f, "w", zipfile.ZIP_STORED) as file:
-                file.writestr("log.json", _log_json(commits, schema, last, pool._oldest(), token))
-                if schema: _write_steps(file, schema, parts, pool._read_one)
-        try: replace_file(path, write)
-        except OSError as e: raise PoolUnavailable(f"could not save {str(path)!r}, which is as it was: {e}") from e
-    tokens[path] = token
-    if path == pool.path: pool._shared["saved"] = last
+    def write(f: Any) -> None:
+        nonlocal last
+        last = _hold_lent(pool, lambda: _write_pool(pool, f, token))
+        check()  # again: writing takes its time
+        tokens[target] = (*tokens.get(target, ()), token)
+    try: replace_file(target, write, check())
+    except DataIOError: raise
+    except OSError as e: raise PoolUnavailable(f"could not save {str(target)!r}: {e}; {_outcome(target, token)}") from e
+    tokens[target] = (token,)
+    return last
+
+def _outcome(target: Path, token: str) -> str:
+    "What became of a file that could not be replaced, and what to do"
+    try: done = _token(target) == token
+    except OSError: return "it cannot be read now, and is as it was or as it should be; save again"
+    if done: return "it has the new content, which a power failure could still undo; save again"
+    return "what was there is as it was; see that its folder exists, can be written and has room, and save again, or save(path) elsewhere"
 
 # %% ../../../nbs/storage/pool/memory.ipynb #5297aafb
+def _read_pool(f: Any) -> tuple[dict[int, Commit], Optional[Schema], dict, dict[int, Episode]]:
+    "The commits, the schema, the log and the steps that an open binary file holds"
+    with _unzip(f) as file:
+        _check_members(file, os.fstat(f.fileno()).st_size)
+        commits, schema, log = _parse_log(file.read("log.json").decode())
+        arrays = {m.filename: m.CRC for m in file.infolist() if m.filename != "log.json"}
+        if arrays.keys() != ({f"{name}.npy" for name in ("times", *schema.roles)} if schema else set()):
+            raise CorruptData(f"it has the members {', '.join(arrays)}, which are not those of its schema")
+        if odd := [name for name, crc in arrays.items() if crc != log.get("members", arrays)[name]]:
+            raise CorruptData(f"{', '.join(odd)} belongs to another save, or to another name")
+        parts = [p for c in commits.values() for p in c.put]
+        return commits, schema, log, _read_steps(file, schema, parts) if schema else {}
+
 def _load(pool: MemoryPool) -> None:
-    "Take a file in, whole or not at all"
+    "Take a file in, whole or not at all; where there is none, only a reader minds"
     try:
-        with zipfile.ZipFile(pool.path) as file:
-            commits, schema, d = _parse_log(file.read("log.json").decode())
-            steps = _read_steps(file, schema, [p for c in commits.values() for p in c.put]) if schema else {}
-    except FileNotFoundError: raise PoolNotFound(f"no pool at {pool.url!r}; mode='a' creates one") from None
-    except PermissionError as e: raise PoolUnavailable(f"{pool.url!r}: {e}") from e
+        _there(target := _target(pool.path))  # opening a pipe would wait for ever
+        with open(target, "rb") as f: commits, schema, log, steps = _read_pool(f)
+    except (FileNotFoundError, NotADirectoryError):
+        if pool.mode == "a": return
+        raise PoolNotFound(f"no pool at {pool.url!r}; mode='a' creates one") from None
     except Exception as e:
+        if isinstance(e, (OSError, MemoryError)) and not isinstance(e, CorruptData):
+            raise PoolUnavailable(f"{pool.url!r} cannot be read now: {e or 'there is no room for it in memory'}") from e
         raise CorruptData(f"{pool.url!r} is no pool that MemoryPool saved, or is damaged: {e}") from e
     pool._log = {n: c._replace(put=tuple(replace(p, where=Kept(steps[p.where])) for p in c.put)) for n, c in commits.items()}
     pool._index.schema = schema
-    pool._shared.update(last=d["last"], oldest=d["horizon"], saved=d["last"], tokens={pool.path: d["token"]})
+    pool._shared.update(last=log["last"], oldest=log["horizon"], saved=log["last"], tokens={target: (log["token"],)})
 
 # %% ../../../nbs/storage/pool/memory.ipynb #03318610
 def lending(
