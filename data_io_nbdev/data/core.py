@@ -15,21 +15,36 @@ import numpy as np
 import pandas as pd  # type: ignore
 
 # %% auto #0
-__all__ = ['ItemT', 'from_us', 'utc_us', 'episode_id', 'same_steps', 'state_digest', 'Steps', 'Episode', 'conform', 'concat',
-           'Record', 'records', 'as_episode', 'PoolQuery', 'steps_in']
+__all__ = ['FIRST', 'LAST', 'ItemT', 'from_us', 'utc_us', 'one_us', 'episode_id', 'same_steps', 'state_digest', 'Steps',
+           'Episode', 'conform', 'concat', 'Record', 'records', 'as_episode', 'PoolQuery', 'steps_in']
 
 # %% ../../nbs/data/core.ipynb #3570aca1
 from ..errors import DataIOError, QueryError, SchemaError
-from .schema import FLAGS, Field, Schema, columns_of, is_time, lazy, who_value
+from .schema import FLAGS, Field, Schema, brief, columns_of, is_text, is_time, is_whole, lazy, who_value
+
 
 # %% ../../nbs/data/core.ipynb #7034b8b9
+_DAY = 86_400_000_000
+FIRST, LAST = (int(np.datetime64(t, "us").astype("int64")) for t in ("0001-01-01", "9999-12-31T23:59:59.999999"))  # times there are
+
 def from_us(
     us: np.ndarray | int, # `(n,)` or one: UTC microseconds since 1970
     zone: str = "UTC", # Name of the zone to show them in
 ) -> pd.DatetimeIndex | pd.Timestamp: # Like the input: many or one
-    "Times in their zone, from UTC microseconds"
-    index = pd.DatetimeIndex(np.atleast_1d(us).astype("int64").view("M8[us]"), tz="UTC").tz_convert(zone)
+    "Times in their zone, from UTC microseconds; on the first and the last day of the calendar in UTC"
+    plain = np.atleast_1d(us).astype("int64")
+    index = pd.DatetimeIndex(plain.view("M8[us]"), tz="UTC")
+    if zone != "UTC" and len(plain) and FIRST + _DAY <= plain.min() and plain.max() <= LAST - _DAY: index = index.tz_convert(zone)
     return index if np.ndim(us) else index[0]
+
+# %% ../../nbs/data/core.ipynb #4e07d7f1
+def _check_calendar(times: np.ndarray | int, unit: str, error: type[DataIOError]) -> None:
+    "Raise `error` for times, counted since 1970 in a unit, before the year 1 or after 9999"
+    per = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[unit]
+    for t in (int(np.min(times)), int(np.max(times))) if np.size(times) else ():
+        if not FIRST <= t * 10**6 // per <= LAST:
+            raise error(f"expected times in the years 1 to 9999, got {np.datetime64(t, unit)} in UTC; was the clock never set? "
+                        "Correct it, or leave such steps out")
 
 # %% ../../nbs/data/core.ipynb #9e9227a7
 def _zone_name(tz: Any, first: pd.DatetimeIndex, error: type[DataIOError]) -> str:
@@ -47,20 +62,44 @@ def utc_us(
     error: type[DataIOError] = SchemaError, # What to raise
 ) -> tuple[np.ndarray, str]: # `(n,)` int64 microseconds since 1970-01-01T00:00Z, and the name of the zone
     "Exact UTC microseconds of timezone-aware times; raises `error` for naive, missing or finer ones"
-    index = times
-    if not isinstance(times, pd.DatetimeIndex):
-        try: index = pd.DatetimeIndex([times] if isinstance(times, datetime) else np.atleast_1d(np.asarray(times, object)))
-        except (ValueError, TypeError) as e:
-            raise error(f"expected times with a zone, got {times!r:.200}: {e}") from e
+    index = _time_index(times, error)
     if index.tz is None:
         raise error(f"expected times with a zone, got the naive {index[:1].astype(str).tolist()}; "
                     "say where its clock hangs: tz_localize('UTC'), or 'Z' at the end of a text")
     if index.hasnans: raise error("a time is missing (NaT); every step needs its own")
+    _check_calendar(index.asi8, index.unit, error)
     us = index.as_unit("us")
     if (finer := us != index).any():
         raise error(f"digits below a microsecond in {index[finer][0].isoformat()}; "
                     "choose how to drop them: floor('us') or round('us')")
-    return us.asi8, _zone_name(index.tz, index[:1], error)
+    first = np.clip(us.asi8[:1] if len(us) else [0], FIRST + _DAY, LAST - _DAY)  # at the ends zones cannot be asked
+    return us.asi8, _zone_name(index.tz, from_us(first).tz_convert(index.tz), error)
+
+def one_us(
+    time: Any, # Likewise, but one
+    error: type[DataIOError] = SchemaError, # What to raise
+) -> int:
+    "Exact UTC microseconds of one time"
+    us, _ = utc_us(time, error)
+    if len(us) != 1: raise error(f"expected one time, got {len(us)}: {brief(time)}")
+    return int(us[0])
+
+def _time_index(times: Any, error: type[DataIOError]) -> pd.DatetimeIndex:
+    "Times as pandas reads them; raises `error` where it cannot, or would take a far one for another"
+    if isinstance(times, pd.DatetimeIndex): return times
+    try:
+        if getattr(getattr(times, "dtype", None), "kind", "") == "M": return pd.DatetimeIndex(np.atleast_1d(times) if np.ndim(times) == 0 else times)
+        given = np.atleast_1d(np.asarray(None if isinstance(times, datetime) else times, object))
+        if isinstance(times, datetime): given[0] = times
+        if given.ndim != 1: raise ValueError("times stand in one row")
+        stamps = [t for t in given if isinstance(t, pd.Timestamp)]
+        for t in stamps: _check_calendar(t.asm8.view("int64"), t.unit, error)
+        if any(not 1 < t.year < 9999 for t in stamps):  # pandas reads the clock of a Timestamp, and misreads the years 0 and 10000
+            given = [t.tz_convert("UTC") if isinstance(t, pd.Timestamp) and t.tzinfo else t for t in given]
+        return pd.DatetimeIndex(given)
+    except DataIOError: raise
+    except (ValueError, TypeError, OverflowError, NotImplementedError) as e:
+        raise error(f"expected times with a zone, got {brief(times, 200)}: {e}") from e
 
 # %% ../../nbs/data/core.ipynb #c3ea043c
 def episode_id(
@@ -160,25 +199,27 @@ def _derive_nstate(blocks: dict, times: np.ndarray, final: Optional[np.ndarray])
     return {**blocks, "nstate": nstate}, times[:len(nstate)]
 
 # %% ../../nbs/data/core.ipynb #ac5613b5
-def _only(index: pd.MultiIndex, level: str) -> Any:
-    "The one value of an index level"
+def _only(index: pd.MultiIndex, level: str) -> pd.Index:
+    "The one value of an index level, left in an index: alone, a time may be farther away than pandas can say"
     i = index.names.index(level)
     codes = np.unique(index.codes[i])
     if (codes < 0).any():
         raise SchemaError(f"{level} is missing (NaN) in some rows; every step needs to say whose it is")
-    if len(codes) > 1:
-        some, by = index.levels[i][codes[:3]].tolist(), [n for n in index.names if n != "timestamp"]
-        raise SchemaError(f"expected one episode, got {len(codes)} values of {level}: {some}; "
+    values = index.levels[i][codes]
+    if level == "episodestart": utc_us(values)  # raises for such a time
+    if len(values) > 1:
+        by = [n for n in index.names if n != "timestamp"]
+        raise SchemaError(f"expected one episode, got {len(codes)} values of {level}: {values[:3].tolist()}; "
                           f"split it: [part for _, part in frame.groupby(level={by})]")
-    return index.levels[i][codes[0]]
+    return values
 
 # %% ../../nbs/data/core.ipynb #3599958c
 def _who_and_when(index: pd.Index) -> tuple[dict, int, str, np.ndarray]:
     "Identity, start, zone and step times from a frame's row index"
-    who = {name: _only(index, name) for name in index.names if name not in ("episodestart", "timestamp")}
-    (start,), _ = utc_us(_only(index, "episodestart"))
+    who = {name: _only(index, name)[0] for name in index.names if name not in ("episodestart", "timestamp")}
+    start = one_us(_only(index, "episodestart"))
     times, zone = utc_us(index.get_level_values("timestamp"))
-    return who, int(start), zone, times
+    return who, start, zone, times
 
 # %% ../../nbs/data/core.ipynb #41f11799
 def _first_number(frame: pd.DataFrame, columns: Mapping[tuple[str, str], list[int]]) -> Optional[int]:
@@ -359,7 +400,8 @@ class Episode(Steps):
     def __hash__(self) -> int: return hash(self.id)
     def __repr__(self) -> str:
         who = ", ".join(f"{k}={v!r}" for k, v in self.who.items())
-        return f"Episode({who or 'nobody'}, {self.episodestart.isoformat()}, {len(self)} steps)"
+        when = self.episodestart.isoformat() if FIRST <= self.start <= LAST else f"{np.datetime64(self.start, 'us')}Z"
+        return f"Episode({who or 'nobody'}, {when}, {len(self)} steps)"
 
 # %% ../../nbs/data/core.ipynb #cd0a42dd
 def _check_order(times: np.ndarray) -> None:
@@ -389,8 +431,10 @@ def _sound(schema: Schema, who: Mapping, start: int, zone: str, times: np.ndarra
     for role in schema.roles:
         n = len(blocks[role])
         if n != len(times): raise SchemaError(f"{role} has {n} steps, and there are {len(times)} times")
+    if first is not None and not is_whole(first, most=2**63 - len(times)):
+        raise SchemaError(f"steps are numbered by whole numbers of 64 bits, got {brief(first)} for the first of {len(times)}")
     if set(who) != set(schema.levels):
-        raise SchemaError(f"expected identity {list(schema.levels)}, got {list(who)}")
+        raise SchemaError(f"expected identity {list(schema.levels)}, got {brief(list(who))}")
     who = {name: who_value(name, kind, who[name]) for name, kind in schema.identity}
     blocks = {r: blocks[r] for r in schema.roles}
     return Episode(schema=schema, who=who, start=start, zone=zone, times=times, blocks=blocks, first=first)
@@ -421,7 +465,7 @@ def _from_arrays(values: dict, timestamp: Any, episodestart: Any, who: Mapping, 
     schema = schema or _infer(values, who)
     times, zone = utc_us(timestamp)
     start = 0  # of no steps, which `_sound` will refuse
-    if len(times): start = int(times[0] if episodestart is None else utc_us(episodestart)[0][0])
+    if len(times): start = int(times[0]) if episodestart is None else one_us(episodestart)
     flags = {f: v for f in FLAGS if (v := values.pop(f)) is not None}
     given = {r for r, v in values.items() if v is not None}
     extra, lacking = given - set(schema.roles), set(schema.roles) - given - {*FLAGS, "nstate"}
@@ -566,7 +610,9 @@ def as_episode(
     "What a pool or buffer takes, as an `Episode`; raises `SchemaError` for anything else"
     if isinstance(item, pd.DataFrame): return Episode.from_frame(item, schema)
     if isinstance(item, Record): return item.to_episode(schema)
-    if isinstance(item, Episode): return conform(item, schema) if schema else item
+    if isinstance(item, Episode):  # one that was put together by hand may be from any time
+        for times in (item.start, item.times): _check_calendar(times, "us", SchemaError)
+        return conform(item, schema) if schema else item
     raise SchemaError(f"expected a DataFrame, an Episode or a Record, got {type(item).__name__}")
 
 # %% ../../nbs/data/core.ipynb #a6bc6655
@@ -587,12 +633,15 @@ class PoolQuery:
         who: Optional[Mapping[str, Any]] = None, # Identity levels by name, where one is called like these
         **levels: Any, # Identity levels: one value, or several of which any will do
     ):
-        both = set(who or {}) & set(levels)
+        who = {} if who is None else who
+        if not isinstance(who, Mapping) or not all(isinstance(level, str) for level in who):
+            raise QueryError(f"who: expected identity levels by name, got {brief(who)}")
+        both = set(who) & set(levels)
         if both: raise QueryError(f"{', '.join(both)} is asked for twice, by name and in who")
         put = lambda name, value: object.__setattr__(self, name, value)
-        put("who", tuple(sorted((k, _choices(k, v)) for k, v in {**(who or {}), **levels}.items())))
+        put("who", tuple(sorted((k, _choices(k, v)) for k, v in {**who, **levels}.items())))
         put("start", _time_range("start", start)); put("time", _time_range("time", time))
-        put("length", _range("length", length, lambda n: n if isinstance(n, (int, np.integer)) else None))
+        put("length", _range("length", length, lambda n: n if is_whole(n) else None))
         put("ids", None if ids is None else _ids(ids))
 
     def __repr__(self) -> str: return f"PoolQuery({', '.join(f'{k}={v!r}' for k, v in _as_dict(self).items())})"
@@ -628,18 +677,17 @@ _MANY = (Sequence, set, frozenset, np.ndarray, pd.Index)
 
 def _choices(level: str, value: Any) -> tuple:
     "The values of an identity level that will do, sorted"
-    if isinstance(value, (str, int, np.integer)): value = [value]
-    values = list(value) if isinstance(value, _MANY) else [value]
-    if wrong := [v for v in values if not isinstance(v, (str, int, np.integer)) or isinstance(v, bool)]:
-        raise QueryError(f"{level}: expected text or integers, one or a list, got {wrong[0]!r}")
+    values = list(value) if isinstance(value, _MANY) and not isinstance(value, str) and getattr(value, "ndim", 1) else [value]
+    if wrong := [v for v in values if not isinstance(v, str) and not is_whole(v)]:
+        raise QueryError(f"{level}: expected text or integers of 64 bits, one or a list, got {brief(wrong[0])}")
     plain = (v if isinstance(v, str) else int(v) for v in values)
     return tuple(sorted(set(plain), key=lambda v: (isinstance(v, str), v)))  # numbers first: text does not compare
 
 # %% ../../nbs/data/core.ipynb #99feacdc
 def _ids(ids: Any) -> tuple[str, ...]:
     "Episode ids, sorted"
-    ids = [ids] if isinstance(ids, str) else list(ids) if isinstance(ids, _MANY) else [ids]
-    if wrong := [id for id in ids if not isinstance(id, str)]: raise QueryError(f"ids: expected text, got {wrong[0]!r}")
+    ids = list(ids) if isinstance(ids, _MANY) and not isinstance(ids, str) and getattr(ids, "ndim", 1) else [ids]
+    if wrong := [id for id in ids if not isinstance(id, str)]: raise QueryError(f"ids: expected text, got {brief(wrong[0])}")
     return tuple(sorted(set(ids)))
 
 # %% ../../nbs/data/core.ipynb #bb929248
@@ -647,17 +695,17 @@ def _range(name: str, ends: Optional[Sequence], convert) -> tuple[Optional[int],
     "Both ends as whole numbers; raises `QueryError` where they are none, or reversed"
     if ends is None: return (None, None)
     if isinstance(ends, str) or not isinstance(ends, Sequence) or len(ends) != 2:
-        raise QueryError(f"{name}: expected a pair (from, to), either of them None, got {ends!r}")
+        raise QueryError(f"{name}: expected a pair (from, to), either of them None, got {brief(ends)}")
     low, high = (None if x is None else convert(x) for x in ends)
     if (low is None and ends[0] is not None) or (high is None and ends[1] is not None):
-        raise QueryError(f"{name}: expected whole numbers, got {ends!r}")
+        raise QueryError(f"{name}: expected whole numbers of 64 bits, got {brief(ends)}")
     if low is not None and high is not None and low > high:
-        raise QueryError(f"{name}: the range is reversed, {ends[0]} is after {ends[1]}")
+        raise QueryError(f"{name}: the range is reversed, {brief(ends[0])} is after {brief(ends[1])}")
     return (None if low is None else int(low), None if high is None else int(high))
 
 # %% ../../nbs/data/core.ipynb #d5cb3a5b
 def _time_range(name: str, ends: Optional[Sequence]) -> tuple[Optional[int], Optional[int]]:
-    return _range(name, ends, lambda t: int(utc_us(t, QueryError)[0][0]))
+    return _range(name, ends, lambda t: one_us(t, QueryError))
 
 # %% ../../nbs/data/core.ipynb #092c2fac
 def _as_dict(q: PoolQuery) -> dict:
@@ -670,10 +718,11 @@ def _as_dict(q: PoolQuery) -> dict:
 # %% ../../nbs/data/core.ipynb #c6cd95ef
 def _query_from_json(text: str) -> PoolQuery:
     try: d = json.loads(text)
-    except (TypeError, json.JSONDecodeError) as e: raise QueryError(f"expected a query as JSON, got {text!r:.80}") from e
-    if not isinstance(d, dict) or d.pop("format", None) != 1 or not isinstance(d.get("who", {}), dict):
-        raise QueryError(f"expected a query of format 1, got {text!r:.80}; a newer one needs a newer data_io_nbdev")
-    return PoolQuery(**d)
+    except (ValueError, TypeError, RecursionError) as e: raise QueryError(f"expected a query as JSON, got {brief(text)}") from e
+    known = {"format", "who", "start", "time", "length", "ids"}
+    if not isinstance(d, dict) or not is_whole(d.get("format"), 1, 1) or not isinstance(d.get("who", {}), dict) or d.keys() - known:
+        raise QueryError(f"expected a query of format 1, got {brief(text)}; a newer one needs a newer data_io_nbdev")
+    return PoolQuery(**{name: value for name, value in d.items() if name != "format"})
 
 # %% ../../nbs/data/core.ipynb #1db2df8a
 def _check_query(q: PoolQuery, schema: Schema) -> None:

@@ -5,25 +5,29 @@
 # %% ../../nbs/data/schema.ipynb #4f70342b
 from __future__ import annotations
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from itertools import islice
 from typing import Any, Optional, TypeVar
 import numpy as np
 import pandas as pd  # type: ignore
 
 # %% auto #0
-__all__ = ['T', 'ROLES', 'FLAGS', 'KINDS', 'RESERVED', 'Units', 'lazy', 'Field', 'who_value', 'Schema', 'columns_of', 'is_time']
+__all__ = ['ROLES', 'FLAGS', 'KINDS', 'RESERVED', 'Units', 'lazy', 'brief', 'is_text', 'is_whole', 'Field', 'who_value', 'Schema',
+           'columns_of', 'is_time']
 
 # %% ../../nbs/data/schema.ipynb #03cefeaf
 from ..errors import SchemaError, require
 
 # %% ../../nbs/data/schema.ipynb #25759bd0
-T = TypeVar("T")
+_T = TypeVar("T")
 
-class lazy(cached_property[T]):
+class lazy(cached_property[_T]):
     "A `cached_property` without a lock"
-    def __get__(self, obj: Any, owner: Any = None) -> T:
+    def __get__(self, obj: Any, owner: Any = None) -> _T:
         if obj is None: return self
         value = vars(obj)[self.attrname] = self.func(obj)
         return value
@@ -31,6 +35,35 @@ class lazy(cached_property[T]):
 # %% ../../nbs/data/schema.ipynb #d7b76df0
 ROLES = ("state", "action", "reward", "info")  # what a schema declares; `nstate` is laid out like `state`
 FLAGS = ("terminated", "truncated")
+
+# %% ../../nbs/data/schema.ipynb #0320d3c3
+def brief(
+    value: Any, # Anything
+    most: int = 80, # Characters
+) -> str:
+    "What came, for a message"
+    try: text = repr(value)
+    except Exception: text = f"a {type(value).__name__} that cannot be shown"
+    return text if len(text) <= most else text[:most - 1] + "…"
+
+# %% ../../nbs/data/schema.ipynb #f6d2f4dd
+def is_text(value: Any) -> bool:
+    "Whether something is text that can be encoded: half a surrogate pair cannot"
+    try: return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError: return False
+
+def is_whole(value: Any, least: int = -2**63, most: int = 2**63 - 1) -> bool:
+    "Whether something is a whole number in a range, by default of 64 bits"
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and least <= value <= most
+
+# %% ../../nbs/data/schema.ipynb #df9b3955
+def _listed(
+    value: Any,
+    most: Optional[int] = None, # Items to take
+) -> Optional[tuple]: # `None` for text, a mapping, and what is no list at all
+    "The first items of something like a list"
+    try: return None if isinstance(value, (str, bytes, Mapping)) else tuple(islice(value, most))
+    except TypeError: return None
 
 # %% ../../nbs/data/schema.ipynb #6cc586a2
 @dataclass(frozen=True)
@@ -43,15 +76,19 @@ class Field:
     unit: Optional[str] = None  # For example `"m/s"`; `None` where nobody said
 
     def __post_init__(self):
-        if self.role not in ROLES: raise SchemaError(f"expected a role out of {ROLES}, got {self.role!r}")
-        if not isinstance(self.name, str):
-            raise SchemaError(f"field names are text, got {self.name!r} in {self.role}: rename the column")
+        if not isinstance(self.role, str) or self.role not in ROLES:
+            raise SchemaError(f"expected a role out of {ROLES}, got {brief(self.role)}")
+        if not is_text(self.name):
+            raise SchemaError(f"field names are text, got {brief(self.name)} in {self.role}: rename the column")
         me = f"{self.role} {self.name}"
-        shape = tuple(int(n) for n in self.shape)
-        if shape == (1,): shape = ()  # a frame cannot tell one element from a scalar
-        if any(n < 1 for n in shape): raise SchemaError(f"{me}: every dimension of {shape} must be positive")
-        object.__setattr__(self, "shape", shape)
+        if self.unit is not None and not is_text(self.unit): raise SchemaError(f"{me}: a unit is text, got {brief(self.unit)}")
         object.__setattr__(self, "dtype", _dtype(self.dtype, me))
+        object.__setattr__(self, "shape", _shape(self.shape, np.dtype(self.dtype).itemsize, me))
+
+    @property
+    def nbytes(self) -> int:
+        "Bytes of one step"
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
     def __str__(self) -> str:
         return f"{self.role} {self.name} {self.dtype}{list(self.shape) or ''} in {self.unit or 'no unit'}"
@@ -61,12 +98,27 @@ _UNPORTABLE = ("float96", "float128", "longdouble", "complex192", "complex256")
 
 def _dtype(dtype, what: str) -> str:
     "The name of a dtype that any machine can read back, or `SchemaError`"
-    try: dt = np.dtype(dtype)
-    except TypeError: dt = None
+    try: dt = np.dtype(dtype) if dtype is not None else None  # numpy takes None for float64
+    except Exception: dt = None  # numpy raises its own, and pandas' own dtypes theirs
     if dt is None or dt.kind not in "biufc" or dt.name in _UNPORTABLE:
-        raise SchemaError(f"{what}: expected a boolean or number such as float32 or uint8, got {dtype}; "
+        raise SchemaError(f"{what}: expected a boolean or number such as float32 or uint8, got {str(dtype) if is_text(dtype) else brief(dtype)}; "
                           "convert it with astype, or leave the column out")
     return dt.name
+
+# %% ../../nbs/data/schema.ipynb #44307e56
+_STEP, _AXES = 2**31 - 1, 30  # Bytes of a step, axes of a field, at most
+
+def _shape(shape: Any, itemsize: int, what: str) -> tuple[int, ...]:
+    "A shape in plain numbers; raises `SchemaError` where no field can have it"
+    dims = _listed(shape, _AXES + 1)
+    if dims is None or not all(isinstance(n, (int, np.integer)) and not isinstance(n, bool) for n in dims):
+        raise SchemaError(f"{what}: a shape is whole numbers, such as (84, 84, 3), got {brief(shape)}")
+    if len(dims) > _AXES: raise SchemaError(f"{what}: a field has at most {_AXES} dimensions")
+    dims = tuple(map(int, dims))
+    if any(n < 1 for n in dims): raise SchemaError(f"{what}: every dimension of {brief(dims)} must be positive")
+    if math.prod(dims) * itemsize > _STEP:
+        raise SchemaError(f"{what}: a step of shape {brief(dims)} has more than 2 GB; store it in smaller fields, or as several steps")
+    return () if dims == (1,) else dims  # a frame cannot tell one element from a scalar
 
 # %% ../../nbs/data/schema.ipynb #fdab1feb
 KINDS = {"text": str, "integer": int}
@@ -74,15 +126,19 @@ RESERVED = ("episodestart", "timestamp")  # the two time levels of a frame's row
 
 def _identity(levels: Mapping | Sequence) -> tuple[tuple[str, str], ...]:
     "Identity levels as `((name, kind), …)`"
-    if isinstance(levels, Mapping): levels = levels.items()
+    given = _listed(levels.items() if isinstance(levels, Mapping) else levels)
+    if given is None: raise SchemaError(f"identity levels are {{'vehicle': str}}, got {brief(levels)}")
     kinds = {**{k: k for k in KINDS}, **{t: k for k, t in KINDS.items()}}  # by name, or by Python type
     out = []
-    for level in levels:
-        name, kind = (level, "text") if isinstance(level, str) else level
-        if not isinstance(name, str) or not name:
-            raise SchemaError(f"an identity level needs a name, got {name!r}")
+    for level in given:
+        pair = (level, "text") if isinstance(level, str) else _listed(level, 3)
+        if pair is None or len(pair) != 2: raise SchemaError(f"an identity level is a name, or a name and its kind, got {brief(level)}")
+        name, kind = pair
+        if not is_text(name) or not name:
+            raise SchemaError(f"an identity level needs a name, got {brief(name)}")
         if name in RESERVED: raise SchemaError(f"{name!r} is a time, not an identity level")
-        if kind not in kinds: raise SchemaError(f"identity level {name!r} is text or integer, got {kind!r}")
+        if not isinstance(kind, (str, type)) or kind not in kinds:
+            raise SchemaError(f"identity level {name!r} is text or integer, got {brief(kind)}")
         out.append((name, kinds[kind]))
     if len(dict(out)) < len(out): raise SchemaError(f"identity levels repeat: {[name for name, _ in out]}")
     return tuple(out)
@@ -92,12 +148,10 @@ def who_value(name: str, kind: str, value: Any) -> str | int:
     "One identity value as a plain `str` or `int`; raises `SchemaError` for another kind, or beyond 64 bits"
     level = f"identity level {name!r}"
     if kind == "text" and isinstance(value, str):
-        try: value.encode()
-        except UnicodeEncodeError: raise SchemaError(f"{level}: {value!r} is not valid unicode") from None
+        if not is_text(value): raise SchemaError(f"{level}: {brief(value)} is not valid unicode")
         return str(value)
-    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if kind == "integer" and whole and -2**63 <= value < 2**63: return int(value)
-    raise SchemaError(f"{level}: expected {kind}, got {value!r} of type {type(value).__name__}")
+    if kind == "integer" and is_whole(value): return int(value)
+    raise SchemaError(f"{level}: expected {kind}, got {brief(value)} of type {type(value).__name__}")
 
 # %% ../../nbs/data/schema.ipynb #30d3f2d2
 def _block(role: str, fields: Sequence[Field]) -> np.dtype:
@@ -113,6 +167,17 @@ def _block(role: str, fields: Sequence[Field]) -> np.dtype:
 # %% ../../nbs/data/schema.ipynb #6d1fd47a
 Units = Mapping[str, Mapping[str, str]]  # {role: {field: unit}}
 
+# %% ../../nbs/data/schema.ipynb #52a8a502
+def _step_bytes(fields: Iterable[Field]) -> int:
+    "The most that one step takes in a row: a state comes twice, and every field may be aligned"
+    return 64 + sum((f.nbytes + 16) * (2 if f.role == "state" else 1) for f in fields)
+
+def _labels(what: str, labels: Any, sizes: Sequence[int]) -> tuple:
+    "Labels of a frame as they can be stored; raises `SchemaError` for what JSON does not know"
+    labels = tuple(label.item() if isinstance(label, np.generic) else label for label in _listed(labels, 4) or ())
+    if len(labels) in sizes and all(label is None or isinstance(label, (bool, float)) or is_text(label) or is_whole(label) for label in labels): return labels
+    raise SchemaError(f"{what}: expected {' or '.join(map(str, sizes))} labels each, of text, numbers or None, got {brief(labels)}; rename the frame's columns")
+
 # %% ../../nbs/data/schema.ipynb #335e6ab5
 @dataclass(frozen=True)
 class Schema:
@@ -125,17 +190,21 @@ class Schema:
     flags: tuple[tuple[str, str], ...] = field(default=(), compare=False)
 
     def __post_init__(self):
-        if wrong := [f for f in self.fields if not isinstance(f, Field)]: raise SchemaError(f"expected Fields, got {wrong[0]!r}")
-        fields = tuple(sorted(self.fields, key=lambda f: ROLES.index(f.role)))  # stable: a role keeps its order
-        keys = [(f.role, f.name) for f in fields]
+        given, flags = _listed(self.fields), _listed(self.flags)
+        if given is None or flags is None: raise SchemaError(f"expected Fields, and pairs for flags, got {brief(self.fields)} and {brief(self.flags)}")
+        if wrong := [f for f in given if not isinstance(f, Field)]: raise SchemaError(f"expected Fields, got {brief(wrong[0])}")
+        fields = tuple(sorted(given, key=lambda f: ROLES.index(f.role)))  # stable: a role keeps its order
+        keys = Counter((f.role, f.name) for f in fields)
         if missing := [r for r in ROLES[:3] if r not in {r for r, _ in keys}]:
             raise SchemaError(f"a step needs state, action and reward; missing: {', '.join(missing)}")
-        if len(set(keys)) < len(keys):
-            raise SchemaError(f"fields repeat: {sorted({k for k in keys if keys.count(k) > 1})}")
+        if len(keys) < len(fields): raise SchemaError(f"fields repeat: {sorted(k for k, n in keys.items() if n > 1)}")
+        if (size := _step_bytes(fields)) > _STEP:
+            raise SchemaError(f"a step of {size / 1e9:.1f} GB, with both its states, has more than 2 GB; store it as several steps")
         object.__setattr__(self, "fields", fields)
         object.__setattr__(self, "identity", _identity(self.identity))
-        object.__setattr__(self, "columns", tuple(self.columns))
-        object.__setattr__(self, "flags", tuple((r, n) for r, n in self.flags))
+        object.__setattr__(self, "columns", _labels("columns", self.columns, (2, 3)))
+        object.__setattr__(self, "flags", tuple(_labels("flags", pair, (2,)) for pair in flags))
+        if wrong := [flag for flag, _ in self.flags if flag not in FLAGS]: raise SchemaError(f"flags are {FLAGS}, got {brief(wrong[0])}")
 
     @lazy
     def levels(self) -> tuple[str, ...]:  # For example `("vehicle", "driver")`
@@ -347,16 +416,14 @@ def _to_json(schema: Schema) -> str:
 
 # %% ../../nbs/data/schema.ipynb #18a5b74e
 def _from_json(text: str) -> Schema:
-    try:
-        d = json.loads(text)
-        if d["format"] > 1:
-            raise SchemaError(f"a schema of format {d['format']} needs a newer data_io_nbdev; this one reads 1")
-        fields = tuple(Field(**f) for f in d["fields"])
-        identity, flags = (tuple(map(tuple, d[key])) for key in ("identity", "flags"))
-        return Schema(fields, identity, tuple(d["columns"]), flags)
+    try: d = json.loads(text)
+    except (ValueError, TypeError, RecursionError) as e: raise SchemaError(f"expected a schema as JSON, got {brief(text)}") from e
+    if not isinstance(d, dict) or not isinstance(d.get("format"), int) or d["format"] is True or d["format"] < 1:
+        raise SchemaError(f"expected a schema as JSON, got {brief(text)}")
+    if d["format"] > 1: raise SchemaError(f"a schema of format {brief(d['format'])} needs a newer data_io_nbdev; this one reads 1")
+    try: return Schema(tuple(Field(**f) for f in d["fields"]), d["identity"], d["columns"], d["flags"])
     except SchemaError: raise
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise SchemaError(f"expected a schema as JSON, got {text!r:.80}") from e
+    except (KeyError, TypeError) as e: raise SchemaError(f"expected a schema as JSON, got {brief(text)}") from e
 
 # %% ../../nbs/data/schema.ipynb #898d95aa
 def _table(schema: Schema) -> str:

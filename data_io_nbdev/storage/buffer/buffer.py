@@ -6,6 +6,8 @@
 from __future__ import annotations
 import abc
 import copy
+import json
+import re
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -20,7 +22,7 @@ __all__ = ['Batch', 'make_batch', 'Buffer', 'choose']
 
 # %% ../../../nbs/storage/buffer/buffer.ipynb #bc09b2f9
 from ...errors import ClosedError, NotEnoughData, QueryError, SnapshotNotFound
-from ...data.schema import Schema
+from ...data.schema import Schema, brief, is_whole
 from ...data.core import Episode, ItemT, PoolQuery, as_episode
 from ..pool.pool import Pool, forkable_lock
 from ..pool.memory import MemoryPool
@@ -395,13 +397,33 @@ def _load_state(buffer: Buffer, state: dict[str, Any]) -> None:
 # %% ../../../nbs/storage/buffer/buffer.ipynb #41208a92
 def _parse_state(state: Any) -> tuple:
     "What a state says; raises `QueryError` for one that is none, or newer"
-    if not isinstance(state, dict) or state.get("format") != 1:
-        raise QueryError(f"expected a state of format 1, got {state!r:.60}; a newer one needs a newer version")
+    if not isinstance(state, dict) or not is_whole(state.get("format"), 1, 1):
+        raise QueryError(f"expected a state of format 1, got {brief(state)}; a newer one needs a newer version")
     try:
-        versions, rng = [(int(a), int(b)) for a, b in state["versions"]], np.random.default_rng()
-        rng.bit_generator.state = state["rng"]
-        if not versions or "kind" not in state["sampler"]: raise ValueError("no versions, or no sampler")
-        query, capacity, serial, rows, _ = (state[k] for k in ("query", "capacity", "serial", "rows", "trail"))
-        if capacity is not None: _positive("capacity", capacity)
-        return PoolQuery.from_json(query), capacity, versions, int(serial), int(rows), rng
-    except (KeyError, TypeError, ValueError) as e: raise QueryError(f"no state of a buffer: {e!r}") from e
+        query, capacity, versions, serial, rows, trail, sampler, rng = (
+            state[k] for k in ("query", "capacity", "versions", "serial", "rows", "trail", "sampler", "rng"))
+        return PoolQuery.from_json(query), *_counts(capacity, versions, serial, rows, trail, sampler), _generator(rng)
+    except QueryError: raise
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as e: raise QueryError(f"no state of a buffer: {brief(e)}") from e
+
+def _counts(capacity: Any, versions: Any, serial: Any, rows: Any, trail: Any, sampler: Any) -> tuple:
+    "`(capacity, versions, serial, rows)` of a state in which they agree; raises `ValueError`"
+    def whole(n: Any) -> bool: return is_whole(n, 0, 2**53)
+    if capacity is not None and not (whole(capacity) and capacity): raise ValueError(f"a capacity is a whole number from 1, got {brief(capacity)}")
+    pairs = [tuple(pair) for pair in versions if isinstance(pair, (list, tuple))] if isinstance(versions, (list, tuple)) else []
+    if not pairs or len(pairs) < len(versions) or not all(len(pair) == 2 and all(map(whole, pair)) and pair[0] <= pair[1] for pair in pairs):
+        raise ValueError(f"versions are pairs (first, last), got {brief(versions)}")
+    if any(a[1] >= b[0] for a, b in zip(pairs, pairs[1:])): raise ValueError(f"versions follow each other, got {brief(versions)}")
+    if not (whole(serial) and whole(rows) and rows <= serial and (capacity is None or rows <= capacity)):
+        raise ValueError(f"{brief(rows)} rows of {brief(serial)} that came, and a capacity of {capacity}")
+    if not isinstance(trail, str) or not re.fullmatch("[0-9a-f]{64}" + "|" * (not rows), trail): raise ValueError(f"a trail is 64 hexadecimal digits, got {brief(trail)}")
+    if not isinstance(sampler, dict) or not isinstance(sampler.get("kind"), str): raise ValueError(f"a sampler is a dict with its kind, got {brief(sampler)}")
+    json.dumps(sampler)  # raises `TypeError` and others for what is no JSON
+    return capacity, pairs, serial, rows
+
+def _generator(state: Any) -> np.random.Generator:
+    "A generator in a state; raises what numpy raises, and `ValueError` where it took another"
+    rng = np.random.default_rng()
+    rng.bit_generator.state = state
+    if rng.bit_generator.state != state or state["has_uint32"] not in (0, 1): raise ValueError("numbers that no generator has")
+    return rng

@@ -24,7 +24,7 @@ from ...data.schema import Schema
 from ...data.core import Episode
 from .pool import Commit, Index, Part, Pool, check_writable, damage_line, damages, in_bulk, safe_url
 from .parquet import File, parquet_bytes, read_episodes
-from .delta import Entry, Lake, open_lake
+from .delta import Entry, Lake, open_lake, said_by
 
 # %% ../../../nbs/storage/pool/dask.ipynb #d3bbb2fe
 _WINDOW = 4 << 20  # Bytes of steps that are read at once
@@ -67,7 +67,8 @@ def _read_run(lake: Lake, schema: Schema, run: Sequence[Part], whole: bool = Fal
     except Exception as e:
         if not (lake.settled or whole): return _read_run(lake, schema, run, whole=True)  # it may be the store that failed
         if len(run) > 1: return [episode for part in run for episode in _read_run(lake, schema, [part], whole)]
-        raise CorruptData(f"episode {run[0].id} cannot be read from {path}: {e}") from e
+        said, cause = said_by(lake, e)
+        raise CorruptData(f"episode {run[0].id} cannot be read from {path}: {said}") from cause
 
 # %% ../../../nbs/storage/pool/dask.ipynb #9160b0f2
 _FILE = 128 << 20  # Bytes of steps in a file

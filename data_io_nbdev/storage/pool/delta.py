@@ -23,12 +23,12 @@ from typing import Any, ClassVar, NamedTuple, Optional
 import numpy as np
 
 # %% auto #0
-__all__ = ['FORMAT', 'Entry', 'facts_text', 'parse_entry', 'Lake', 'LocalLake', 'RemoteLake', 'open_lake']
+__all__ = ['FORMAT', 'Entry', 'facts_text', 'parse_entry', 'Lake', 'LocalLake', 'said_by', 'RemoteLake', 'open_lake']
 
 # %% ../../../nbs/storage/pool/delta.ipynb #9dde590d
 from ...errors import CorruptData, DataIOError, PoolUnavailable, QueryError, SchemaError, require
 from ...data.schema import Schema
-from .pool import Commit, Part, forkable_lock, safe_url
+from .pool import Commit, Part, forkable_lock, plain_path, quoted, safe_url
 from .memory import replace_file, sync_folder
 from .parquet import Column, File, columns_of
 
@@ -398,7 +398,7 @@ def _tidy(lake: Lake, number: int, checkpoint: Callable[[], None]) -> None:
         checkpoint()
     except BaseException as e:
         if not _failed(e): raise
-        warnings.warn(f"no checkpoint at commit {number} of {safe_url(lake.url)}: {e}")
+        warnings.warn(f"no checkpoint at commit {number} of {safe_url(lake.url)}: {said_by(lake, e)[0]}")
 
 def _failed(e: BaseException) -> bool:
     "Whether something went wrong, in `deltalake` too, whose panics are no `Exception`; else somebody wants the process to stop"
@@ -452,6 +452,14 @@ def _as_they_say(lake: LocalLake, entries: Sequence[Entry]) -> bool:
         return False
     return dict(zip(seen["path"], seen["size_bytes"])) == right
 
+# %% ../../../nbs/storage/pool/delta.ipynb #d3127aac
+def said_by(
+    lake: Lake,
+    error: BaseException, # Of the store, or of the library that asked it
+) -> tuple[str, Optional[BaseException]]: # The words, and the cause where its own words may be printed
+    "What a store said, as far as it can be shown"
+    return quoted(error, lake.url, getattr(lake, "options", None))
+
 # %% ../../../nbs/storage/pool/delta.ipynb #59c25b9b
 class RemoteLake(Lake):
     "A table in an object store"
@@ -477,7 +485,9 @@ class RemoteLake(Lake):
                                   "threads which it does not have; start processes by spawn: multiprocessing.get_context('spawn')")
         try: yield
         except (DataIOError, FileNotFoundError): raise
-        except (OSError, deltalake.exceptions.DeltaError) as e: raise PoolUnavailable(f"{safe_url(self.url)}: {e}") from e
+        except (OSError, deltalake.exceptions.DeltaError) as e:
+            said, cause = said_by(self, e)
+            raise PoolUnavailable(f"{safe_url(self.url)}: {said}") from cause
 
     def head(self) -> int:
         with self._lock, self._asked():
@@ -496,7 +506,8 @@ class RemoteLake(Lake):
             try: _transact(self._table, entry, schema)
             except deltalake.exceptions.DeltaError as e:
                 self._table = None
-                if self.head() < number: raise PoolUnavailable(f"{safe_url(self.url)}: commit {number} failed: {e}") from e
+                said, cause = said_by(self, e)
+                if self.head() < number: raise PoolUnavailable(f"{safe_url(self.url)}: commit {number} failed: {said}") from cause
                 return next(self.entries(number - 1, number)).commit.token == entry.commit.token
             if number % _INTERVAL == 0: _tidy(self, number, self._checkpoint)
             return True
@@ -533,7 +544,8 @@ def _store(url: str, options: Optional[dict[str, str]]) -> Any:
     "`deltalake`'s view of an object store; raises `QueryError` where URL and options cannot be meant"
     try: return deltalake.fs.DeltaStorageHandler(url, options)
     except (TypeError, ValueError, OSError, deltalake.exceptions.DeltaError) as e:
-        raise QueryError(f"{safe_url(url)}: no object store has this URL, or takes these storage_options: {e}") from e
+        said, cause = quoted(e, url, options)
+        raise QueryError(f"{safe_url(url)}: no object store has this URL, or takes these storage_options: {said}") from cause
 
 def _create_remote(lake: RemoteLake, schema: Schema) -> None:
     "Make entry 0, unless somebody does"
@@ -541,7 +553,8 @@ def _create_remote(lake: RemoteLake, schema: Schema) -> None:
                                      configuration=_configuration(schema),
                                      commit_properties=deltalake.CommitProperties(max_commit_retries=0))
     except deltalake.exceptions.DeltaError as e:
-        if lake.head() < 0: raise PoolUnavailable(f"{safe_url(lake.url)}: it cannot be created: {e}") from e
+        said, cause = said_by(lake, e)
+        if lake.head() < 0: raise PoolUnavailable(f"{safe_url(lake.url)}: it cannot be created: {said}") from cause
 
 def _check_first(lake: RemoteLake, schema: Schema) -> None:
     "Raise `SchemaError` where another writer made the table, for other columns"
@@ -572,5 +585,6 @@ def open_lake(
 ) -> Lake:
     "Where a URL points to"
     path = url.partition("://")[2] if url.startswith(("delta://", "file://")) else url
-    if "://" not in path: return LocalLake(os.path.abspath(path))
-    return RemoteLake(path, options)
+    if "://" not in path: return LocalLake(os.path.abspath(plain_path(path)))
+    if safe_url(path) == path: return RemoteLake(path, options)
+    raise QueryError(f"{safe_url(url)!r}: a lake's URL holds no secrets, because it travels; give keys as storage_options, or in the environment")

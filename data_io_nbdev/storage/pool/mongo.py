@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from typing import Any, ClassVar, NamedTuple, Optional
-from urllib.parse import quote_plus
+from urllib.parse import quote_plus, unquote_plus
 from fastcore.basics import chunked
 import pandas as pd  # type: ignore
 
@@ -26,7 +26,7 @@ __all__ = ['FORMAT', 'Place', 'level_field', 'entry_of', 'part_from', 'pack', 'u
 from ...errors import CorruptData, PoolNotFound, PoolUnavailable, QueryError, SchemaError, require
 from ...data.schema import Schema
 from ...data.core import Episode, PoolQuery
-from .pool import Commit, Index, Part, Pool, in_bulk, safe_url
+from .pool import Commit, Index, Part, Pool, in_bulk, quoted, safe_url, secret_option
 
 # %% ../../../nbs/storage/pool/mongo.ipynb #2914413d
 pa = require("pyarrow", "mongo")
@@ -162,21 +162,34 @@ class MongoPool(Pool):
     def _close(self) -> None: self._link.close()
 
 # %% ../../../nbs/storage/pool/mongo.ipynb #f5b97798
-def _shown(url: str) -> str:
-    return re.sub(r"(?i)((?:password|authmechanismproperties)=)[^&]*", r"\1***", safe_url(url))
-
 def _with_password(url: str) -> str:
-    head, at, tail = url.partition("://")[2].partition("@")
-    user, colon, password = head.partition(":")
-    if not at or (colon and password != "***"): return url
-    known = os.environ.get("MONGODB_PASSWORD")
-    if known is None and colon:
-        raise PoolUnavailable(f"{_shown(url)!r}: a password does not travel; set MONGODB_PASSWORD where this is opened")
-    return url if known is None else f"{url.partition('://')[0]}://{user}:{quote_plus(known)}@{tail}"
+    "A URL with the password that it lacks; raises `PoolUnavailable` where what it hides is not known here"
+    if not isinstance(url, str): raise QueryError(f"expected a URL, mongodb://host/database, got a {type(url).__name__}")
+    parts = re.match(r"(?s)(mongodb(?:\+srv)?://)([^/?@:]*)(:?)([^/?@]*)(@.*)", url)
+    head, user, colon, password, tail = parts.groups() if parts else ("",) * 5
+    masked = user == "***" or re.search(r"[?&;][^=&;]*=\*\*\*(?:[&;]|$)", url)
+    known = os.environ.get("MONGODB_PASSWORD") if not colon or password == "***" else None
+    if masked or (known is None and password == "***"):
+        remedy = "give the whole URL" if masked else "set MONGODB_PASSWORD"
+        raise PoolUnavailable(f"{safe_url(url)!r}: what is masked does not travel; {remedy} where this is opened")
+    return f"{head}{user}:{quote_plus(known)}{tail}" if head and known is not None else url
+
+def _shown(url: str, database: str, collection: str) -> str:
+    "A URL that `pymongo` understands, without its secrets: with what `MONGODB_PASSWORD` says it leads to the same place"
+    address, _, options = url.partition("?")
+    scheme, _, address = address.partition("://")
+    user, at, hosts = address.partition("/")[0].rpartition("@")
+    name, colon, _ = user.partition(":")
+    head = safe_url(f"{scheme}://{quote_plus(unquote_plus(name), safe='=,')}{colon and ':***'}{at}{hosts}")
+    names = (name if re.fullmatch(r"[\w.$-]+", name) else quote_plus(name) for name in (database, collection))
+    options = re.sub(r"([^&;=]+)=([^&;]*)", lambda o: f"{o[1]}=***" if secret_option(o[1]) else o[0], options)
+    return f"{head}/{'.'.join(names)}" + (f"?{options}" if options else "")
 
 # %% ../../../nbs/storage/pool/mongo.ipynb #171877e3
 _LESS = {"w": lambda v: v != "majority", "journal": lambda v: not v, "readpreference": lambda v: v != "primary",
          "readconcernlevel": lambda v: v not in ("majority", "linearizable", "snapshot")}
+
+_ESCAPE = "In names and passwords / ? # [ ] @ : % are written as urllib.parse.quote_plus does; or set MONGODB_PASSWORD"
 
 class _Link:
     "A connection that is made when it is needed, and shared by a pool and its snapshots"
@@ -184,16 +197,17 @@ class _Link:
         self._address, self.timeout, self.client = _with_password(url), timeout, None
         try: said = pymongo.uri_parser.parse_uri(self._address, warn=False)
         except (pymongo.errors.PyMongoError, ValueError) as e:
-            if "DNS" in str(e): raise PoolUnavailable(f"{_shown(url)!r}: {e}") from None  # of mongodb+srv
-            raise QueryError(f"{_shown(url)!r} is no MongoDB URL: {e}") from None
+            why = quoted(e, self._address)[0]
+            if "DNS" in str(e): raise PoolUnavailable(f"{safe_url(url)!r}: {why}") from None  # of mongodb+srv
+            raise QueryError(f"{safe_url(url)!r} is no MongoDB URL: {why}. {_ESCAPE}") from None
+        if "@" in url.partition("?")[0].partition("://")[2].partition("/")[2]:  # else the password would be taken for a database
+            raise QueryError(f"{safe_url(url)!r} is no MongoDB URL: an @ behind the first /. {_ESCAPE}")
         self.options = {k.lower(): v for k, v in said["options"].items()}
         if less := [k for k, weak in _LESS.items() if k in self.options and weak(self.options[k])]:
-            raise QueryError(f"{_shown(url)!r}: {', '.join(less)} promises less than a pool does; leave it out")
+            raise QueryError(f"{safe_url(url)!r}: {', '.join(less)} promises less than a pool does; leave it out")
         self.database = database or said["database"] or "data_io_nbdev"
         self.collection = collection or said["collection"] or "experience"
-        host, _, rest = _shown(url).partition("://")[2].partition("/")
-        tail = f"?{rest.partition('?')[2]}" if "?" in rest else ""
-        self.shown = f"{url.partition('://')[0]}://{host}/{self.database}.{self.collection}{tail}"
+        self.shown = _shown(url, self.database, self.collection)
         self.seen, self.schema = 0, None  # the newest commit; the schema, once there is one
         self.counted = 0, 0  # a version, and how many episodes it has
         self.indexed, self.staged = False, {}  # whether indexes were made; tokens, and when their steps were written
@@ -231,8 +245,9 @@ def _reachable(pool: MongoPool) -> Iterator[None]:
     try: yield
     except pymongo.errors.PyMongoError as e:
         why = {13: "the user has not the right to do this", 18: "wrong user or password"}.get(getattr(e, "code", None), "")
-        errors = (getattr(e, "details", None) or {}).get("writeErrors") or [{"errmsg": str(e)[:500]}]
-        raise PoolUnavailable(f"{pool.url!r}: {why + ': ' if why else ''}{errors[0]['errmsg']}") from e
+        said, cause = quoted(e, pool._link._address)
+        errors = cause and (getattr(e, "details", None) or {}).get("writeErrors") or [{"errmsg": said[:500]}]
+        raise PoolUnavailable(f"{pool.url!r}: {why + ': ' if why else ''}{errors[0]['errmsg']}") from cause
 
 def _check_ours(pool: MongoPool) -> bool: # Whether there is a pool
     "Raise `SchemaError` for a collection that is no pool's"

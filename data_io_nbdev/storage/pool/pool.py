@@ -15,7 +15,7 @@ import time
 import weakref
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,13 +23,15 @@ from itertools import islice
 from operator import methodcaller
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Optional
+from urllib.parse import quote, quote_plus, unquote, unquote_plus
 import numpy as np
 import pandas as pd  # type: ignore
 
 # %% auto #0
 __all__ = ['BACKENDS', 'Part', 'part_of', 'Commit', 'in_one_step', 'Index', 'new_steps', 'matches', 'PoolBackend',
            'forkable_lock', 'PoolHandle', 'PoolIndex', 'PoolReader', 'Pool', 'in_bulk', 'check_writable', 'Plan',
-           'view', 'unlike', 'damage', 'damages', 'damage_line', 'Backend', 'backend', 'open_pool', 'safe_url']
+           'view', 'unlike', 'damage', 'damages', 'damage_line', 'Backend', 'backend', 'open_pool', 'plain_path',
+           'secret_option', 'safe_url', 'quoted']
 
 # %% ../../../nbs/storage/pool/pool.ipynb #b6a8678c
 from ...errors import (ClosedError, CorruptData, DataIOError, EpisodeConflict, EpisodeNotFound, NotEnoughData,
@@ -785,17 +787,82 @@ def open_pool(
     **options: Any, # For the back-end
 ) -> Pool:
     "A pool by its URL; raises `PoolNotFound` where `mode='r'` finds none"
-    url = os.fspath(url)
-    scheme = url.partition("://")[0] if "://" in url else "delta" if _is_folder(Path(url)) else "memory"
-    if "://" not in url and mode == "r" and not Path(url).exists():
-        raise PoolNotFound(f"no pool at {str(Path(url).absolute())!r}; mode='a' creates one")
-    return backend(_STORES.get(scheme, scheme)).from_url(url, mode, **options)
+    url = os.fsdecode(url)
+    if scheme := re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", url):
+        return backend(_STORES.get(scheme[1], scheme[1])).from_url(url, mode, **options)
+    path = Path(plain_path(url))
+    if mode == "r" and not path.exists(): raise PoolNotFound(f"no pool at {str(path.absolute())!r}; mode='a' creates one")
+    return backend("delta" if _is_folder(path) else "memory").from_url(url, mode, **options)
 
 def _is_folder(path: Path) -> bool: return path.is_dir() or not (path.is_file() or path.suffix == ".npz")
 
+def plain_path(
+    path: str,
+) -> str: # The same
+    "A path; raises `QueryError` for what looks like a URL instead"
+    if not _URL.match(path): return path
+    raise QueryError(f"{safe_url(path)!r} is neither a path nor a URL, which begins with its scheme: mongodb://host/database; "
+                     "a folder of that name is written ./name")
+
 # %% ../../../nbs/storage/pool/pool.ipynb #04b25ced
+_URL = re.compile(r"(?s)(?![A-Z]:[\\/](?!/))(?:[^/\\]*://|(?![/\\.]).*(?::|%3A).*@|\s*//.*:.*@|[^/\\.][^?]*\?.*=)", re.I)
+_USER = re.compile(r"(?:[\w.~+=,$!-]|%(?!3A|25|[01])[0-9A-F]{2})+", re.I)  # no escaped `:`, `%` or control character
+_NAMES = {**dict.fromkeys(("mongodb:", "mongodb+srv:"), _USER), **dict.fromkeys(("abfs:", "abfss:"), re.compile(r"[a-z0-9$-]{1,63}"))}
+_SECRET = re.compile(r"pass|pwd|secret|token|key|cred|sig|sas|authmechanismproperties", re.I)
+
+def secret_option(
+    name: str, # Of an option in a URL, or of an object store
+) -> bool:
+    "Whether its value must not be shown: not the path of a key file, nor the id of a key"
+    return bool(_SECRET.search(unquote(name))) and not name.lower().endswith(("file", "path", "id"))
+
+def _secret_at(text: str) -> int:
+    "Where the value of the first secret option begins, unless it is masked; -1 where there is none"
+    options = re.finditer(r"[?&;#]([^=&;?#]*)=(?!\*\*\*(?:[&;#]|$))", text)
+    return next((option.end() for option in options if secret_option(option[1])), -1)
+
 def safe_url(
-    url: str, # May hold `user:password@`
-) -> str: # With the password masked
+    url: str, # May hold secrets, well written or not
+) -> str: # With `***` for them
     "A URL that can be shown"
-    return re.sub(r"(//[^/@:]*):.*@", r"\1:***@", url)
+    return _masked(url)[0]
+
+def _masked(url: str) -> tuple[str, list[str]]:
+    "A URL that can be shown, and what it hides"
+    if not _URL.match(url): return url, []
+    scheme, slashes, rest = re.match(r"(?s)(\s*[\w+.-]*:)?(/*)(.*)", url).groups(default="")
+    user, at, place = rest.rpartition("@")
+    name, colon, password = user.partition(":")
+    known = slashes == "//" and _NAMES.get(scheme.strip().lower())
+    if at and not (known and known.fullmatch(name)): name, colon, password = "", ":", user
+    shown, hidden = name + (f"{colon}***" if name and colon else "" if name else "***") + at if at else "", [password]
+    if _secret_at(user) >= 0: hidden, place = [password, place], "***"  # that `@` may be the option's own
+    elif (end := _secret_at(place)) >= 0: hidden, place = [password, place[end:]], place[:end] + "***"
+    return scheme + slashes + shown + place, [h for h in hidden if h not in ("", "***")]
+
+# %% ../../../nbs/storage/pool/pool.ipynb #da8d9039
+def quoted(
+    error: BaseException, # Of a library
+    url: str = "", # That was given to it
+    options: Optional[Mapping[str, Any]] = None, # Likewise, of an object store
+) -> tuple[str, Optional[BaseException]]: # The words, and the cause, `None` where its own words must not be printed
+    "What a library said, as far as it can be shown"
+    chain: list[BaseException] = []
+    link: Optional[BaseException] = error
+    while link is not None and not any(link is e for e in chain):
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    said = [str(e) for e in chain]
+    given = _masked(url)[1] + [str(value) for name, value in (options or {}).items() if secret_option(name)]
+    if any(piece in text.lower() for piece in _pieces(given) for text in said):
+        return f"{type(error).__name__}, which is not quoted: it may repeat what must not be shown", None
+    shown = [re.sub(r"(?s)\b[A-Za-z][\w+.-]*://.*", lambda found: safe_url(found[0]), text) for text in said]
+    return shown[0], error if shown == said else None
+
+def _pieces(hidden: Iterable[str]) -> set[str]:
+    "Secrets and the words in them, in small letters, as they are, unescaped, and escaped"
+    layers = [list(hidden)]
+    for _ in range(3): layers.append([way(text) for text in layers[-1] for way in (unquote, unquote_plus)])
+    plain = {text.lower() for layer in layers for text in layer}
+    words = {word for text in plain for between in (r"[\W_]+", r"[^a-z0-9]+") for word in re.split(between, text)}
+    return (plain | words | {way(text, errors="replace").lower() for text in plain for way in (quote, quote_plus)}) - {"", "true", "false"}
