@@ -230,7 +230,8 @@ class MongoHarness(Harness):
 
     def raw_steal(self, pool: Pool) -> None:
         last = self.of("log").find_one(sort=[("_id", -1)]) or {"_id": 0, "episodes": 0}
-        self.of("log").insert_one({**last, "_id": last["_id"] + 1, "data_io_nbdev": 1, "tokens": ["somebody"], "count": 0})
+        empty = {"_id": last["_id"] + 1, "data_io_nbdev": 1, "tokens": ["somebody"], "count": 0}  # of format 1, without a checksum
+        self.of("log").insert_one({**empty, "episodes": last["episodes"]})
 
     def raw_damage(self, pool: Pool, id: str) -> None:
         key = json.loads(self.of("entries").find_one({"id": id})["facts"].partition(" ")[2])[-3]

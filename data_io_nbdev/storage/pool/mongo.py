@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
+import struct
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,26 +20,51 @@ from fastcore.basics import chunked
 import pandas as pd  # type: ignore
 
 # %% auto #0
-__all__ = ['FORMAT', 'Place', 'level_field', 'entry_of', 'part_from', 'pack', 'unpack', 'MongoPool', 'filters']
+__all__ = ['FORMAT', 'seal', 'sealed', 'is_intact', 'Place', 'level_field', 'entry_of', 'part_from', 'pack', 'unpacked_size',
+           'layout', 'most_bytes', 'unpack', 'MongoPool', 'filters']
 
 # %% ../../../nbs/storage/pool/mongo.ipynb #b286b347
-from ...errors import CorruptData, PoolNotFound, PoolUnavailable, QueryError, SchemaError, require
+from ...errors import CorruptData, DataIOError, PoolNotFound, PoolUnavailable, QueryError, SchemaError, require
 from ...data.schema import Schema
 from ...data.core import Episode, PoolQuery
-from .pool import Commit, Index, Part, Pool, in_bulk, quoted, safe_url, secret_option
+from .pool import Commit, Index, Part, Pool, damages, in_bulk, quoted, safe_url, secret_option
+
 
 # %% ../../../nbs/storage/pool/mongo.ipynb #2914413d
 pa = require("pyarrow", "mongo")
 pymongo = require("pymongo", "mongo")
-for module in ("pyarrow.ipc", "pymongo.errors", "pymongo.uri_parser"): require(module, "mongo")
+bson = require("bson", "mongo")
+for module in ("pyarrow.ipc", "pymongo.errors", "pymongo.uri_parser", "bson.errors"): require(module, "mongo")
 
 # %% ../../../nbs/storage/pool/mongo.ipynb #865c23f1
-from .parquet import episodes_of, to_table
+from .parquet import columns_of, episodes_of, to_table
+
+# %% ../../../nbs/storage/pool/mongo.ipynb #5f1b7c02
+def seal(
+    doc: dict, # As it is, or will be, stored
+) -> str: # Eight hexadecimal digits
+    "The checksum of every field of a document but `crc`"
+    text = _text({k: v for k, v in doc.items() if k not in ("crc", "data")})
+    return f"{zlib.crc32(doc.get('data', b''), zlib.crc32(text.encode())):08x}"
+
+def _text(value: Any) -> str: return json.dumps(value, sort_keys=True, default=str)  # tells 1 from True and 1.0
+
+def sealed(doc: dict) -> dict: return {**doc, "crc": seal(doc)}
+
+def is_intact(
+    doc: dict, # As it was read
+) -> bool:
+    "Whether a document is as it was written, and where"
+    try: return doc.get("crc") == seal(doc)
+    except (TypeError, ValueError, RecursionError): return False
 
 # %% ../../../nbs/storage/pool/mongo.ipynb #41a1a10c
-FORMAT = 1
+FORMAT = 2
 _FACTS = ("id", "who", "start", "zone", "offset", "length", "begin", "end", "number", "digest", "reward", "nbytes",
           "ended", "linked", "tail", "born")
+_KINDS = {"id": (str,), "who": (list,), "zone": (str,), "number": (int, type(None)), "digest": (str,), "reward": (float, int), "ended": (bool,),
+          "linked": (bool,), "tail": (str,), "key": (str,)}  # the others are whole numbers
+_LEAST = {"offset": 0, "length": 1, "nbytes": 0, "born": 0, "pieces": 1, "row": 0}
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _TAKEN = {"_id", "token", "id", "hidden", "episodestart", "start", "begin", "end", "seq_len", "made", "facts"}
 
@@ -48,6 +73,7 @@ class Place(NamedTuple):
     key: str  # Of the chunk
     pieces: int  # Documents of the chunk
     row: int  # First row in it
+    made: Optional[datetime] = None  # When they were written, by the server's clock, as long as no commit names them
 
 def level_field(
     name: str, # Of an identity level
@@ -64,28 +90,46 @@ def entry_of(
     made: datetime, # By the server's clock
 ) -> dict: # A document of the entries
     "A part as a document"
-    text = json.dumps([*(getattr(part, name) for name in _FACTS), *part.where], separators=(",", ":"))
-    return {"_id": _id, "token": token, "id": part.id, **{level_field(n): v for n, v in zip(levels, part.who)},
-            "episodestart": _date(part.start), "start": part.start, "begin": part.begin, "end": part.end,
-            "seq_len": part.offset + part.length, "made": made, "facts": f"{zlib.crc32(text.encode()):08x} {text}"}
+    text = json.dumps([*(getattr(part, name) for name in _FACTS), *part.where[:3]], separators=(",", ":"))
+    return sealed({"_id": _id, "token": token, **_plain(part, levels), "made": made, "facts": f"{zlib.crc32(text.encode()):08x} {text}"})
+
+def _plain(part: Part, levels: Sequence[str]) -> dict:
+    "What questions are asked about"
+    return {"id": part.id, **{level_field(n): v for n, v in zip(levels, part.who)}, "episodestart": _date(part.start), "start": part.start,
+            "begin": part.begin, "end": part.end, "seq_len": part.offset + part.length}
 
 def _date(us: int) -> Optional[datetime]:
-    try: return _EPOCH + timedelta(microseconds=us)
+    try: return _EPOCH + timedelta(milliseconds=us // 1000)  # as servers keep it
     except OverflowError: return None  # beyond the calendar; `start` has it
 
 def part_from(
     entry: dict,
     version: int, # The number of the commit that names it
+    levels: Sequence[str] = (), # The schema's
 ) -> Part:
     "A part from its document; raises `CorruptData`"
     try:
         crc, _, text = entry["facts"].partition(" ")
-        if int(crc, 16) != zlib.crc32(text.encode()): raise ValueError("its checksum does not fit")
-        *values, key, pieces, row = json.loads(text)
-        known = dict(zip(_FACTS, values))
-        return Part(**{**known, "who": tuple(known["who"])}, version=version, where=Place(key, pieces, row))
-    except (ValueError, KeyError, TypeError) as e:
-        raise CorruptData(f"entry {entry.get('_id')} of episode {entry.get('id')} is damaged: {e}") from e
+        if int(crc, 16) != zlib.crc32(text.encode()) or ("crc" in entry and not is_intact(entry)): raise ValueError("its checksum does not fit")
+        known, where = _facts(text)
+        part = Part(**{**known, "who": tuple(known["who"])}, version=version, where=where)
+        for name, value in _plain(part, levels).items() if "crc" not in entry else ():
+            if _text(entry.get(name)) != _text(value): raise ValueError(f"its {name} is not that of its facts")
+        return part
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise CorruptData(f"entry {_short(entry.get('_id'))} of episode {_short(entry.get('id'))} is damaged: {e}") from e
+
+def _facts(text: str) -> tuple[dict, Place]:
+    "A part's fields, and where its steps are; raises `ValueError`"
+    names, values = (*_FACTS, "key", "pieces", "row"), json.loads(text)
+    if not isinstance(values, list) or len(values) != len(names): raise ValueError("its facts are no list of so many values")
+    for name, value in zip(names, values):
+        if type(value) not in _KINDS.get(name, (int,)) or (type(value) is int and not _LEAST.get(name, -2**63) <= value < 2**63):
+            raise ValueError(f"{_short(value)} cannot be its {name}")
+    if not all(type(value) in (str, int) for value in values[1]): raise ValueError(f"{_short(values[1])} cannot be its who")
+    return dict(zip(_FACTS, values)), Place(*values[len(_FACTS):])
+
+def _short(value: Any) -> str: return text if len(text := repr(value)) < 80 else f"{text[:80]}…"
 
 # %% ../../../nbs/storage/pool/mongo.ipynb #a1336b35
 _CHUNK, _PIECE = 1 << 20, 2 << 20  # Bytes of steps that whole parts share a chunk up to; the most in one document
@@ -101,11 +145,69 @@ def pack(
     content = sink.getvalue().to_pybytes()
     return [content[i:i + _PIECE] for i in range(0, len(content), _PIECE)]
 
+# %% ../../../nbs/storage/pool/mongo.ipynb #c3d2f7a8
+def _field(
+    data: bytes, # A Flatbuffer
+    table: int, # Where a table begins
+    number: int, # Of one of its fields
+) -> int: # Where that is, 0 where it was left out
+    at = table - struct.unpack_from("<i", data, table)[0]
+    known = struct.unpack_from("<H", data, at)[0]
+    offset = struct.unpack_from("<H", data, at + 4 + 2 * number)[0] if 4 + 2 * number < known else 0
+    return offset and table + offset
+
+def _follow(data: bytes, at: int) -> int: return at + struct.unpack_from("<I", data, at)[0]
+
+def unpacked_size(
+    content: Any, # A buffer with an Arrow IPC stream
+) -> int: # Bytes
+    "What unpacking takes, by what it says itself; raises `ValueError` for what `pack` does not make"
+    total, messages = 0, list(pa.ipc.MessageReader.open_stream(content))
+    if not messages or [m.type for m in messages] != ["schema"] + ["record batch"] * (len(messages) - 1):
+        raise ValueError("it is no stream of record batches")
+    for message in messages[1:]:
+        head, body = message.metadata.to_pybytes(), message.body
+        batch = _follow(head, _field(head, _follow(head, 0), 2))
+        buffers, packed = _follow(head, _field(head, batch, 2)), _field(head, batch, 3)
+        for i in range(struct.unpack_from("<I", head, buffers)[0]):
+            begin, size = struct.unpack_from("<qq", head, buffers + 4 + 16 * i)
+            said = struct.unpack_from("<q", body, begin)[0] if packed and size else -1
+            if min(begin, size, said + 1) < 0: raise ValueError("it has a buffer of a negative size")
+            total += size if said < 0 else said
+    return total
+
+# %% ../../../nbs/storage/pool/mongo.ipynb #e81f6b35
+def layout(
+    schema: Schema,
+) -> Any: # A `pyarrow.Schema`
+    "The columns of a chunk"
+    return pa.schema([c.arrow.remove_metadata() for c in columns_of(schema) if c.role not in _WHO])
+
+def most_bytes(
+    part: Part, # Whose steps it has
+    columns: Any, # A `pyarrow.Schema`
+) -> int:
+    "What a chunk may take"
+    nbytes, step = max(part.nbytes, _CHUNK), max(1, part.nbytes // part.length)
+    each = 5 * (nbytes // step) + 1024  # offsets and validity of every row, padding, and the description
+    return nbytes + sum(each + 8 * len(name) for name in columns.names) + (64 << 10)
+
 def unpack(
     pieces: Iterable[bytes], # In order
+    most: Optional[int] = None, # Bytes that it may take
+    columns: Any = None, # The `pyarrow.Schema` that it must have
 ) -> Any: # A `pyarrow.Table`
-    "The steps of a chunk"
-    with pa.ipc.open_stream(pa.py_buffer(b"".join(pieces))) as stream: return stream.read_all()
+    "The steps of a chunk; raises `ValueError` where it says that it is larger, or something else"
+    content = pa.py_buffer(b"".join(pieces))
+    try:
+        if most is not None and max(len(content), size := unpacked_size(content)) > most:
+            raise ValueError(f"it says that it has {size} bytes, and its entry allows {most}")
+        with pa.ipc.open_stream(content) as stream:
+            if columns is not None and not stream.schema.equals(columns): raise ValueError("it has other columns than the schema")
+            table = stream.read_all()
+        table.validate(full=True)
+        return table
+    except (struct.error, OSError, MemoryError, pa.ArrowException) as e: raise ValueError(str(e)) from e
 
 # %% ../../../nbs/storage/pool/mongo.ipynb #78f62d33
 class MongoPool(Pool):
@@ -131,7 +233,7 @@ class MongoPool(Pool):
     def _changes(self, after: int, upto: int) -> Iterator[Commit]: return _changes(self, after, upto)
 
     def _schema(self, version: int) -> Optional[Schema]:
-        with _reachable(self): return _schema(self) if version else None
+        with _reachable(self): return _schema(self, version) if version else None
 
     def _stored(self, ids: Iterable[str], version: int) -> dict[str, list[Part]]:
         with _reachable(self): return _stored(self, set(ids), version)
@@ -150,8 +252,11 @@ class MongoPool(Pool):
     def _put(self, commit: Commit) -> bool:
         with _reachable(self): return _put(self, commit)
 
-    def _drop(self, parts: Sequence[Part]) -> None:
-        with _reachable(self): _remove(self, {part.where.key.partition("/")[0] for part in parts})
+    def _touched(self, after: int, ids: Optional[Sequence[str]]) -> tuple[int, set[str]]:
+        with _reachable(self): return _touched(self, after)
+
+    def _undo(self, commit: Commit) -> None:
+        with _reachable(self): _undo(self, commit)
 
     def _repair(self, version: int, dry_run: bool) -> list[str]:
         with _reachable(self): return _repair(self, dry_run)
@@ -160,6 +265,10 @@ class MongoPool(Pool):
     def _forked(self) -> None: self._link.client = None  # its threads are the parent's
     def _open(self) -> None: "The first question connects again"
     def _close(self) -> None: self._link.close()
+
+    def verify(self) -> list[str]: # Empty when sound
+        "Read every commit, every entry and every step of every version; one line for each damaged part, `CorruptData` for a damaged log"
+        return _verify(self)
 
 # %% ../../../nbs/storage/pool/mongo.ipynb #f5b97798
 def _with_password(url: str) -> str:
@@ -208,35 +317,44 @@ class _Link:
         self.database = database or said["database"] or "data_io_nbdev"
         self.collection = collection or said["collection"] or "experience"
         self.shown = _shown(url, self.database, self.collection)
+        # each of these is right by itself, and changes with one assignment, so that an interrupt leaves no two that don't fit
         self.seen, self.schema = 0, None  # the newest commit; the schema, once there is one
         self.counted = 0, 0  # a version, and how many episodes it has
-        self.indexed, self.staged = False, {}  # whether indexes were made; tokens, and when their steps were written
+        self.late = -1, ()  # a version, and commits behind it, which somebody learned of who came too late
+        self.indexed, self.hidden = False, {}  # whether indexes were made; tokens, and when what they hide was written
 
     def __repr__(self) -> str: return f"_Link({self.shown!r})"
 
     def of(self, what: str) -> Any: # A `pymongo` collection
         "One of the three collections"
-        if self.client is None:
+        client = self.client  # which another thread may let go
+        if client is None:
             ms = int(self.timeout * 1000)
             limits = {"serverSelectionTimeoutMS": ms, "connectTimeoutMS": ms,
                       "heartbeatFrequencyMS": max(500, ms)}  # a server that hangs misses a beat
             limits = {k: v for k, v in limits.items() if k.lower() not in self.options}
-            self.client = pymongo.MongoClient(self._address, w="majority", journal=True, readConcernLevel="majority",
-                                              tz_aware=True, **limits)
-        return self.client[self.database][f"{self.collection}.{what}"]
+            client = self.client = pymongo.MongoClient(self._address, w="majority", journal=True, readConcernLevel="majority",
+                                                       tz_aware=True, datetime_conversion="DATETIME_AUTO", **limits)
+        return client[self.database][f"{self.collection}.{what}"]
 
     def head(self) -> int:
-        last = self.of("log").find_one({"_id": {"$gt": self.seen}}, {"_id": 1}, sort=[("_id", -1)])
-        if last: self.seen = max(self.seen, last["_id"])
+        last = self.of("log").find_one({"_id": {"$gt": self.seen, "$lt": _MOST}}, sort=[("_id", -1)])
+        if last and not isinstance(last["_id"], int): raise CorruptData(f"{self.shown!r}: the log has a document {last['_id']!r}, which is no number")
+        if last: self.learn(last)
         return self.seen
+
+    def learn(self, logged: dict) -> None: # A document of the log
+        "Take note of a commit, as far as it is sound: who needs more will read it, and say so"
+        self.seen = max(self.seen, logged["_id"])
+        if _is_sound(logged): self.counted = logged["_id"], logged["episodes"]
 
     def now(self) -> datetime:
         "By the server's clock"
-        return self.of("log").database.client.admin.command("hello")["localTime"]
+        return self.of("log").database.client.admin.command("hello")["localTime"].replace(tzinfo=timezone.utc)
 
     def close(self) -> None:
-        if self.client is not None: self.client.close()
-        self.client = None
+        client, self.client = self.client, None
+        if client is not None: client.close()
 
 # %% ../../../nbs/storage/pool/mongo.ipynb #990a8db4
 @contextmanager
@@ -248,10 +366,17 @@ def _reachable(pool: MongoPool) -> Iterator[None]:
         said, cause = quoted(e, pool._link._address)
         errors = cause and (getattr(e, "details", None) or {}).get("writeErrors") or [{"errmsg": said[:500]}]
         raise PoolUnavailable(f"{pool.url!r}: {why + ': ' if why else ''}{errors[0]['errmsg']}") from cause
+    except DataIOError: raise
+    except (bson.errors.BSONError, UnicodeError, OverflowError, RecursionError) as e:
+        raise CorruptData(f"{pool.url!r}: the server has a document that cannot be read: {str(e)[:500]}") from e
+    except BaseException as e:
+        if not isinstance(e, Exception): pool._link.client = None
+        raise
 
 def _check_ours(pool: MongoPool) -> bool: # Whether there is a pool
     "Raise `SchemaError` for a collection that is no pool's"
-    first = pool._link.of("log").find_one({}, sort=[("_id", 1)])
+    log = pool._link.of("log")
+    first = log.find_one({"_id": 1}) or log.find_one({}, sort=[("_id", 1)])
     if first is None: return False
     if "data_io_nbdev" not in first:
         raise SchemaError(f"{pool.url!r}: {pool._link.collection}.log is no log of a pool: "
@@ -260,6 +385,7 @@ def _check_ours(pool: MongoPool) -> bool: # Whether there is a pool
 
 # %% ../../../nbs/storage/pool/mongo.ipynb #835c6b93
 _MANY = 1000  # Ids, tokens or commits in one question
+_MOST = 2**53  # More commits, entries or episodes there are nowhere
 
 def filters(
     query: PoolQuery, # Checked against the schema
@@ -292,26 +418,33 @@ def _stored(pool: MongoPool, ids: set[str], version: int) -> dict[str, list[Part
     return _living(pool, _entries(pool, ids, version), version)
 
 def _entries(pool: MongoPool, ids: set[str], version: int, **wanted: Any) -> list[dict]:
-    return [entry for entry in _find(pool, "entries", "id", ids, lambda: _count(pool, version), wanted) if entry["id"] in ids]
+    return [entry for entry in _find(pool, "entries", "id", ids, lambda: _count(pool, version), wanted) if _id(entry) in ids]
+
+def _id(entry: dict) -> str:
+    "Whose an entry is; of somebody else's document it is empty"
+    return id if isinstance(entry.get("token"), str) and isinstance(id := entry.get("id"), str) else ""
 
 def _candidates(pool: MongoPool, query: PoolQuery, version: int, ids: Optional[Iterable[str]]) -> Iterable[list[Part]]:
     if not version: return []
     (every, some), entries = filters(query), pool._link.of("entries")
     if ids is None and query.ids is not None: ids = query.ids
-    if ids is None and some: ids = (entry["id"] for entry in entries.find({**every, **some}, {"id": 1}))
+    if ids is None and some: ids = filter(None, map(_id, entries.find({**every, **some}, {"id": 1, "token": 1})))
     if ids is not None: return _stored(pool, set(ids), version).values()
-    found = list(entries.find(every))
+    found = [entry for entry in entries.find(every) if _id(entry)]
     if every: return _living(pool, found + _entries(pool, {entry["id"] for entry in found}, version, hidden=True), version).values()
     there, said = _living(pool, found, version), _count(pool, version)
-    if len(there) != said:
-        raise CorruptData(f"{pool.url!r}: version {version} has {said} episodes by the log, and {len(there)} by its entries; verify() says more")
+    if len(there) != said: raise CorruptData(_miscounted(pool, version, said, len(there)))
     return there.values()
+
+def _miscounted(pool: MongoPool, version: int, said: int, there: int) -> str:
+    return f"{pool.url!r}: version {version} has {said} episodes by the log, and {there} by its entries; verify() says more"
 
 def _living(pool: MongoPool, entries: Sequence[dict], version: int) -> dict[str, list[Part]]:
     "What is there at a version, by all the entries of some episodes"
     index, tokens = Index(), {entry["token"] for entry in entries}
-    logged = _find(pool, "log", "tokens", tokens, lambda: version, {"_id": {"$lte": version}})
-    for number, named in sorted(_by_commit(map(_known, logged), entries).items()): index.apply(_commit(number, named))
+    logged = _find(pool, "log", "tokens", tokens, lambda: version, {"_id": {"$gt": 0, "$lte": version}})
+    levels = schema.levels if entries and (schema := _schema(pool, version)) else ()
+    for number, named in sorted(_by_commit(map(_known, logged), entries).items()): index.apply(_commit(number, named, levels))
     there = {id: parts for id in index.lives if (parts := index.parts(id, version))}
     for parts in there.values():
         for part, after in zip(parts, parts[1:]):
@@ -321,24 +454,50 @@ def _living(pool: MongoPool, entries: Sequence[dict], version: int) -> dict[str,
 
 def _by_commit(logged: Iterable[dict], entries: Iterable[dict]) -> dict[int, list[dict]]:
     "Entries, by the number of the commit that names them; what no commit names is passed over"
-    number, named = {token: d["_id"] for d in logged for token in d["tokens"]}, {}
+    number, named, sealed = {}, {}, set()
+    for d in logged:
+        number.update((token, d["_id"]) for token in d["tokens"])
+        if "crc" in d: sealed.add(d["_id"])
     for entry in entries:
-        if entry["token"] in number: named.setdefault(number[entry["token"]], []).append(entry)
+        if (n := number.get(entry["token"])) is None: continue
+        if n in sealed and "crc" not in entry: raise CorruptData(f"entry {_short(entry.get('_id'))} of commit {n} lacks its checksum")
+        named.setdefault(n, []).append(entry)
     return named
 
+# %% ../../../nbs/storage/pool/mongo.ipynb #b90ce4d8
+def _is_count(value: Any, least: int = 0) -> bool: return isinstance(value, int) and not isinstance(value, bool) and least <= value < _MOST
+def _is_texts(value: Any) -> bool: return isinstance(value, list) and all(isinstance(v, str) for v in value)
+
+def _is_sound(logged: dict) -> bool:
+    "Whether this package can read a document of the log, and it is as it was written"
+    get = logged.get
+    return (_is_count(get("_id"), 1) and _is_count(get("data_io_nbdev"), 1) and get("data_io_nbdev") <= FORMAT and _is_texts(get("tokens"))
+            and _is_count(get("count")) and _is_count(get("episodes")) and isinstance(get("schema", ""), str) and _is_texts(get("ids", []))
+            and (is_intact(logged) if get("data_io_nbdev") > 1 else "crc" not in logged))
+
 def _known(logged: dict) -> dict:
-    "A document of the log, if this package can read it"
-    if (found := logged["data_io_nbdev"]) <= FORMAT: return logged
-    raise CorruptData(f"commit {logged['_id']} has format {found}, which needs a newer data_io_nbdev; this one reads up to {FORMAT}")
+    "A document of the log that is sound; raises `CorruptData`"
+    if _is_sound(logged): return logged
+    number, found = _short(logged.get("_id")), logged.get("data_io_nbdev")
+    if _is_count(found, FORMAT + 1):
+        raise CorruptData(f"commit {number} has format {found}, which needs a newer data_io_nbdev; this one reads up to {FORMAT}")
+    raise CorruptData(f"commit {number} of the log is damaged, or was not written by data_io_nbdev")
 
 def _logged(pool: MongoPool, number: int) -> dict:
     if (there := pool._link.of("log").find_one({"_id": number})) is None: raise CorruptData(f"{pool.url!r}: the log lacks commit {number}")
     return _known(there)
 
-def _schema(pool: MongoPool) -> Optional[Schema]:
+def _schema_of(logged: dict) -> Optional[Schema]:
+    if "schema" not in logged: return None
+    try: return Schema.from_json(logged["schema"])
+    except Exception as e: raise CorruptData(f"commit {logged['_id']} has a schema that cannot be read: {e}") from e
+
+def _schema(pool: MongoPool, version: int) -> Optional[Schema]:
     link = pool._link
-    if link.schema is None and (first := link.of("log").find_one({"schema": {"$exists": True}}, sort=[("_id", 1)])):
-        link.schema = Schema.from_json(_known(first)["schema"])
+    if link.schema is None:
+        first = link.of("log").find_one({"schema": {"$exists": True}, "_id": {"$gt": 0, "$lt": _MOST}}, sort=[("_id", 1)])
+        if first is not None: link.schema = _schema_of(_known(first))
+        elif _count(pool, version): raise CorruptData(f"{pool.url!r}: no commit of the log has the schema, and there are episodes")
     return link.schema
 
 def _count(pool: MongoPool, version: int) -> int:
@@ -353,24 +512,37 @@ def _changes(pool: MongoPool, after: int, upto: int) -> Iterator[Commit]:
         with _reachable(pool): commits = _commits(pool, begin, min(begin + _MANY, upto))
         yield from commits
 
-def _commits(pool: MongoPool, after: int, upto: int) -> list[Commit]:
-    logged = [_known(d) for d in pool._link.of("log").find({"_id": {"$gt": after, "$lte": upto}}, sort=[("_id", 1)])]
-    if [d["_id"] for d in logged] != list(range(after + 1, upto + 1)):
-        raise CorruptData(f"{pool.url!r}: the log has a gap between commits {after} and {upto}")
-    tokens = [token for d in logged for token in d["tokens"]]
-    named = _by_commit(logged, pool._link.of("entries").find({"token": {"$in": tokens}}))
-    return [_whole(d, named.get(d["_id"], ())) for d in logged]
+def _since(pool: MongoPool, after: int, upto: Optional[int] = None) -> list[dict]:
+    "The log's documents behind a number, in order and without a gap"
+    found = pool._link.of("log").find({"_id": {"$gt": after, "$lt": _MOST if upto is None else upto + 1}}, sort=[("_id", 1)])
+    logged = list(map(_known, found))
+    last = upto or (logged[-1]["_id"] if logged else after)
+    if last != after + len(logged) or (logged and logged[-1]["_id"] != last):
+        raise CorruptData(f"{pool.url!r}: the log has a gap between commits {after} and {last}")
+    return logged
 
-def _whole(logged: dict, entries: Sequence[dict]) -> Commit:
+def _commits(pool: MongoPool, after: int, upto: int) -> list[Commit]:
+    logged = _since(pool, after, upto)
+    tokens = [token for d in logged for token in d["tokens"]]
+    named = _by_commit(logged, filter(_id, pool._link.of("entries").find({"token": {"$in": tokens}})))
+    levels = schema.levels if named and (schema := _schema(pool, upto)) else ()
+    return [_whole(d, named.get(d["_id"], ()), levels) for d in logged]
+
+def _whole(logged: dict, entries: Sequence[dict], levels: Sequence[str]) -> Commit:
     number, count = logged["_id"], logged["count"]
     if len(entries) != count: raise CorruptData(f"commit {number} has {len(entries)} of its {count} entries")
-    return _commit(number, entries, Schema.from_json(logged["schema"]) if "schema" in logged else None)
+    return _commit(number, entries, levels, _schema_of(logged))
 
-def _commit(number: int, entries: Iterable[dict], schema: Optional[Schema] = None) -> Commit:
+def _commit(number: int, entries: Iterable[dict], levels: Sequence[str], schema: Optional[Schema] = None) -> Commit:
     "A commit, or as much of it as is needed"
-    entries = sorted(entries, key=lambda entry: entry["_id"])
-    put = tuple(part_from(entry, number) for entry in entries if "hidden" not in entry)
-    return Commit(number, "", put, tuple(entry["id"] for entry in entries if "hidden" in entry), schema)
+    entries = sorted(entries, key=lambda entry: str(entry["_id"]))
+    put = tuple(part_from(entry, number, levels) for entry in entries if "hidden" not in entry)
+    return Commit(number, "", put, tuple(_hidden(entry) for entry in entries if "hidden" in entry), schema)
+
+def _hidden(entry: dict) -> str: # An id
+    if entry["hidden"] is not True or "facts" in entry or ("crc" in entry and not is_intact(entry)):
+        raise CorruptData(f"entry {_short(entry['_id'])} of episode {entry['id']} is damaged: its checksum does not fit")
+    return entry["id"]
 
 # %% ../../../nbs/storage/pool/mongo.ipynb #cc0937f4
 _WINDOW = 16 << 20  # Bytes of steps that are asked for at once
@@ -379,11 +551,12 @@ _BATCH = 16  # Pieces of chunks in one answer: clients refuse answers above 48 M
 def _read(pool: MongoPool, parts: Sequence[Part]) -> Iterator[Episode]:
     if not parts: return
     schema, counted = pool._schema(parts[0].version), set()
+    columns = layout(schema)
     def nbytes(part: Part) -> int:  # that travel with it
         return 0 if part.where.key in counted else counted.add(part.where.key) or max(part.nbytes, _CHUNK)
     for window in in_bulk(parts, nbytes, _WINDOW):
-        wanted = {part.where.key: part.where.pieces for part in window}
-        with _reachable(pool): tables = _tables(pool, wanted)
+        wanted = {part.where.key: part for part in window}
+        with _reachable(pool): tables = _tables(pool, wanted, columns)
         for run in _runs(window): yield from _steps(schema, run, tables[run[0].where.key])
 
 def _runs(parts: Iterable[Part]) -> Iterator[list[Part]]:
@@ -396,40 +569,47 @@ def _runs(parts: Iterable[Part]) -> Iterator[list[Part]]:
         run.append(part)
     if run: yield run
 
-def _tables(pool: MongoPool, wanted: dict[str, int]) -> dict[str, Any]:
+def _tables(pool: MongoPool, wanted: dict[str, Part], columns: Any) -> dict[str, Any]:
     "Chunks by key; what is wrong with one that cannot be read"
-    ids = [f"{key}/{k}" for key, pieces in wanted.items() for k in range(pieces)]
-    there = {d["_id"]: d for d in pool._link.of("chunks").find({"_id": {"$in": ids}}, batch_size=_BATCH)}
-    return {key: _chunk([there.get(f"{key}/{k}") for k in range(pieces)]) for key, pieces in wanted.items()}
+    most = {key: most_bytes(part, columns) for key, part in wanted.items()}
+    names = {key: [f"{key}/{k}" for k in range(min(part.where.pieces, most[key] // _PIECE + 2))] for key, part in wanted.items()}
+    asked = {"_id": {"$in": [name for some in names.values() for name in some]}}
+    there = {d["_id"]: d for d in pool._link.of("chunks").find(asked, batch_size=_BATCH)}
+    return {key: _chunk([there.get(name) for name in some], wanted[key].where.pieces, most[key], columns) for key, some in names.items()}
 
-def _chunk(pieces: list[Optional[dict]]) -> Any: # A `pyarrow.Table`, or a text
+def _chunk(pieces: list[Optional[dict]], count: int, most: int, columns: Any) -> Any: # A `pyarrow.Table`, or a text
     if None in pieces: return "is missing"
-    if any(zlib.crc32(d["data"]) != d["crc"] for d in pieces): return "has other bytes than were written"
-    try: return unpack(d["data"] for d in pieces)
-    except (OSError, ValueError) as e: return f"is damaged: {e}"
+    if not all(map(_same_bytes, pieces)): return "has other bytes than were written"
+    if len(pieces) < count: return f"is damaged: its entry says {count} pieces, which are more than its steps can take"
+    try: return unpack((d["data"] for d in pieces), most, columns)
+    except ValueError as e: return f"is damaged: {e}"
+
+def _same_bytes(piece: dict) -> bool:
+    crc, data = piece.get("crc"), piece.get("data")
+    return isinstance(data, bytes) and (is_intact(piece) if isinstance(crc, str) else zlib.crc32(data) == crc)
 
 def _steps(schema: Schema, run: Sequence[Part], table: Any) -> list[Episode]:
     first, length = run[0], sum(part.length for part in run)
     try:
         if isinstance(table, str): raise ValueError(table)
         return episodes_of(table.slice(first.where.row, length), schema, run)
-    except (ValueError, KeyError, IndexError) as e:
+    except (ValueError, KeyError, IndexError, TypeError, OverflowError, pa.ArrowException) as e:
         if len(run) > 1: return [episode for part in run for episode in _steps(schema, [part], table)]
         raise CorruptData(f"episode {first.id} cannot be read: chunk {first.where.key} {e}") from e
 
 # %% ../../../nbs/storage/pool/mongo.ipynb #ab7688ff
 def _write(pool: MongoPool, token: str, parts: Sequence[tuple[Part, Episode]], schema: Schema) -> list[Part]:
     link, placed = pool._link, []
-    made = link.staged[token] = link.now()
+    made = link.now()
     if not link.indexed: _make_indexes(pool, schema)
     def chunks() -> Iterator[dict]:
         for c, bulk in enumerate(in_bulk(parts, lambda pair: pair[1].nbytes, _CHUNK)):
             key, pieces, row = f"{token}/{c}", pack(bulk), 0
             for part, _ in bulk:
-                placed.append(replace(part, where=Place(key, len(pieces), row)))
+                placed.append(replace(part, where=Place(key, len(pieces), row, made)))
                 row += part.length
             for k, data in enumerate(pieces):
-                yield {"_id": f"{key}/{k}", "token": token, "made": made, "crc": zlib.crc32(data), "data": data}
+                yield sealed({"_id": f"{key}/{k}", "token": token, "made": made, "data": data})
     _insert(link.of("chunks"), chunks())
     _insert(link.of("entries"), (entry_of(f"{token}/{i:08d}", token, part, schema.levels, made) for i, part in enumerate(placed)))
     return placed
@@ -448,48 +628,93 @@ def _make_indexes(pool: MongoPool, schema: Schema) -> None:
     pool._link.of("log").create_index("tokens")
     pool._link.indexed = True
 
+_IDS = 32  # So many the log itself says
+
 def _put(pool: MongoPool, commit: Commit) -> bool:
-    link, tokens, count = pool._link, [commit.token], len(commit.put) + len(commit.hide)
-    now = link.now()
-    if commit.hide:
-        tokens.append(hiding := secrets.token_hex(16))
-        hidden = {"token": hiding, "hidden": True, "made": now}
-        _insert(link.of("entries"), ({"_id": f"{hiding}/{i:08d}", "id": id, **hidden} for i, id in enumerate(commit.hide)))
-    if now - link.staged.get(commit.token, now) > pool.grace / 2:
+    link, now, number = pool._link, pool._link.now(), commit.number
+    made = min([part.where.made for part in commit.put[:1]] + [_hide(pool, commit, now)])
+    if now - made > pool.grace / 2:
         raise PoolUnavailable(f"{pool!r}: steps waited longer than half of grace={pool.grace} for their commit; store them again")
-    episodes = _count(pool, commit.number - 1) + len({part.id for part in commit.put if part.life == commit.number}) - len(commit.hide)
-    logged = {"_id": commit.number, "data_io_nbdev": FORMAT, "tokens": tokens, "count": count, "episodes": episodes, "made": now}
-    if commit.schema and _schema(pool) is None: logged["schema"] = commit.schema.to_json()
-    try: link.of("log").insert_one(logged)
+    ids = list(dict.fromkeys([*commit.hide, *(part.id for part in commit.put)]))
+    episodes = _count(pool, number - 1) + len({part.id for part in commit.put if part.life == number}) - len(commit.hide)
+    logged = {"_id": number, "data_io_nbdev": FORMAT, "tokens": [commit.token], "count": len(commit.put) + len(commit.hide), "episodes": episodes,
+              "made": now, **({"ids": ids} if len(ids) <= _IDS else {})}
+    if commit.schema and _schema(pool, number - 1) is None: logged["schema"] = commit.schema.to_json()
+    try: link.of("log").insert_one(sealed(logged))
     except pymongo.errors.PyMongoError as e:  # whose commit is it?
-        there = _found(pool, commit.number, wait=isinstance(e, pymongo.errors.DuplicateKeyError))
-        if there is None: raise
-        if there["tokens"] != tokens:
-            _remove(pool, set(tokens[1:]))
+        there = _found(pool, number, wait=isinstance(e, pymongo.errors.DuplicateKeyError))
+        if not there: raise
+        if there[0]["tokens"] != logged["tokens"]:
+            link.late = number - 1, there
             return False
-    link.seen, link.counted = max(link.seen, commit.number), (commit.number, episodes)
-    link.staged.pop(commit.token, None)
+    link.learn(sealed(logged))
+    link.hidden.pop(commit.token, None)
     return True
 
-def _found(pool: MongoPool, number: int, wait: bool) -> Optional[dict]:
-    "A commit; one that exists, but not on a majority of the servers yet, is worth waiting for"
+def _hide(pool: MongoPool, commit: Commit, now: datetime) -> datetime:
+    "Write which episodes a commit hides, once for all its attempts; when that was"
+    hidden = pool._link.hidden
+    if not commit.hide: return now
+    if commit.token not in hidden:
+        about = {"token": commit.token, "hidden": True, "made": now}
+        _insert(pool._link.of("entries"), (sealed({"_id": f"{commit.token}/h{i:07d}", "id": id, **about}) for i, id in enumerate(commit.hide)))
+        hidden[commit.token] = now
+    return hidden[commit.token]
+
+def _found(pool: MongoPool, number: int, wait: bool) -> list[dict]:
+    "A commit, and those behind it; one that exists, but not on a majority of the servers yet, is worth waiting for"
     until = time.monotonic() + (pool._link.timeout if wait else 0)
     while True:
-        there = pool._link.of("log").find_one({"_id": number})
+        there = _since(pool, number - 1)
         if there or time.monotonic() > until: return there
         time.sleep(0.01)
 
-def _remove(pool: MongoPool, tokens: set[str]) -> None:
-    if not tokens: return
-    for what in ("entries", "chunks"): pool._link.of(what).delete_many({"token": {"$in": list(tokens)}})
+def _touched(pool: MongoPool, after: int) -> tuple[int, set[str]]:
+    link = pool._link
+    known, logged = link.late
+    link.late = -1, ()
+    if known != after or not logged: logged = _since(pool, after)
+    if not logged: return after, set()
+    link.learn(logged[-1])
+    ids = {id for d in logged for id in d.get("ids", ())}
+    many = {token: d["_id"] for d in logged if "ids" not in d and d["count"] for token in d["tokens"]}
+    for some in chunked(many, _MANY): ids.update(filter(None, map(_id, link.of("entries").find({"token": {"$in": some}}, {"id": 1, "token": 1}))))
+    return logged[-1]["_id"], ids
+
+def _undo(pool: MongoPool, commit: Commit) -> None:
+    link, ours = pool._link, {"token": commit.token}
+    link.hidden.pop(commit.token, None)
+    if link.of("log").find_one({"tokens": commit.token}, {"_id": 1}): return  # an answer got lost: it is a commit
+    for what in ("entries", "chunks") if commit.put else ("entries",): link.of(what).delete_many(ours)
 
 # %% ../../../nbs/storage/pool/mongo.ipynb #f74e01ef
+_ENTRY = {"_id", "token", "id", "episodestart", "start", "begin", "end", "seq_len", "made", "facts"}  # and the levels
+
+def _is_ours(doc: dict, what: str) -> bool:
+    "Whether a document has the shape of those that are written here; `data` was left out"
+    token, keys = doc.get("token"), doc.keys() - {"crc"}
+    if not isinstance(token, str) or not re.fullmatch("[0-9a-f]{32}", token): return False
+    name = r"/\d+/\d+" if what == "chunks" else r"/(h\d{7,}|\d{8,})"
+    if not isinstance(doc["_id"], str) or not re.fullmatch(token + name, doc["_id"]): return False
+    if what == "chunks": return doc.keys() == {"_id", "token", "made", "crc"}
+    return keys == {"_id", "token", "id", "hidden", "made"} if "hidden" in doc else keys >= _ENTRY
+
 def _repair(pool: MongoPool, dry_run: bool) -> list[str]:
     link, old = pool._link, pool._link.now() - pool.grace
-    count: dict[str, list[int]] = {}
-    for i, what in enumerate(("entries", "chunks")):
-        for doc in link.of(what).find({"made": {"$lt": old}}, {"token": 1, "_id": 0}): count.setdefault(doc["token"], [0, 0])[i] += 1
-    named = {token for doc in link.of("log").find({}, {"tokens": 1}) for token in doc["tokens"]}  # read last
-    left = {token: n for token, n in count.items() if token not in named}
-    if not dry_run: _remove(pool, set(left))
-    return [f"{token}: {n} entries and {m} chunks, named by no commit" for token, (n, m) in left.items()]
+    left: dict[str, dict[str, list[str]]] = {}
+    for what in ("entries", "chunks"):
+        for doc in link.of(what).find({"made": {"$lt": old}}, {"data": 0}):
+            if _is_ours(doc, what): left.setdefault(doc["token"], {"entries": [], "chunks": []})[what].append(doc["_id"])
+    for logged in _since(pool, 0):  # read last
+        for token in logged["tokens"]: left.pop(token, None)
+    for some in left.values() if not dry_run else ():
+        for what, names in some.items():
+            for name in chunked(names, _MANY): link.of(what).delete_many({"_id": {"$in": name}})
+    return [f"{token}: {len(some['entries'])} entries and {len(some['chunks'])} chunks, named by no commit" for token, some in left.items()]
+
+# %% ../../../nbs/storage/pool/mongo.ipynb #d45a7c19
+def _verify(pool: MongoPool) -> list[str]:
+    index, version = Index(), pool.version
+    for commit in pool._changes(0, version): index.apply(commit)
+    said, there = _count(pool, version), sum(bool(index.parts(id, version)) for id in index.lives)
+    return ([] if said == there else [_miscounted(pool, version, said, there)]) + list(damages(pool, index.every_part()))

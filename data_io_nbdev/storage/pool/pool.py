@@ -40,6 +40,9 @@ from ...data.schema import Schema
 from ...data.core import (Episode, PoolQuery, as_episode, concat, from_us, same_steps, state_digest,
                                      steps_in)
 
+# %% ../../../nbs/storage/pool/pool.ipynb #3e51a9c7
+from fastcore.basics import patch
+
 # %% ../../../nbs/storage/pool/pool.ipynb #28f4479a
 @dataclass(frozen=True)
 class Part:
@@ -618,26 +621,71 @@ class Plan(NamedTuple):
     put: list[tuple[Part, Episode]]  # New parts, and their steps
     hide: list[str]  # Ids of episodes
     schema: Optional[Schema]  # Of the pool, once the first item has set it
-    ids: list[str]  # The caller's answer
+    ids: list[str]  # The caller's answer; nothing else was looked at, but for
+    query: Optional[PoolQuery] = None  # what a delete asked for, where it named no ids
+
+# %% ../../../nbs/storage/pool/pool.ipynb #1c7be0f4
+@patch
+def _touched(self: PoolIndex,
+    after: int, # A version
+    ids: Optional[Sequence[str]], # `None` asks about all
+) -> tuple[int, Optional[set[str]]]:
+    "The newest version, and which of these episodes the commits behind `after` touched; `None` where that is not known"
+    def look(version: int) -> tuple[int, Optional[set[str]]]:
+        if ids is None or self._oldest() > after: return version, None
+        then, now = ({id: [part.version for part in parts] for id, parts in self._stored(ids, v).items()} for v in (after, version))
+        return version, {id for id in ids if then.get(id) != now.get(id)}
+    return self._newest(look)
+
+@patch
+def _undo(self: PoolIndex, commit: Commit) -> None:
+    "Take back what was written for a commit that is in no log"
+    if commit.put: self._drop(commit.put)
+
+# %% ../../../nbs/storage/pool/pool.ipynb #9a44d7e0
+def _stands(pool: Pool, plan: Plan, version: int, touched: Optional[set[str]]) -> bool:
+    "Whether a plan is right at a version, too, after commits that touched these episodes"
+    if touched is None or not touched.isdisjoint(plan.ids): return False
+    if plan.put and pool._schema(version) not in (None, plan.schema): return False
+    return plan.query is None or not pool._select(plan.query, version, touched)
+
+def _stage(pool: Pool, plan: Plan) -> Commit: # Without its number
+    "Write the steps of a plan"
+    token = secrets.token_hex(16)
+    put = pool._write(token, plan.put, plan.schema) if plan.put else ()
+    return Commit(0, token, tuple(put), tuple(plan.hide), plan.schema)
+
+_WAIT = 6  # Up to so many times what the winning attempt took
 
 def _commit(pool: Pool, decide: Callable[[int], Plan]) -> list[str]:
-    "Make what `decide(version)` plans the next commit, deciding again whenever somebody else was first"
+    "Make what `decide(version)` plans the next commit; decide again where somebody else was first, and it no longer stands"
     check_writable(pool)
-    staged, before, token = [], None, secrets.token_hex(16)
-    for attempt in range(1_000_000):
-        try: version, plan = pool._newest(lambda version: (version, decide(version)))
-        except BaseException:  # what was staged for an earlier try is nobody's now
-            with suppress(DataIOError): pool._drop(staged)
-            raise
-        said = ([part for part, _ in plan.put], plan.hide)
-        if said != before:  # the steps are written once, however often the number is lost
-            pool._drop(staged)
-            staged = pool._write(token := secrets.token_hex(16), plan.put, plan.schema) if plan.put else []
-        if not plan.put and not plan.hide: return plan.ids
-        put = tuple(replace(part, version=version + 1) for part in staged)
-        if pool._put(Commit(version + 1, token, put, tuple(plan.hide), plan.schema)): return plan.ids
-        before = said
-        time.sleep(random.SystemRandom().random() * min(0.1, 0.001 * 2 ** min(attempt, 10)))
+    due, mine = getattr(pool, "_turn", (0, None))  # when it may go on; its last commit
+    if (wait := due - time.monotonic()) > 0: time.sleep(min(wait, 0.5))
+    staged, before, plan = None, None, None  # `staged` is written, and surely in no log
+    try:
+        for lost in range(1_000_000):
+            if plan is None:
+                version, plan = pool._newest(lambda version: (version, decide(version)))
+                said = [part for part, _ in plan.put], plan.hide, plan.schema
+                if staged and said != before:
+                    old, staged = staged, None
+                    pool._undo(old)
+                if not plan.put and not plan.hide: return plan.ids
+                if not staged: staged, before = _stage(pool, plan), said
+            commit = staged._replace(number=version + 1, put=tuple(replace(part, version=version + 1) for part in staged.put))
+            staged, began = None, time.monotonic()
+            if pool._put(commit):
+                now, alone = time.monotonic(), mine in (None, version)
+                pool._turn = 0 if alone else now + random.random() * _WAIT * (now - began) / (1 + lost), version + 1
+                return plan.ids
+            staged = commit
+            version, touched = pool._touched(version, plan.ids if plan.query is None else None)
+            if not _stands(pool, plan, version, touched): plan = None
+    except BaseException:
+        if staged:
+            with suppress(DataIOError): pool._undo(staged)
+        raise
     raise PoolUnavailable(f"{pool!r}: a million other commits came first")
 
 # %% ../../../nbs/storage/pool/pool.ipynb #f3b268d1
@@ -686,15 +734,15 @@ class _Delete:
     "Decides which episodes to hide at a version"
     def __init__(self, pool: Pool, query: Any, everything: bool):
         asked, ids = _as_query(query)
-        self.pool, self.query = pool, ids or asked
+        self.pool, self.ids, self.query = pool, ids, asked
         if asked == PoolQuery() and not everything:
             raise QueryError("this would delete every episode; delete(everything=True) does it")
         if asked.time != (None, None):
             raise QueryError("a time range cuts episodes, and delete takes whole ones; use start=(from, to)")
 
     def __call__(self, version: int) -> Plan:
-        ids = [parts[0].id for parts in self.pool._ask(self.query, version)[1]]
-        return Plan([], ids, None, ids)
+        ids = [parts[0].id for parts in self.pool._ask(self.ids or self.query, version)[1]]
+        return Plan([], ids, None, ids, None if self.ids else self.query)
 
 # %% ../../../nbs/storage/pool/pool.ipynb #8d84230e
 def view(
