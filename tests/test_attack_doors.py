@@ -303,7 +303,7 @@ def test_states(attack, lean):
     for buffer in buffers: buffer.load()
     pool.store(drive(hour=4)); pool.delete(drive(hour=1).id)
     for buffer in buffers: buffer.refresh(); buffer.sample()
-    rights, taken = [through_json(buffer.state_dict()) for buffer in buffers], []
+    rights, done = [through_json(buffer.state_dict()) for buffer in buffers], []
     def once(rng):
         i = rng.integers(2)
         state = spread(mutated(rng, rights[i]))
@@ -312,12 +312,14 @@ def test_states(attack, lean):
         if isinstance(state, dict) and any(isinstance(n := state.get(name), int) and 10**6 < n <= 2**53 for name in ("capacity", "serial")): return  # some machine may hold them
         before = buffers[i].state_dict()
         try: buffers[i].load_state_dict(state)
-        except DataIOError as e: assert len(str(e)) > 12 and buffers[i].state_dict() == before
+        except DataIOError as e:
+            assert len(str(e)) > 12 and buffers[i].state_dict() == before
+            done.append("refused")
         else:
-            taken.append(1)
+            done.append("taken")  # another number of the generator, say
             buffers[i].load_state_dict(rights[i])
     attack("states of buffers", 400, once)
-    assert len(taken) < 200
+    assert done.count("refused") > 5 * done.count("taken") > 0
 
 
 @pytest.mark.parametrize("change", [
