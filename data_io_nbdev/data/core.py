@@ -37,7 +37,7 @@ def from_us(
     if zone != "UTC" and len(plain) and FIRST + _DAY <= plain.min() and plain.max() <= LAST - _DAY: index = index.tz_convert(zone)
     return index if np.ndim(us) else index[0]
 
-# %% ../../nbs/data/core.ipynb #4e07d7f1
+# %% ../../nbs/data/core.ipynb #ccda3e85
 def _check_calendar(times: np.ndarray | int, unit: str, error: type[DataIOError]) -> None:
     "Raise `error` for times, counted since 1970 in a unit, before the year 1 or after 9999"
     per = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[unit]
@@ -72,8 +72,10 @@ def utc_us(
     if (finer := us != index).any():
         raise error(f"digits below a microsecond in {index[finer][0].isoformat()}; "
                     "choose how to drop them: floor('us') or round('us')")
-    first = np.clip(us.asi8[:1] if len(us) else [0], FIRST + _DAY, LAST - _DAY)  # at the ends zones cannot be asked
-    return us.asi8, _zone_name(index.tz, from_us(first).tz_convert(index.tz), error)
+    first = index[:1]
+    if not len(us) or not FIRST + _DAY <= us.asi8[0] <= LAST - _DAY:  # there zones cannot be asked
+        first = from_us(np.zeros(1)).tz_convert(index.tz)
+    return us.asi8, _zone_name(index.tz, first, error)
 
 def one_us(
     time: Any, # Likewise, but one
@@ -88,13 +90,14 @@ def _time_index(times: Any, error: type[DataIOError]) -> pd.DatetimeIndex:
     "Times as pandas reads them; raises `error` where it cannot, or would take a far one for another"
     if isinstance(times, pd.DatetimeIndex): return times
     try:
-        if getattr(getattr(times, "dtype", None), "kind", "") == "M": return pd.DatetimeIndex(np.atleast_1d(times) if np.ndim(times) == 0 else times)
+        if getattr(getattr(times, "dtype", None), "kind", "") == "M":  # an array, a series: as it is
+            return pd.DatetimeIndex(times if np.ndim(times) else np.atleast_1d(times))
         given = np.atleast_1d(np.asarray(None if isinstance(times, datetime) else times, object))
         if isinstance(times, datetime): given[0] = times
         if given.ndim != 1: raise ValueError("times stand in one row")
-        stamps = [t for t in given if isinstance(t, pd.Timestamp)]
-        for t in stamps: _check_calendar(t.asm8.view("int64"), t.unit, error)
-        if any(not 1 < t.year < 9999 for t in stamps):  # pandas reads the clock of a Timestamp, and misreads the years 0 and 10000
+        far = [t for t in given if isinstance(t, pd.Timestamp) and not (1 < t.year < 9999 and abs(t.timestamp()) < 1e12)]
+        for t in far: _check_calendar(t.asm8.view("int64"), t.unit, error)
+        if far:  # pandas reads the clock of a Timestamp, and misreads the years 0 and 10000
             given = [t.tz_convert("UTC") if isinstance(t, pd.Timestamp) and t.tzinfo else t for t in given]
         return pd.DatetimeIndex(given)
     except DataIOError: raise
@@ -206,8 +209,8 @@ def _only(index: pd.MultiIndex, level: str) -> pd.Index:
     if (codes < 0).any():
         raise SchemaError(f"{level} is missing (NaN) in some rows; every step needs to say whose it is")
     values = index.levels[i][codes]
-    if level == "episodestart": utc_us(values)  # raises for such a time
     if len(values) > 1:
+        if level == "episodestart": utc_us(values)  # raises for such a time
         by = [n for n in index.names if n != "timestamp"]
         raise SchemaError(f"expected one episode, got {len(codes)} values of {level}: {values[:3].tolist()}; "
                           f"split it: [part for _, part in frame.groupby(level={by})]")
@@ -611,7 +614,8 @@ def as_episode(
     if isinstance(item, pd.DataFrame): return Episode.from_frame(item, schema)
     if isinstance(item, Record): return item.to_episode(schema)
     if isinstance(item, Episode):  # one that was put together by hand may be from any time
-        for times in (item.start, item.times): _check_calendar(times, "us", SchemaError)
+        if not (FIRST <= item.start <= LAST and FIRST <= item.times[0] and item.times[-1] <= LAST):
+            _check_calendar(np.array([item.start, *item.times]), "us", SchemaError)
         return conform(item, schema) if schema else item
     raise SchemaError(f"expected a DataFrame, an Episode or a Record, got {type(item).__name__}")
 

@@ -101,7 +101,8 @@ def _dtype(dtype, what: str) -> str:
     try: dt = np.dtype(dtype) if dtype is not None else None  # numpy takes None for float64
     except Exception: dt = None  # numpy raises its own, and pandas' own dtypes theirs
     if dt is None or dt.kind not in "biufc" or dt.name in _UNPORTABLE:
-        raise SchemaError(f"{what}: expected a boolean or number such as float32 or uint8, got {str(dtype) if is_text(dtype) else brief(dtype)}; "
+        got = dtype if is_text(dtype) else brief(dtype)
+        raise SchemaError(f"{what}: expected a boolean or number such as float32 or uint8, got {got}; "
                           "convert it with astype, or leave the column out")
     return dt.name
 
@@ -175,8 +176,10 @@ def _step_bytes(fields: Iterable[Field]) -> int:
 def _labels(what: str, labels: Any, sizes: Sequence[int]) -> tuple:
     "Labels of a frame as they can be stored; raises `SchemaError` for what JSON does not know"
     labels = tuple(label.item() if isinstance(label, np.generic) else label for label in _listed(labels, 4) or ())
-    if len(labels) in sizes and all(label is None or isinstance(label, (bool, float)) or is_text(label) or is_whole(label) for label in labels): return labels
-    raise SchemaError(f"{what}: expected {' or '.join(map(str, sizes))} labels each, of text, numbers or None, got {brief(labels)}; rename the frame's columns")
+    plain = (label is None or isinstance(label, (bool, float)) or is_text(label) or is_whole(label) for label in labels)
+    if len(labels) in sizes and all(plain): return labels
+    raise SchemaError(f"{what}: expected {' or '.join(map(str, sizes))} labels each, of text, numbers or None, got {brief(labels)}; "
+                      "rename the frame's columns")
 
 # %% ../../nbs/data/schema.ipynb #335e6ab5
 @dataclass(frozen=True)
@@ -191,7 +194,8 @@ class Schema:
 
     def __post_init__(self):
         given, flags = _listed(self.fields), _listed(self.flags)
-        if given is None or flags is None: raise SchemaError(f"expected Fields, and pairs for flags, got {brief(self.fields)} and {brief(self.flags)}")
+        if given is None: raise SchemaError(f"expected Fields, got {brief(self.fields)}")
+        if flags is None: raise SchemaError(f"flags are pairs of flag and name, got {brief(self.flags)}")
         if wrong := [f for f in given if not isinstance(f, Field)]: raise SchemaError(f"expected Fields, got {brief(wrong[0])}")
         fields = tuple(sorted(given, key=lambda f: ROLES.index(f.role)))  # stable: a role keeps its order
         keys = Counter((f.role, f.name) for f in fields)

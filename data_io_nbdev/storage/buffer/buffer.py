@@ -404,20 +404,22 @@ def _parse_state(state: Any) -> tuple:
             state[k] for k in ("query", "capacity", "versions", "serial", "rows", "trail", "sampler", "rng"))
         return PoolQuery.from_json(query), *_counts(capacity, versions, serial, rows, trail, sampler), _generator(rng)
     except QueryError: raise
-    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as e: raise QueryError(f"no state of a buffer: {brief(e)}") from e
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as e:
+        raise QueryError(f"no state of a buffer: {brief(e, 200)}") from e
 
 def _counts(capacity: Any, versions: Any, serial: Any, rows: Any, trail: Any, sampler: Any) -> tuple:
     "`(capacity, versions, serial, rows)` of a state in which they agree; raises `ValueError`"
     def whole(n: Any) -> bool: return is_whole(n, 0, 2**53)
-    if capacity is not None and not (whole(capacity) and capacity): raise ValueError(f"a capacity is a whole number from 1, got {brief(capacity)}")
-    pairs = [tuple(pair) for pair in versions if isinstance(pair, (list, tuple))] if isinstance(versions, (list, tuple)) else []
-    if not pairs or len(pairs) < len(versions) or not all(len(pair) == 2 and all(map(whole, pair)) and pair[0] <= pair[1] for pair in pairs):
-        raise ValueError(f"versions are pairs (first, last), got {brief(versions)}")
-    if any(a[1] >= b[0] for a, b in zip(pairs, pairs[1:])): raise ValueError(f"versions follow each other, got {brief(versions)}")
-    if not (whole(serial) and whole(rows) and rows <= serial and (capacity is None or rows <= capacity)):
-        raise ValueError(f"{brief(rows)} rows of {brief(serial)} that came, and a capacity of {capacity}")
-    if not isinstance(trail, str) or not re.fullmatch("[0-9a-f]{64}" + "|" * (not rows), trail): raise ValueError(f"a trail is 64 hexadecimal digits, got {brief(trail)}")
-    if not isinstance(sampler, dict) or not isinstance(sampler.get("kind"), str): raise ValueError(f"a sampler is a dict with its kind, got {brief(sampler)}")
+    def other(than: str, got: Any) -> ValueError: return ValueError(f"expected {than}, got {brief(got)}")
+    if capacity is not None and not (whole(capacity) and capacity): raise other("a capacity from 1", capacity)
+    pairs = [tuple(pair) if isinstance(pair, (list, tuple)) else () for pair in versions] if isinstance(versions, (list, tuple)) else []
+    if not pairs or not all(len(pair) == 2 and all(map(whole, pair)) and pair[0] <= pair[1] for pair in pairs):
+        raise other("versions as pairs (first, last)", versions)
+    if any(a[1] >= b[0] for a, b in zip(pairs, pairs[1:])): raise other("versions that follow each other", versions)
+    if not (whole(serial) and whole(rows) and rows <= serial): raise other("no more rows than serial numbers", (rows, serial))
+    if capacity is not None and rows > capacity: raise other(f"no more than {capacity} rows", rows)
+    if not isinstance(trail, str) or not re.fullmatch("[0-9a-f]{64}" if rows else "|[0-9a-f]{64}", trail): raise other("a SHA-256 as trail", trail)
+    if not isinstance(sampler, dict) or not isinstance(sampler.get("kind"), str): raise other("a sampler and its kind", sampler)
     json.dumps(sampler)  # raises `TypeError` and others for what is no JSON
     return capacity, pairs, serial, rows
 

@@ -587,4 +587,5 @@ def open_lake(
     path = url.partition("://")[2] if url.startswith(("delta://", "file://")) else url
     if "://" not in path: return LocalLake(os.path.abspath(plain_path(path)))
     if safe_url(path) == path: return RemoteLake(path, options)
-    raise QueryError(f"{safe_url(url)!r}: a lake's URL holds no secrets, because it travels; give keys as storage_options, or in the environment")
+    raise QueryError(f"{safe_url(url)!r}: a lake's URL holds no secrets, because it travels; give keys as storage_options, "
+                     "or in the environment")
