@@ -69,7 +69,7 @@ def file_array(
     room.born = os.getpid(), _FORKS[0]
     return np.asarray(room)
 
-# %% ../../../nbs/storage/buffer/mapped.ipynb #057d3377
+# %% ../../../nbs/storage/buffer/mapped.ipynb #caa64db5
 _STILL = threading.RLock()  # held by whoever must not be forked in the middle
 _SITES: weakref.WeakSet = weakref.WeakSet()  # where something is being built
 
@@ -166,7 +166,7 @@ def _make_folder(cache: Cache) -> None:
     try: cache.folder.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise _unwritable(cache, e) from e
 
-# %% ../../../nbs/storage/buffer/mapped.ipynb #11073765
+# %% ../../../nbs/storage/buffer/mapped.ipynb #0dbd293a
 _BLOCK, _BLOCKS, _PIECE = 4 << 20, 4096, 1 << 18  # Bytes of a block, at least; blocks of a file, at most; bytes that are read at once
 
 def _sums(
@@ -192,7 +192,7 @@ def _in_threads(do: Callable[[int], Any], numbers: range) -> list:
     try: return list(threads.map(do, numbers))
     finally: threads.shutdown(cancel_futures=True)
 
-# %% ../../../nbs/storage/buffer/mapped.ipynb #c2cbde28
+# %% ../../../nbs/storage/buffer/mapped.ipynb #c8b111df
 _PACKAGE, _MARK, _SITE = "data_io_nbdev", "entry.json", "site.json"
 _FILES, _GROWING = ("rows.bin", "runs.npy", "times.npy"), "rows.new"
 _RUN = ("serial", "slot", "step", "length", "episode")
@@ -231,7 +231,7 @@ def _has_runs(folder: Path) -> bool:
     if not re.fullmatch("[0-9a-f]{40}", _key(folder)) or {*os.listdir(folder)} - {_MARK, _SITE} != {*_FILES}: return False
     with _open(folder / "runs.npy") as f: return np.lib.format.read_magic(f) == (1, 0) and np.lib.format.read_array_header_1_0(f)[2].names == _RUN
 
-# %% ../../../nbs/storage/buffer/mapped.ipynb #10d1669f
+# %% ../../../nbs/storage/buffer/mapped.ipynb #000148ca
 def _remove(folder: Path) -> bool: # Whether its room is free again
     "Remove what we put into a folder, marks last, and the folder, unless somebody else put something there"
     ours = (*_FILES, _GROWING, _MARK, _SITE)
@@ -299,7 +299,7 @@ def _build(cache: Cache, schema: Schema, once: bool, reserve: int) -> Rows:
         site.close()
         raise
 
-# %% ../../../nbs/storage/buffer/mapped.ipynb #70fdc5a0
+# %% ../../../nbs/storage/buffer/mapped.ipynb #34d23e38
 def _is_site(folder: Path) -> bool:
     try: return _read_mark(folder, _SITE)["site"] == folder.name
     except Exception: return False
@@ -314,7 +314,7 @@ def _is_left(site: Path) -> bool:
             return free and os.path.samestat(os.fstat(f.fileno()), os.stat(site / _SITE))
     except Exception: return False  # it has become an entry, or is gone
 
-# %% ../../../nbs/storage/buffer/mapped.ipynb #8367b7d5
+# %% ../../../nbs/storage/buffer/mapped.ipynb #8fa7fb42
 _SPARE = 8  # An entry has room for one more eighth of its rows
 
 def _size(folder: Path) -> int:
@@ -361,7 +361,7 @@ def _settle(cache: Cache, key: str, rows: Rows, folder: Path) -> Optional[Rows]:
         if (kept := _recall(cache, key, rows.schema, rows.once)) is not None: return kept
         if not folder.exists(): return None
 
-# %% ../../../nbs/storage/buffer/mapped.ipynb #1f5f8715
+# %% ../../../nbs/storage/buffer/mapped.ipynb #94ff0017
 def _seal(folder: Path, key: str, rows: Rows) -> None:
     "Write beside rows what makes an entry of them"
     runs, files, step = rows.ledger.runs, {}, rows.dtype.itemsize
