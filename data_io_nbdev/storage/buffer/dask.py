@@ -6,8 +6,12 @@
 from __future__ import annotations
 import os
 import sys
+import threading
+import time
+import weakref
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Optional
@@ -17,7 +21,7 @@ import numpy as np
 __all__ = ['in_parallel', 'LakeHome', 'DaskBuffer']
 
 # %% ../../../nbs/storage/buffer/dask.ipynb #2bc9a2d3
-from ...errors import CorruptData, QueryError, require
+from ...errors import CorruptData, PoolUnavailable, QueryError, require
 from ...data.schema import Schema
 from ...data.core import Episode
 from ..pool.pool import Part, Pool, in_bulk
@@ -25,7 +29,7 @@ from ..pool.dask import DaskPool, part_now, read_window, windows
 from .rows import Rows, row_dtype
 from .view import Home, View, keep_once
 from .buffer import Batch, Buffer
-from .mapped import Cache, cache_key
+from .mapped import Cache, cache_key, move_out, still
 from .cluster import ClusterRows, LookAhead
 
 # %% ../../../nbs/storage/buffer/dask.ipynb #bba19a3f
@@ -38,15 +42,30 @@ def in_parallel(
 ) -> None:
     "Read portions at the same time, and let them enter in order"
     if not portions: return
-    tasks: dict = {}
+    began, tasks, going, turn = time.monotonic(), {}, [True], threading.Lock()
+    def both(i: int, found: Any, _: None) -> None:
+        with turn:
+            if going: enter(portions[i], found)
+        if progress: _show(i + 1, len(portions), time.monotonic() - began)
     for i, portion in enumerate(portions):
         tasks["read", i] = (partial(_first, partial(read, portion)), ("enter", i - 2 * threads) if i >= 2 * threads else None)
-        tasks["enter", i] = (partial(_both, enter, portion), ("read", i), ("enter", i - 1) if i else None)
-    bar = require("dask.diagnostics", "dask").ProgressBar(minimum=2.0) if progress else nullcontext()
-    with bar: require("dask.threaded", "dask").get(tasks, ("enter", len(portions) - 1), num_workers=threads)
+        tasks["enter", i] = (partial(both, i), ("read", i), ("enter", i - 1) if i else None)
+    dask, pool, callbacks = require("dask.local", "dask"), ThreadPoolExecutor(threads), require("dask.callbacks", "dask").Callback.active
+    try:
+        try: dask.get_async(pool.submit, threads, tasks, ("enter", len(portions) - 1), callbacks=[*callbacks])
+        finally: pool.shutdown(cancel_futures=True)
+    except BaseException:
+        with turn: going.clear()  # Ctrl-C may have come while threads began or ended: some may be at work still
+        pool.shutdown(cancel_futures=True)
+        raise
 
 def _first(read: Callable, _: None) -> Any: return read()
-def _both(enter: Callable, portion: Any, found: Any, _: None) -> None: enter(portion, found)
+
+def _show(done: int, of: int, seconds: float) -> None:
+    "Draw a bar"
+    if seconds < 2: return
+    with suppress(OSError, ValueError):  # nobody may be there to see it
+        print(f"\r[{'#' * (40 * done // of):40}] | {100 * done // of}% | {seconds:.1f} s", end="\n" * (done == of), flush=True)
 
 # %% ../../../nbs/storage/buffer/dask.ipynb #339ee0db
 class LakeHome(Home):
@@ -62,6 +81,7 @@ class LakeHome(Home):
         return [self._request(view, chunk) for chunk in self._chunks(parts)]
 
     def rows(self, view: View, schema: Schema, parts: Sequence[Part]) -> Rows:
+        if self.resident == "cluster": _check_client(self.client)
         once, steps = keep_once(view.states, schema, parts), sum(part.length for part in parts)
         if self.resident == "cluster": return ClusterRows(schema, self.client, once, view.capacity, view.begin)
         keeps = not (view.own or view.capacity or view.begin or view.versions)  # rows that another process may want as well
@@ -76,7 +96,7 @@ class LakeHome(Home):
         if isinstance(view.rows, ClusterRows): self._enter_chunks(view, parts, steps)
         elif self.recalled and not view.versions:
             for part in parts: view.note(part)
-        elif view.versions: super().enter(view, parts, steps)
+        elif view.versions: self._enter_more(view, parts, steps)
         else: self._enter_first(view, parts)
 
     def allocate(self, n: int, dtype: np.dtype) -> np.ndarray:
@@ -88,8 +108,18 @@ class LakeHome(Home):
     def _enter_first(self, view: View, parts: Sequence[Part]) -> None:
         "Read all there is"
         def enter(window: Sequence[Part], episodes: Sequence[Episode]) -> None: Home.enter(self, view, window, episodes)
-        in_parallel(list(windows(parts)), partial(_read, view.pool, self.client), enter, _threads(self.client), self.progress)
+        try: in_parallel(list(windows(parts)), partial(_read, view.pool, self.client), enter, _threads(self.client), self.progress)
+        except BaseException:
+            if view.rows is not None: self.cache.drop(view.rows)
+            raise
         if self.key and parts: view.rows = self.cache.keep(self.key, view.rows)
+
+    def _enter_more(self, view: View, parts: Sequence[Part], steps: Iterable[Any]) -> None:
+        "Add to rows that are drawn from, perhaps by children, too, that were forked meanwhile"
+        if not parts: return
+        with still(view.rows):
+            move_out(view.rows)
+            super().enter(view, parts, steps)
 
     def _chunks(self, parts: Sequence[Part]) -> list[list[Part]]:
         return list(in_bulk(parts, lambda part: part.nbytes, max(_CHUNK, sum(part.nbytes for part in parts) // 64)))
@@ -118,12 +148,6 @@ def _read(pool: Pool, client: Any, window: Sequence[Part]) -> list[Episode]:
     try: return client.submit(read_window, pool.lake, pool.schema, list(window), pure=False).result()
     except FileNotFoundError: return list(pool._read(window))  # compacted meanwhile: the pool knows where it is now
 
-def _client(given: Any) -> Any:
-    "The given `distributed.Client`, else the current one, else `None`"
-    if given is not None or "distributed" not in sys.modules: return given
-    try: return sys.modules["distributed"].default_client()
-    except ValueError: return None
-
 def _threads(client: Any) -> int: return os.cpu_count() or 1 if client is None else max(1, min(32, 2 * sum(client.nthreads().values())))
 
 def _bytes(size: Optional[int | str]) -> Optional[int]:
@@ -132,6 +156,29 @@ def _bytes(size: Optional[int | str]) -> Optional[int]:
 def _limit(memory_limit: Optional[int | str]) -> float:
     "Bytes of rows in memory; by default half of what this process may have"
     return _bytes(memory_limit) if memory_limit is not None else require("distributed.system", "dask").MEMORY_LIMIT / 2
+
+# %% ../../../nbs/storage/buffer/dask.ipynb #f1ec4d94
+_MET: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # clients, and the processes in which they were met first
+
+def _client(given: Any) -> Any:
+    "The given `distributed.Client`, else the current one, else `None`, as it is after a fork: a client's threads are its parent's"
+    client = _current() if given is None else given
+    return None if client is None or _MET.setdefault(client, os.getpid()) != os.getpid() else client
+
+def _current() -> Any:
+    if "distributed" not in sys.modules: return None
+    try: return sys.modules["distributed"].default_client()
+    except ValueError: return None
+
+def _check_client(client: Any) -> None:
+    if client is not None and _client(client) is not None: return
+    raise PoolUnavailable("this process was forked, and its parent's distributed.Client is no use here: make one here, or take another resident=")
+
+def _meet(process: int) -> None:
+    "In a child: the current client is the parent's"
+    if (client := _current()) is not None: _MET.setdefault(client, process)
+
+if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=lambda: _meet(os.getppid()))
 
 # %% ../../../nbs/storage/buffer/dask.ipynb #75cccd37
 @dataclass(kw_only=True, eq=False)
@@ -168,7 +215,9 @@ class DaskBuffer(Buffer[Episode]):
 
     def _home(self) -> Home: return LakeHome(self)
     def _batch(self, n: int, rows: Rows) -> Batch:
-        return self._ahead.next(self, n, rows) if isinstance(rows, ClusterRows) else super()._batch(n, rows)
+        if not isinstance(rows, ClusterRows): return super()._batch(n, rows)
+        _check_client(rows.client)
+        return self._ahead.next(self, n, rows)
 
 # %% ../../../nbs/storage/buffer/dask.ipynb #36f77035
 def _check_home(buffer: DaskBuffer) -> None:

@@ -4,19 +4,31 @@
 
 # %% ../../../nbs/storage/buffer/mapped.ipynb #8ea7efd9
 from __future__ import annotations
+import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
+import stat
 import tempfile
-from collections.abc import Sequence
+import threading
+import time
+import warnings
+import weakref
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, BinaryIO, Optional
 import numpy as np
+try: import fcntl
+except ImportError: fcntl = None  # type: ignore  # Windows
 
 # %% auto #0
-__all__ = ['file_array', 'cache_key', 'Cache']
+__all__ = ['file_array', 'still', 'move_out', 'cache_key', 'Cache']
 
 # %% ../../../nbs/storage/buffer/mapped.ipynb #47e97051
 from ...errors import PoolUnavailable
@@ -26,6 +38,21 @@ from ..pool.pool import Part
 from .rows import Rows, Run, register, row_dtype
 
 # %% ../../../nbs/storage/buffer/mapped.ipynb #2011b55c
+_ZEROS, _FORKS = bytes(1 << 20), [0]  # and how often this process was forked
+
+def _reserve(file: BinaryIO, begin: int, end: int) -> None:
+    "Let a file have these bytes, and the disk room for them; raises `OSError` where that cannot be had"
+    if end > begin: os.posix_fallocate(file.fileno(), begin, end - begin)
+
+def _take_room(file: BinaryIO, n: int) -> None:
+    "Give a new file room for so many bytes, whatever the file system can do"
+    if hasattr(os, "posix_fallocate"):
+        try: return _reserve(file, 0, n)
+        except OSError as e:
+            if e.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS): raise
+    for begin in range(0, n, len(_ZEROS)): file.write(_ZEROS[:n - begin])
+    file.flush()
+
 def file_array(
     path: Path, # A new file; in a folder, it has no name and is gone with the array
     n: int, # Rows
@@ -35,14 +62,45 @@ def file_array(
     if not n: return np.empty(0, dtype)
     try:
         with tempfile.TemporaryFile(dir=path) if path.is_dir() else open(path, "x+b") as f:
-            if hasattr(os, "posix_fallocate"): os.posix_fallocate(f.fileno(), 0, n * dtype.itemsize)
-            else: f.truncate(n * dtype.itemsize)
-            return np.asarray(np.memmap(f, dtype, "r+", shape=(n,)))
+            _take_room(f, n * dtype.itemsize)
+            room = np.memmap(f, dtype, "r+", shape=(n,))
     except OSError as e:
         raise PoolUnavailable(f"no room for {n * dtype.itemsize / 1e9:.1f} GB of rows at {str(path)!r}; cache= names another folder: {e}") from e
+    room.born = os.getpid(), _FORKS[0]
+    return np.asarray(room)
+
+# %% ../../../nbs/storage/buffer/mapped.ipynb #caa64db5
+_STILL = threading.RLock()  # held by whoever must not be forked in the middle
+_SITES: weakref.WeakSet = weakref.WeakSet()  # where something is being built
+
+def _in_parent() -> None:
+    _FORKS[0] += 1
+    _STILL.release()
+
+def _in_child() -> None:
+    _FORKS[0] += 1
+    _STILL._at_fork_reinit()
+    for site in list(_SITES): site.leave()
+
+if hasattr(os, "register_at_fork"): os.register_at_fork(before=_STILL.acquire, after_in_parent=_in_parent, after_in_child=_in_child)
+
+def _is_room(rows: Rows) -> bool: return isinstance(rows.data.base, np.memmap) and rows.data.base.mode == "r+"
+
+def still(rows: Rows) -> Any: # A context manager
+    "Put forks off while rows change that a child would share"
+    return _STILL if _is_room(rows) else nullcontext()
+
+def move_out(rows: Rows) -> None:
+    "Before rows change: give them a room of their own, where a fork would make them disturb somebody"
+    if not _is_room(rows): return
+    process, forks = rows.data.base.born
+    if process == os.getpid() and (forks == _FORKS[0] or not rows.capacity): return
+    data = rows.allocate(len(rows.data), rows.dtype)
+    data[:rows.slot] = rows.data[:rows.slot]
+    rows.data = data
 
 # %% ../../../nbs/storage/buffer/mapped.ipynb #44d2c7fc
-_FORMAT = 1
+_FORMAT = 2  # 1 had no mark
 
 def cache_key(
     schema: Schema,
@@ -62,12 +120,11 @@ class Cache:
         folder: Optional[str | os.PathLike] = None, # By default `data_io_nbdev` in the user's cache folder
         limit: Optional[int] = None, # Bytes; by default half of what the disk has for it
     ):
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        self.folder, self.limit = Path(folder or Path(home) / "data_io_nbdev").absolute(), limit
+        self.folder, self.limit = Path(folder or _users_folder()).absolute(), limit
 
     def private(self, n: int, dtype: np.dtype) -> np.ndarray:
-        "Room that nobody else sees"
-        self.folder.mkdir(parents=True, exist_ok=True)
+        "Room that nobody else sees, as long as nobody forks; raises `PoolUnavailable` where there is none"
+        _make_folder(self)
         return file_array(self.folder, n, dtype)
 
     def build(self,
@@ -75,15 +132,21 @@ class Cache:
         once: bool, # Keep each state once
         reserve: int, # Steps to make room for
     ) -> Rows: # To be filled, then kept
-        "Empty rows that can become an entry"
+        "Empty rows that can become an entry; raises `PoolUnavailable` where there is no room"
         return _build(self, schema, once, reserve)
 
     def keep(self,
         key: str,
         rows: Rows, # From `build`, filled
     ) -> Rows: # The same, as the entry has them
-        "Make rows an entry"
+        "Make rows an entry; where that fails it is said, and the rows are as good as before"
         return _keep(self, key, rows)
+
+    def drop(self,
+        rows: Rows, # From `build`
+    ) -> None:
+        "Let go at once of what will not be an entry"
+        if isinstance(rows.allocate, _Site): rows.allocate.close()
 
     def recall(self,
         key: str,
@@ -93,77 +156,294 @@ class Cache:
         "The rows of an entry; `None` where there is none, or a damaged one"
         return _recall(self, key, schema, once)
 
+def _users_folder() -> Path: return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "data_io_nbdev"
+
+def _unwritable(cache: Cache, e: OSError) -> PoolUnavailable:
+    return PoolUnavailable(f"nothing can be built in the cache at {str(cache.folder)!r}; cache= names another folder, and "
+                           f"resident='memory' needs none: {e}")
+
+def _make_folder(cache: Cache) -> None:
+    try: cache.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise _unwritable(cache, e) from e
+
+# %% ../../../nbs/storage/buffer/mapped.ipynb #0dbd293a
+_BLOCK, _BLOCKS, _PIECE = 4 << 20, 4096, 1 << 18  # Bytes of a block, at least; blocks of a file, at most; bytes that are read at once
+
+def _sums(
+    file: BinaryIO,
+    place: str, # Where it belongs
+    n: int, # So many of its bytes, from the first
+) -> str: # Eight hex digits for each block
+    "CRC-32 of every block and its place; raises `ValueError` where the file is shorter"
+    size = max(_BLOCK, -(-n // _BLOCKS))
+    def one(i: int) -> str:
+        crc, end = zlib.crc32(f"{place} {i}".encode()), min(n, (i + 1) * size)
+        for at in range(i * size, end, _PIECE):
+            piece = os.pread(file.fileno(), min(_PIECE, end - at), at)
+            if len(piece) != min(_PIECE, end - at): raise ValueError("cut short")
+            crc = zlib.crc32(piece, crc)
+        return f"{crc:08x}"
+    return "".join(_in_threads(one, range(-(-n // size))))
+
+def _in_threads(do: Callable[[int], Any], numbers: range) -> list:
+    "Do something for each number; whatever is raised, what has not begun by then is not done"
+    if len(numbers) < 4: return [do(i) for i in numbers]
+    threads = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+    try: return list(threads.map(do, numbers))
+    finally: threads.shutdown(cancel_futures=True)
+
+# %% ../../../nbs/storage/buffer/mapped.ipynb #c8b111df
+_PACKAGE, _MARK, _SITE = "data_io_nbdev", "entry.json", "site.json"
+_FILES, _GROWING = ("rows.bin", "runs.npy", "times.npy"), "rows.new"
+_RUN = ("serial", "slot", "step", "length", "episode")
+
+def _open(path: Path, mode: str = "rb") -> BinaryIO:
+    "Open a regular file that may be anything: a pipe would wait for somebody to write to it"
+    file = open(path, mode, opener=lambda path, flags: os.open(path, flags | getattr(os, "O_NONBLOCK", 0)))
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode): return file
+    file.close()
+    raise ValueError(f"{str(path)!r} is no file")
+
+def _mark(about: dict) -> bytes: return json.dumps({**about, "crc": zlib.crc32(json.dumps(about).encode())}).encode()
+
+def _read_mark(folder: Path, name: str = _MARK) -> dict:
+    "What a mark of ours says; raises unless every byte of it is as it was written"
+    with _open(folder / name) as f: text = f.read(1 << 17)
+    about = json.loads(text)
+    del about["crc"]
+    if text != _mark(about) or about["package"] != _PACKAGE: raise ValueError("no mark")
+    return about
+
+def _key(folder: Path) -> str:
+    "The key that a folder is called after, also while it is being removed"
+    return m[1] if (m := re.fullmatch(r"\.(.+)-[0-9a-f]{16}", folder.name)) else folder.name
+
+def _is_entry(folder: Path) -> bool:
+    "Whether a folder is an entry, whole or damaged"
+    try: return _read_mark(folder)["key"] == _key(folder)
+    except FileNotFoundError: pass
+    except OSError: return False  # nobody knows
+    except Exception: pass  # it says nothing, whatever is wrong with it
+    try: return _has_runs(folder)
+    except Exception: return False
+
+def _has_runs(folder: Path) -> bool:
+    if not re.fullmatch("[0-9a-f]{40}", _key(folder)) or {*os.listdir(folder)} - {_MARK, _SITE} != {*_FILES}: return False
+    with _open(folder / "runs.npy") as f: return np.lib.format.read_magic(f) == (1, 0) and np.lib.format.read_array_header_1_0(f)[2].names == _RUN
+
+# %% ../../../nbs/storage/buffer/mapped.ipynb #000148ca
+def _remove(folder: Path) -> bool: # Whether its room is free again
+    "Remove what we put into a folder, marks last, and the folder, unless somebody else put something there"
+    ours = (*_FILES, _GROWING, _MARK, _SITE)
+    try:
+        if folder.name[0] != "." and {*os.listdir(folder)} <= {*ours}:  # a new one may take its place meanwhile
+            folder = folder.rename(folder.with_name(f".{folder.name}-{secrets.token_hex(8)}"))
+        for name in ours: (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
+    except OSError as e: return e.errno in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST)  # somebody was quicker, or something stays
+    return True
+
 # %% ../../../nbs/storage/buffer/mapped.ipynb #2b9256b5
+_WEEK = 7 * 24 * 3600  # Seconds
+
+def _lock(file: BinaryIO) -> Optional[bool]: # `None` where nobody can say
+    "Lock a file until it is closed, unless somebody else has: whether that went well"
+    if fcntl is None: return None
+    try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError: return False
+    except OSError: return None
+    return True
+
 class _Site:
     "A folder in which an entry is built; what was not kept is removed with it"
     def __init__(self, cache: Cache):
-        cache.folder.mkdir(parents=True, exist_ok=True)
-        self.folder = cache.folder / f".{secrets.token_hex(8)}"
-        self.folder.mkdir()
-        self.path: Optional[Path] = None
+        self.cache, self.folder, self._mark = cache, cache.folder / f".{secrets.token_hex(8)}", []
+        self.close = weakref.finalize(self, _clear, self.folder, self._mark, os.getpid())
+        try:
+            with _STILL:  # a child must know that it has the lock
+                self.folder.mkdir()
+                self._mark.append(open(self.folder / _SITE, "xb", buffering=0))
+                _SITES.add(self)
+            _lock(self._mark[0])
+            self._mark[0].write(_mark(dict(package=_PACKAGE, format=_FORMAT, site=self.folder.name, host=_host(), process=os.getpid())))
+        except BaseException:
+            self.close()
+            raise
 
     def __call__(self, n: int, dtype: np.dtype) -> np.ndarray:
-        last, self.path = self.path, self.folder / secrets.token_hex(4)
-        array = file_array(self.path, n, dtype)
-        if last: last.unlink(missing_ok=True)
+        array = file_array(self.folder / _GROWING, n, dtype)
+        try: os.replace(self.folder / _GROWING, self.folder / "rows.bin")
+        except OSError as e: raise _unwritable(self.cache, e) from e
         return array
 
-    def __del__(self): shutil.rmtree(self.folder, ignore_errors=True)
+    def leave(self) -> None:
+        "Forget the lock: it is the parent's"
+        for file in self._mark: file.close()
+
+def _host() -> str: return os.uname().nodename if hasattr(os, "uname") else ""
+
+def _clear(folder: Path, mark: list, process: int) -> None:
+    "Remove a site that this process made"
+    if os.getpid() != process: return
+    _remove(folder)
+    for file in mark: file.close()
 
 def _build(cache: Cache, schema: Schema, once: bool, reserve: int) -> Rows:
-    need = reserve * row_dtype(schema, once).itemsize
-    _make_space(cache, need)
-    return Rows(schema, once, reserve=reserve, allocate=_Site(cache))
+    _make_folder(cache)
+    try:
+        _make_space(cache, reserve * (row_dtype(schema, once).itemsize + 8) * (_SPARE + 1) // _SPARE)
+        site = _Site(cache)
+    except OSError as e: raise _unwritable(cache, e) from e
+    try: return Rows(schema, once, reserve=reserve, allocate=site)
+    except BaseException:
+        site.close()
+        raise
+
+# %% ../../../nbs/storage/buffer/mapped.ipynb #34d23e38
+def _is_site(folder: Path) -> bool:
+    try: return _read_mark(folder, _SITE)["site"] == folder.name
+    except Exception: return False
+
+def _is_left(site: Path) -> bool:
+    "Whether the writer of a site is no more"
+    try:
+        with _open(site / _SITE, "r+b") as f:  # some file systems lock only what can be written
+            free = _lock(f)
+            if free is None or _read_mark(site, _SITE)["host"] != _host():
+                return time.time() - max(f.stat().st_mtime for f in os.scandir(site)) > _WEEK
+            return free and os.path.samestat(os.fstat(f.fileno()), os.stat(site / _SITE))
+    except Exception: return False  # it has become an entry, or is gone
+
+# %% ../../../nbs/storage/buffer/mapped.ipynb #8fa7fb42
+_SPARE = 8  # An entry has room for one more eighth of its rows
+
+def _size(folder: Path) -> int:
+    "Bytes of disk that a folder's files take"
+    try: return sum(f.stat(follow_symlinks=False).st_blocks * 512 for f in os.scandir(folder))
+    except OSError: return 0  # it went meanwhile
+
+def _make_space(cache: Cache, need: int, but: str = "") -> None:
+    "Remove what dead writers left, and entries until so many bytes more are within the limit"
+    entries, held = [], 0
+    for folder in [Path(e.path) for e in os.scandir(cache.folder) if e.is_dir(follow_symlinks=False)]:
+        site = _is_site(folder)
+        if not (site or _is_entry(folder)): continue
+        if folder.name[0] == "." and (not site or _is_left(folder)) and _remove(folder): continue
+        held += (size := _size(folder))
+        with suppress(OSError): entries += [] if site or folder.name == but else [(folder.stat().st_mtime, size, folder)]
+    limit = (shutil.disk_usage(cache.folder).free + held) / 2 if cache.limit is None else cache.limit
+    for _, size, folder in sorted(entries):
+        if held + need <= limit: return
+        if _remove(folder): held -= size
 
 # %% ../../../nbs/storage/buffer/mapped.ipynb #71a95ab1
-_SPARE = 8  # An entry leaves room for one more eighth of its rows; it costs nothing before it is used
-
 def _keep(cache: Cache, key: str, rows: Rows) -> Rows:
-    site, runs = rows.allocate, rows.ledger.runs
+    site, kept = rows.allocate, None
     rows.allocate = cache.private  # from here on this is no place to build at
-    if not len(rows): return rows
-    site.path.rename(site.folder / "rows.bin")
-    with open(site.folder / "rows.bin", "r+b") as f:
-        f.truncate((max(len(rows.data), rows.slot + rows.slot // _SPARE)) * rows.dtype.itemsize)
+    try:
+        if len(rows):
+            _seal(site.folder, key, rows)
+            kept = _settle(cache, key, rows, site.folder)
+            _make_space(cache, 0, key)
+    except OSError as e:
+        if kept is None: warnings.warn(f"rows could not be kept in the cache at {str(cache.folder)!r}, so the next process reads them again: {e}")
+    finally: site.close()
+    return rows if kept is None else kept
+
+def _settle(cache: Cache, key: str, rows: Rows, folder: Path) -> Optional[Rows]:
+    "Give a sealed site its name: the rows as they are there then"
+    for left in range(9, -1, -1):
+        try:
+            folder.rename(cache.folder / key)
+            with suppress(OSError): (cache.folder / key / _SITE).unlink()
+        except OSError:  # somebody else was quicker, with the same rows; damaged or evicted, they are gone after this
+            if not left: raise
+        if (kept := _recall(cache, key, rows.schema, rows.once)) is not None: return kept
+        if not folder.exists(): return None
+
+# %% ../../../nbs/storage/buffer/mapped.ipynb #94ff0017
+def _seal(folder: Path, key: str, rows: Rows) -> None:
+    "Write beside rows what makes an entry of them"
+    runs, files, step = rows.ledger.runs, {}, rows.dtype.itemsize
+    with open(folder / "rows.bin", "r+b") as f:
+        n, there = rows.slot + rows.slot // _SPARE, len(rows.data)
+        try: _reserve(f, there * step, n * step)
+        except (OSError, AttributeError): n = there  # no room, or a file system that cannot say
+        rows.data = np.asarray(np.memmap(f, rows.dtype, "c", shape=(n,)))
+        f.truncate(n * step)
         os.fsync(f.fileno())
+        files["rows.bin"] = [n * step, rows.slot * step, _sums(f, _place(key, "rows.bin"), rows.slot * step)]
     table = np.array([(r.serial, r.slot, r.step, len(r.times), r.episode) for r in runs],
-                     [*((name, "int64") for name in ("serial", "slot", "step", "length")), ("episode", f"U{max(len(r.episode) for r in runs)}")])
-    for name, array in (("runs", table), ("times", np.concatenate([r.times for r in runs]))):
-        with open(site.folder / f"{name}.npy", "wb") as f:
+                     [*((name, "int64") for name in _RUN[:-1]), ("episode", f"U{max(len(r.episode) for r in runs)}")])
+    for name, array in (("runs.npy", table), ("times.npy", np.concatenate([r.times for r in runs]))):
+        with open(folder / name, "x+b") as f:
             np.save(f, array, allow_pickle=False)
             f.flush()
             os.fsync(f.fileno())
-    try: site.folder.rename(cache.folder / key)
-    except OSError: pass  # somebody else was quicker, with the same rows
-    return _recall(cache, key, rows.schema, rows.once) or rows
+            files[name] = [n := os.fstat(f.fileno()).st_size, n, _sums(f, _place(key, name), n)]
+    with open(folder / _MARK, "xb") as f:
+        f.write(_mark(dict(package=_PACKAGE, format=_FORMAT, key=key, slots=rows.slot, files=files)))
+        f.flush()
+        os.fsync(f.fileno())
+
+def _place(key: str, name: str) -> str: return f"{_PACKAGE} {_FORMAT} {key} {name}"
 
 # %% ../../../nbs/storage/buffer/mapped.ipynb #2294a8f3
 def _recall(cache: Cache, key: str, schema: Schema, once: bool) -> Optional[Rows]:
-    folder, rows = cache.folder / key, Rows(schema, once, allocate=cache.private)
-    try:
-        runs = np.load(folder / "runs.npy", allow_pickle=False)
-        times = np.asarray(np.load(folder / "times.npy", mmap_mode="r", allow_pickle=False))
-        size = os.path.getsize(folder / "rows.bin") // rows.dtype.itemsize
-        if not len(runs) or len(times) != runs["length"].sum() or size < runs[-1]["slot"] + runs[-1]["length"] + once: raise ValueError("cut")
-        rows.data = np.asarray(np.memmap(folder / "rows.bin", rows.dtype, "c", shape=(size,)))
-        os.utime(folder)
-    except (OSError, ValueError, KeyError):
-        shutil.rmtree(folder, ignore_errors=True)
+    folder = cache.folder / key
+    try: rows = _opened(folder, schema, once)
+    except Exception:  # damage has many faces
+        if _is_entry(folder): _remove(folder)
         return None
+    rows.allocate = cache.private
+    with suppress(OSError): os.utime(folder)
+    return rows
+
+def _opened(folder: Path, schema: Schema, once: bool) -> Rows:
+    about, rows = _read_mark(folder), Rows(schema, once)
+    if (about["format"], about["key"]) != (_FORMAT, folder.name): raise ValueError("of another format, or of another key")
+    with _checked(folder, about, "runs.npy") as f: runs = _array(f)
+    with _checked(folder, about, "times.npy") as f: times = _array(f)
+    with _checked(folder, about, "rows.bin") as f:
+        if not _make_sense(runs, len(times), about["slots"], once): raise ValueError("runs that do not follow each other")
+        rows.data = np.asarray(np.memmap(f, rows.dtype, "c", shape=(_slots(folder, about, rows.dtype.itemsize),)))
     ends = np.cumsum(runs["length"])
-    for run, begin, end in zip(runs.tolist(), (ends - runs["length"]).tolist(), ends.tolist()):
-        serial, slot, step, _, episode = run
+    for (serial, slot, step, _, episode), begin, end in zip(runs.tolist(), (ends - runs["length"]).tolist(), ends.tolist()):
         register(rows, Run(episode, serial, slot, step, times[begin:end]))
     return rows
 
-def _make_space(cache: Cache, need: int) -> None:
-    "Remove the entries that were not used for the longest time, until there is room for a new one within the limit"
-    entries = sorted((e for e in cache.folder.glob("*") if e.is_dir() and not e.name.startswith(".")), key=lambda e: e.stat().st_mtime)
-    sizes = {e: sum(f.stat().st_blocks * 512 for f in e.iterdir()) for e in entries}
-    held = sum(sizes.values())
-    cache.folder.mkdir(parents=True, exist_ok=True)
-    limit = (shutil.disk_usage(cache.folder).free + held) / 2 if cache.limit is None else cache.limit
-    for entry in entries:
-        if held + need <= limit: return
-        shutil.rmtree(entry, ignore_errors=True)  # who has it open keeps it until he is done
-        held -= sizes[entry]
+def _checked(folder: Path, about: dict, name: str) -> BinaryIO:
+    "A file of an entry; raises `ValueError` for one that has other bytes than were written"
+    file, (size, n, sums) = _open(folder / name), about["files"][name]
+    try:
+        if os.fstat(file.fileno()).st_size == size and _sums(file, _place(folder.name, name), n) == sums: return file
+        raise ValueError(f"{name} has other bytes than were written")
+    except BaseException:
+        file.close()
+        raise
+
+def _array(file: BinaryIO) -> np.ndarray:
+    "The array of an `.npy` file, mapped; raises `ValueError` where it says another size than it has"
+    np.lib.format.read_magic(file)
+    (n,), _, dtype = np.lib.format.read_array_header_1_0(file)
+    if dtype.hasobject or file.tell() + n * dtype.itemsize != os.fstat(file.fileno()).st_size: raise ValueError("of another size")
+    return np.asarray(np.memmap(file, dtype, "r", file.tell(), (n,)))
+
+def _make_sense(runs: np.ndarray, steps: int, slots: int, once: bool) -> bool:
+    "Whether runs are behind one another, and just as many steps and slots as there are"
+    serial, slot, length = (runs[name] for name in ("serial", "slot", "length"))
+    if not len(runs) or length.min() < 1 or length.max() > slots: return False
+    ends, behind = np.cumsum(length), slot + length + once
+    gaps = slot[1:] - behind[:-1]  # -1 where a run begins in the state in which the last one ended
+    return bool(serial[0] == slot[0] == 0 and (serial[1:] == ends[:-1]).all() and ((gaps == 0) | (gaps == -once)).all()
+                and ends[-1] == steps and behind[-1] == slots)
+
+def _slots(folder: Path, about: dict, step: int) -> int:
+    "How many slots of an entry can be touched: the spare ones, too, if the disk has room for them"
+    (size, n, _), slots = about["files"]["rows.bin"], about["slots"]
+    if n != slots * step or size < n or size % step: raise ValueError("rows of another size")
+    if size == n: return slots
+    try:
+        with open(folder / "rows.bin", "r+b") as f: _reserve(f, n, size)  # it may have come here as a copy with holes
+    except (OSError, AttributeError): return slots
+    return size // step
