@@ -566,12 +566,12 @@ class TestSegmentsAndCheckpoints:
         assert len(DaskPool(path)) == len(right) + 22 and pool.version == 72
 
     def test_segments_stand_in(self, long_lake):
-        "What a segment has need not be read from its entries"
+        "What a segment has need not be read from its entries; `verify` says that these are damaged"
         path, right = long_lake
         for number in range(1, 49): entry(path, number).write_bytes(b"damaged")
         pool = DaskPool(path, "r")
         pd.testing.assert_frame_equal(pool.catalogue(), right)
-        assert pool.verify() == []
+        assert [line.partition(":")[0] for line in pool.verify()] == [f"commit {n}" for n in range(1, 49)]
 
     def mended(self, lake, spoil):
         "Spoil the checkpoints: the pool does not notice, and after `repair` nobody does"
@@ -692,15 +692,15 @@ class TestStrangers:
         pool = DaskPool(path)
         pool.store(drive()); pool.store(drive(hour=1))
         text = entry(path, 0).read_text()
-        assert text.count('"data_io_nbdev.format":"1"') == 1
-        with bytes_of(entry(path, 0), text.replace('"data_io_nbdev.format":"1"', '"data_io_nbdev.format":"2"').encode()):
+        assert text.count('"data_io_nbdev.format":"2"') == 1
+        with bytes_of(entry(path, 0), text.replace('"data_io_nbdev.format":"2"', '"data_io_nbdev.format":"3"').encode()):
             for mode in "ar":
                 with pytest.raises(CorruptData, match="newer"): DaskPool(path, mode)
         lines = actions(path, 2)
-        body = lines[0]["commitInfo"]["data_io_nbdev"].partition(" ")[2].replace('"format":1', '"format":2').replace('"files"', '"shelves"')
+        body = lines[0]["commitInfo"]["data_io_nbdev"].partition(" ")[2].replace('"format":2', '"format":3').replace('"files"', '"shelves"')
         lines[0]["commitInfo"]["data_io_nbdev"] = f"{zlib.crc32(body.encode()):08x} {body}"
         with bytes_of(entry(path, 2), "\n".join(map(json.dumps, lines)).encode()):
-            with pytest.raises(CorruptData, match="commit 2 has format 2, which needs a newer"): list(DaskPool(path))
+            with pytest.raises(CorruptData, match="commit 2 has format 3, which needs a newer"): list(DaskPool(path))
             with pytest.raises(CorruptData, match="newer"): DaskPool(path).store(drive(hour=5))
             assert facts_of(DaskPool(path).snapshot(1)) == facts_of([drive()])
         assert len(DaskPool(path)) == 2
@@ -1311,6 +1311,7 @@ def aged(path, number, days):
     body["time"] -= days * 86_400_000
     text = json.dumps(body, separators=(",", ":"))
     lines[0]["commitInfo"] = {**info, "timestamp": body["time"], "data_io_nbdev": f"{zlib.crc32(text.encode()):08x} {text}"}
+    for line in lines[1:]: next(iter(line.values())).update({k: body["time"] for k in ("modificationTime", "deletionTimestamp") if k in str(line)})
     entry(path, number).write_text("\n".join(json.dumps(line) for line in lines))
 
 
@@ -1347,21 +1348,23 @@ class TestGrace:
         "`repair` takes what is older, of every kind that a dead writer leaves, and nothing else"
         pool = build(path)
         pool.delete(drive().id)
-        left = ["0-0.parquet", ".0-0.parquet.00ff", "_delta_log/.00ff.tmp", "_delta_log/._last_checkpoint.00ff", "_history/.1.json.gz.00ff",
-                "_shadow-00ff/_delta_log/x.json"]
-        fine = ["README.md", "notes/a.parquet", "_delta_log/mine.txt", "_other/x"]
-        for name in left + fine:
+        hex = "00ff" * 4
+        died = dask.write_files(pool.lake, 2 * hex, [(pool._index.every_part()[1], drive(hour=1))])[0].where[0].path
+        left = [died, f".{2 * hex}-0.parquet.{hex}", f"_delta_log/.{hex}.tmp", f"_delta_log/._last_checkpoint.{hex}",
+                f"_history/.{500:020d}.json.gz.{hex}", f"_shadow-{hex}/_delta_log/{7:020d}.json"]
+        fine = ["README.md", "notes/a.parquet", "_delta_log/mine.txt", "_other/x", "0-0.parquet", f"{2 * hex}-1.parquet", ".0-0.parquet.00ff"]
+        for name in left[1:] + fine:
             (path / name).parent.mkdir(parents=True, exist_ok=True)
             (path / name).write_text("x")
         before, right = files(path), everything(pool)
         assert pool.repair(dry_run=False) == DaskPool(path, grace="1h").repair() == [] and files(path) == before
         past = time.time() - 4000
         for name in left + fine: os.utime(path / name, (past, past))
-        os.utime(path / "_shadow-00ff", (past, past))
+        os.utime(path / f"_shadow-{hex}", (past, past))
         said = DaskPool(path, grace="1h").repair()
         assert len(said) == len(left) and set(files(path)) == set(before)
         assert DaskPool(path, grace="1h").repair(dry_run=False) and set(before) - set(files(path)) == set(left)
-        assert not (path / "_shadow-00ff").exists() and everything(pool) == right and pool.repair(dry_run=False) == []
+        assert not (path / f"_shadow-{hex}").exists() and everything(pool) == right and pool.repair(dry_run=False) == []
 
 
 # --- odd cases ---

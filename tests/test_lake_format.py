@@ -2,19 +2,24 @@
 import json
 import shutil
 
+import pytest
+
 from data_io_nbdev import DaskPool
+from data_io_nbdev.storage.pool.delta import FORMAT
 from data_io_nbdev.testing import drive, facts_of
 from test_memory_file import DATA, everything, fill
 
-SAMPLE, EXPECTED = DATA / "lake-format-1", DATA / "lake-format-1.json"
+SAMPLE = DATA / "lake-format-1"
 
 
-def test_sample(tmp_path):
+@pytest.mark.parametrize("format", range(1, FORMAT + 1))
+def test_sample(tmp_path, format):
     "Every version of it is read as it was written; a copy can be written to, compacted and repaired, and old versions stay"
-    expected = json.loads(EXPECTED.read_text(encoding="utf-8"))
-    shutil.copytree(SAMPLE, tmp_path / "lake")
+    sample = DATA / f"lake-format-{format}"
+    expected = json.loads(sample.with_suffix(".json").read_text(encoding="utf-8"))
+    shutil.copytree(sample, tmp_path / "lake")
     pool = DaskPool(tmp_path / "lake")
-    assert everything(pool) == everything(DaskPool(SAMPLE, "r")) == expected and pool.verify() == []
+    assert everything(pool) == everything(DaskPool(sample, "r")) == expected and pool.verify() == []
     new = drive(hour=9)
     pool.store(new)
     assert pool.compact() > 1 and pool.repair() == [] == pool.verify() and facts_of(pool.find(new.id)) == facts_of([new])
@@ -22,7 +27,8 @@ def test_sample(tmp_path):
 
 
 if __name__ == "__main__":
-    made = fill(DaskPool(SAMPLE))
+    new = DATA / f"lake-format-{FORMAT}"
+    made = fill(DaskPool(new))
     made.compact()
     made.store(drive(7, hour=12))
-    EXPECTED.write_text(json.dumps(everything(made), ensure_ascii=False, indent=1), encoding="utf-8")
+    new.with_suffix(".json").write_text(json.dumps(everything(made), ensure_ascii=False, indent=1), encoding="utf-8")

@@ -36,7 +36,7 @@ import polars as pl
 import data_io_nbdev.storage.pool.delta as delta
 from data_io_nbdev.data.core import PoolQuery
 from data_io_nbdev.errors import CorruptData, PoolNotFound, PoolUnavailable, QueryError, ReadOnly, SchemaError, SnapshotNotFound
-from data_io_nbdev.storage.pool.dask import DaskPool
+from data_io_nbdev.storage.pool.dask import DaskPool, write_files
 from data_io_nbdev.storage.pool.delta import RemoteLake
 from data_io_nbdev.storage.pool.pool import open_pool
 from data_io_nbdev.testing import at_once, bits, by_start, drive, facts, facts_of, histories, python, stored, unchanged
@@ -392,8 +392,8 @@ class TestLog:
         pool = harness.open()
         for number in (1, 30, 60, 62): grow(harness, pool, number)
         for last in (30, 60):
-            lines = gzip.decompress(harness.store.get(f"{harness.key}_history/{last:020d}.json.gz")).splitlines()
-            assert len(lines) == 30
+            head, *lines = gzip.decompress(harness.store.get(f"{harness.key}_history/{last:020d}.json.gz")).splitlines()
+            assert len(lines) == 30 and json.loads(head.partition(b" ")[2])["last"] == last
             for number, line in enumerate(lines, last - 29):
                 assert [a.get("commitInfo") for a in json.loads(line)] == [
                     {k: v for k, v in a["commitInfo"].items() if k in (delta._FACTS, "operation")}
@@ -409,7 +409,7 @@ class TestLog:
             harness.store.put(f"{harness.key}_history/{60:020d}.json.gz", damage)
             assert facts_of(harness.open()) == right, "a segment that is damaged is not needed"
         grow(harness, pool, 90)
-        assert len(gzip.decompress(harness.store.get(f"{harness.key}_history/{60:020d}.json.gz")).splitlines()) == 30, "nor does it stay"
+        assert len(gzip.decompress(harness.store.get(f"{harness.key}_history/{60:020d}.json.gz")).splitlines()) == 31, "nor does it stay"
 
     def test_checkpoint(self, harness, monkeypatch):
         "Who opens a pool with many commits reads a few files, whether with this package or with another one"
@@ -464,12 +464,14 @@ class TestUpkeep:
         pool = harness.open()
         pool.store(drive())
         before = harness.names()
-        harness.store.put(f"{harness.key}{'0' * 32}-0.parquet", b"half a file")
+        write_files(pool.lake, "0" * 32, [(pool._catch_up(1).every_part()[0], drive())])
+        harness.store.put(f"{harness.key}{'1' * 32}-0.parquet", b"called like one of the pool's")
+        before = sorted([*before, f"{'1' * 32}-0.parquet"])
         assert pool.repair() == [] and pool.verify() == []
         old = harness.open(grace="1us")
         time.sleep(0.01)
         assert len(old.repair()) == 1 and len(harness.names()) == len(before) + 1
-        assert len(old.repair(dry_run=False)) == 1 and harness.names() == before
+        assert len(old.repair(dry_run=False)) == 1 and sorted(harness.names()) == before
         assert facts_of(harness.open()) == facts_of([drive()])
 
     def test_late(self, harness):

@@ -14,6 +14,7 @@ import numpy as np
 __all__ = ['row_dtype', 'Growing', 'Line', 'Run', 'Ledger', 'Taken', 'Rows', 'evict', 'register']
 
 # %% ../../../nbs/storage/buffer/rows.ipynb #3b56103b
+from ...errors import QueryError
 from ...data.schema import Schema
 from ...data.core import Episode, same_steps
 
@@ -117,7 +118,9 @@ class Rows:
         self.schema, self.once, self.capacity, self.allocate = schema, once, capacity, allocate
         self.dtype = row_dtype(schema, once)
         room = capacity + capacity // 16 if capacity else reserve
-        self.data = allocate(room + once * (1 + room // 64), self.dtype)
+        try: self.data = allocate(room + once * (1 + room // 64), self.dtype)
+        except (MemoryError, ValueError) as e:  # numpy's words for more than there is, and for more than can be
+            raise QueryError(f"no room for {capacity or reserve} steps of {self.dtype.itemsize} bytes; a smaller capacity= keeps fewer: {e}") from e
         self.begin = self.serial = self.slot = begin  # of the first row; the next row's
         self._slots = Growing() if once else None  # logical row to slot; None while they run in step
         self._runs, self._firsts, self._names = Line(), Growing(), Growing()  # slots in which they begin, hashes of their episodes' ids

@@ -8,10 +8,13 @@ import os
 import secrets
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple, Optional
 import pandas as pd  # type: ignore
 
@@ -23,8 +26,9 @@ from ...errors import CorruptData, DataIOError, PoolNotFound, PoolUnavailable, Q
 from ...data.schema import Schema
 from ...data.core import Episode
 from .pool import Commit, Index, Part, Pool, check_writable, damage_line, damages, in_bulk, safe_url
-from .parquet import File, parquet_bytes, read_episodes
-from .delta import Entry, Lake, open_lake, said_by
+from .parquet import File, Rows, parquet_bytes, read_episodes
+from .delta import Entry, Lake, flaws, open_lake, said_by, unreachable
+
 
 # %% ../../../nbs/storage/pool/dask.ipynb #d3bbb2fe
 _WINDOW = 4 << 20  # Bytes of steps that are read at once
@@ -63,34 +67,43 @@ def _read_run(lake: Lake, schema: Schema, run: Sequence[Part], whole: bool = Fal
     try:
         file = lake.open(run[0].where[0], whole)
         with file: return read_episodes(file, schema, [(part, part.where[1]) for part in run])
-    except (FileNotFoundError, PoolUnavailable): raise
+    except FileNotFoundError: raise
     except Exception as e:
+        if isinstance(e, PoolUnavailable): raise
+        said, cause = said_by(lake, e)
+        if unreachable(e): raise PoolUnavailable(f"{safe_url(lake.url)}: {path} cannot be read: {said}") from cause
         if not (lake.settled or whole): return _read_run(lake, schema, run, whole=True)  # it may be the store that failed
         if len(run) > 1: return [episode for part in run for episode in _read_run(lake, schema, [part], whole)]
-        said, cause = said_by(lake, e)
         raise CorruptData(f"episode {run[0].id} cannot be read from {path}: {said}") from cause
 
 # %% ../../../nbs/storage/pool/dask.ipynb #9160b0f2
-_FILE = 128 << 20  # Bytes of steps in a file
+_FILE, _PARTS = 32 << 20, 1024  # Bytes of steps in a file, and parts of episodes
+
+def _weight(size: int) -> Callable[[Part], float]:
+    "How many bytes a part takes of a file of so many"
+    return lambda part: part.nbytes + size / _PARTS
 
 def write_files(
     lake: Lake,
     token: str, # Random; the files are called after it
-    parts: Iterable[tuple[Part, Episode]], # In the order that they shall have
+    parts: Iterable[tuple[Part, Episode | Rows]], # In the order that they shall have
     size: int = _FILE, # Bytes of steps in a file
 ) -> list[Part]: # With their places
     "Write steps that nobody sees yet: all of them, or none"
     placed: list[Part] = []
+    paths: list[str] = []
+    weight = _weight(size)
     try:
-        for i, bulk in enumerate(in_bulk(parts, lambda pair: pair[1].nbytes, size)):
-            file, content = parquet_bytes(f"{token}-{i}.parquet", bulk)
+        for i, bulk in enumerate(in_bulk(parts, lambda pair: weight(pair[0]), size)):
+            paths.append(f"{token}-{i}.parquet")
+            file, content = parquet_bytes(paths[-1], bulk, lake.table.id)
             lake.write(file.path, content)
             row = 0
             for part, _ in bulk:
                 placed.append(replace(part, where=(file, row)))
                 row += part.length
     except BaseException:
-        with suppress(OSError): lake.remove({part.where[0].path for part in placed})
+        with suppress(OSError): lake.remove(paths)
         raise
     return placed
 
@@ -110,7 +123,7 @@ class DaskPool(Pool):
         grace: str | pd.Timedelta = "24h", # How long a writer may take before `repair` counts its files as left behind
     ):
         self.lake, self.grace = open_lake(os.fspath(url), storage_options), pd.Timedelta(grace).total_seconds()
-        self._layout = _Layout()
+        self._layout = SimpleNamespace(now=_Layout())  # shared with snapshots
         super().__init__(safe_url(self.lake.url), mode)
         with _reachable(self):
             if not self.lake.check() and mode == "r": raise PoolNotFound(f"no pool at {self.url!r}; mode='a' creates one")
@@ -122,7 +135,7 @@ class DaskPool(Pool):
     def _read(self, parts: Sequence[Part]) -> Iterator[Episode]: return _read(self, parts)
 
     def _write(self, token: str, parts: Sequence[tuple[Part, Episode]], schema: Schema) -> list[Part]:
-        with _reachable(self): return write_files(self.lake, token, parts)
+        with _reachable(self): return write_files(self.lake, token, parts) if self.lake.found(schema) else []
 
     def _put(self, commit: Commit) -> bool: return _put(self, commit)
 
@@ -160,53 +173,81 @@ def _reachable(pool: DaskPool) -> Iterator[None]:
     "Whatever the store says is said with the pool's name"
     try: yield
     except DataIOError: raise
-    except OSError as e: raise PoolUnavailable(f"{pool.url!r}: {e}") from e
+    except (OSError, MemoryError) as e:
+        said, cause = said_by(pool.lake, e)
+        raise PoolUnavailable(f"{pool.url!r}: {said}") from cause
 
 # %% ../../../nbs/storage/pool/dask.ipynb #e9f0bfda
 def _now() -> int: return time.time_ns() // 1_000_000  # as an entry says it
 
-class _Layout:
-    "Where the table's rows are, as far as that is not where a pool put them"
-    def __init__(self):
-        self.theirs: dict[str, File] = {}  # Files of other engines
-        self.ours: set[str] = set()  # Files of the pool whose rows are in those
-        self.number = 0  # Of the newest entry that was followed
+class _Layout(NamedTuple):
+    "Where the table's rows are after an entry, as far as that is not where a pool put them"
+    number: int = 0  # Of the entry
+    theirs: dict[str, File] = {}  # Files of other engines
+    ours: frozenset[str] = frozenset()  # Files of the pool whose rows are in those
+    taken: frozenset[str] = frozenset()  # Files that other engines took out of the table
+    brought: frozenset[str] = frozenset()  # Files that they brought into it
+    hidden: dict[int, tuple[str, ...]] = {}  # By number: ids of the episodes that went with them
 
-    def follow(self, entry: Entry) -> Commit:
-        "Take note of an entry, once"
-        if entry.commit.number <= self.number: return entry.commit
-        self.number, gone, before = entry.commit.number, {file.path for file in entry.gone}, self.theirs
-        self.theirs = {path: file for path, file in before.items() if path not in gone}
-        if entry.relaid:
-            self.theirs.update((file.path, file) for file in entry.files)
-            self.ours = self.ours | gone - before.keys()
-        if not self.theirs: self.ours = set()
-        return entry.commit
+    def then(self, entry: Entry, hide: tuple[str, ...]) -> _Layout:
+        "After the next entry"
+        gone, new = {file.path for file in entry.gone}, {file.path: file for file in entry.files}
+        theirs, ours = {path: file for path, file in self.theirs.items() if path not in gone}, self.ours
+        if entry.relaid: theirs, ours = {**theirs, **new}, ours | (gone - self.theirs.keys())
+        taken, brought = self.taken, self.brought
+        if not entry.commit.token: taken, brought = taken | gone, brought | new.keys()
+        hidden = {**self.hidden, entry.commit.number: hide} if hide else self.hidden
+        return _Layout(entry.commit.number, theirs, ours if theirs else frozenset(), taken - new.keys(), brought, hidden)
 
 def _put_back(pool: DaskPool, number: int) -> bool:
     "Whether files had to be put back, by a commit of its own"
-    theirs, ours = pool._layout.theirs, pool._layout.ours
-    if not theirs: return False
-    back = [p for path, ps in living(pool._index, number - 1).items() if path in ours for p in ps]
-    entry = Entry(Commit(number, secrets.token_hex(16), move=tuple(back)), files_of(back), tuple(theirs.values()), _now())
+    layout = pool._layout.now
+    if not layout.theirs: return False
+    back = [p for ps in living(pool._index, number - 1, layout.ours).values() for p in ps]
+    entry = Entry(Commit(number, secrets.token_hex(16), move=tuple(back)), files_of(back), tuple(layout.theirs.values()), _now())
     with _reachable(pool): pool.lake.put(entry, pool._index.schema)
     return True
 
 def _changes(pool: DaskPool, after: int, upto: int) -> Iterator[Commit]:
+    if after > pool._layout.now.number: pool._catch_up(after)
+    known: list[Commit] = []
     with _reachable(pool):
         for entry in pool.lake.entries(after, upto):
-            yield pool._layout.follow(entry) if entry.commit.token else _of_others(pool, entry)
+            known.append(_follow(pool, entry, known))
+            yield known[-1]
 
-def _of_others(pool: DaskPool, entry: Entry) -> Commit:
-    gone, layout = {file.path for file in entry.gone}, pool._layout
-    if entry.relaid: return layout.follow(entry)
+def _follow(pool: DaskPool, entry: Entry, known: Sequence[Commit]) -> Commit:
+    "Take note of an entry, once; gives its commit"
+    number = entry.commit.number
+    with pool._lock:
+        layout = pool._layout.now
+        if number > layout.number:
+            pool._layout.now = layout = layout.then(entry, () if entry.commit.token else _hidden(pool, layout, entry, known))
+    return entry.commit._replace(hide=layout.hidden[number]) if number in layout.hidden else entry.commit
+
+def _hidden(pool: DaskPool, layout: _Layout, entry: Entry, known: Sequence[Commit]) -> tuple[str, ...]:
+    "Ids of the episodes that an entry of another engine takes out of the table"
+    gone, number = {file.path for file in entry.gone}, entry.commit.number
+    index = _index_at(pool, number - 1, known)
+    there = {part.where[0].path for part in index.every_part()}
+    nowhere = gone <= layout.taken or (not index.oldest and gone.isdisjoint(there | layout.theirs.keys()))
+    if (gone and nowhere) or any(file.path in layout.brought for file in entry.files):
+        raise CorruptData(f"commit {number} of the log is damaged: it removes what is not there, or adds what was there before")
+    if entry.relaid or not gone: return ()
     if theirs := gone & layout.theirs.keys():
         if theirs != layout.theirs.keys():
-            raise SchemaError(f"commit {entry.commit.number} removed some of the files that another engine had laid out anew, and nobody "
-                              f"can say which episodes those are; snapshot({entry.commit.number - 1}) reads what was there before")
+            raise SchemaError(f"commit {number} removed some of the files that another engine had laid out anew, and nobody "
+                              f"can say which episodes those are; snapshot({number - 1}) reads what was there before")
         gone |= layout.ours
-    hide = {part.id: None for part in pool._index.every_part() if part.where[0].path in gone} if gone else ()
-    return layout.follow(entry)._replace(hide=tuple(hide))
+    return tuple({part.id: None for part in index.every_part() if part.where[0].path in gone})
+
+def _index_at(pool: DaskPool, number: int, known: Sequence[Commit]) -> Index:
+    "What the log says up to a number that the pool's index may still be on its way to"
+    if pool._index.number >= number: return pool._index
+    index = deepcopy(pool._index)
+    for commit in known:
+        if commit.number > index.number: index.apply(commit)
+    return index
 
 # %% ../../../nbs/storage/pool/dask.ipynb #71440a0e
 def _read(pool: DaskPool, parts: Sequence[Part]) -> Iterator[Episode]:
@@ -233,12 +274,17 @@ def part_now(pool: DaskPool, part: Part) -> Part:
 def living(
     index: Index,
     version: int, # At which
-) -> dict[str, list[Part]]: # By path
+    paths: Optional[Iterable[str]] = None, # Of these files only
+) -> dict[str, list[Part]]: # By path, as they lie in the file
     "The files of the table, and the parts that are in them"
     files: dict[str, list[Part]] = {}
     for id in list(index.lives):
-        for part in index.parts(id, version): files.setdefault(part.where[0].path, []).append(part)
+        for part in index.parts(id, version):
+            if paths is None or part.where[0].path in paths: files.setdefault(part.where[0].path, []).append(part)
+    for parts in files.values(): parts.sort(key=lambda part: part.where[1])
     return files
+
+def _key(part: Part) -> tuple: return part.who, part.start, part.offset  # the order that files have
 
 def _put(pool: DaskPool, commit: Commit) -> bool:
     if pool._head() >= commit.number: return False
@@ -256,15 +302,30 @@ def _put(pool: DaskPool, commit: Commit) -> bool:
 def _make_room(pool: DaskPool, index: Index, commit: Commit) -> tuple[tuple[File, ...], list[Part]]:
     "The files that hold what a commit hides, and their other parts in new files"
     if not commit.hide: return (), []
-    touched = [ps for ps in living(index, commit.number - 1).values() if not {p.id for p in ps}.isdisjoint(commit.hide)]
-    return files_of(p for ps in touched for p in ps), _move(pool, [p for ps in touched for p in ps if p.id not in set(commit.hide)])
+    hidden = set(commit.hide)
+    paths = {p.where[0].path for id in hidden for p in index.parts(id, commit.number - 1)}
+    touched = sorted(living(index, commit.number - 1, paths).values(), key=lambda parts: _key(parts[0]))
+    return files_of(p for ps in touched for p in ps), _move(pool, [p for ps in touched for p in ps if p.id not in hidden])
 
 def _move(pool: DaskPool, parts: Sequence[Part], size: int = _FILE) -> list[Part]:
     "Parts in new files, in this order"
-    def sound(part: Part, episode: Episode) -> tuple[Part, Episode]:
-        if replace(episode).digest != part.digest: raise CorruptData(f"episode {part.id} in {part.where[0].path} is not what was stored")
-        return part, episode
-    with _reachable(pool): return write_files(pool.lake, secrets.token_hex(16), map(sound, parts, pool._read(parts)), size)
+    with _reachable(pool): return write_files(pool.lake, secrets.token_hex(16), _stored(pool, parts), size)
+
+def _stored(pool: DaskPool, parts: Sequence[Part]) -> Iterator[tuple[Part, Episode | Rows]]:
+    "The steps of parts, of which none is damaged"
+    left, tables, schema = Counter(part.where[0].path for part in parts), {}, pool._index.schema
+    for part in parts:
+        file, row = part.where
+        if file.path not in tables: tables[file.path] = pool.lake.rows(file, schema)
+        table = tables[file.path]
+        if table is not None and row + part.length <= len(table): yield part, Rows(schema, table, row)
+        else: yield part, _sound(part, pool._read_one(part))
+        left[file.path] -= 1
+        if not left[file.path]: del tables[file.path]
+
+def _sound(part: Part, episode: Episode) -> Episode:
+    if replace(episode).digest != part.digest: raise CorruptData(f"episode {part.id} in {part.where[0].path} is not what was stored")
+    return episode
 
 def _commit(pool: DaskPool, commit: Commit, gone: tuple[File, ...]) -> bool:
     "Make this commit N, if nobody has"
@@ -282,23 +343,25 @@ def _commit(pool: DaskPool, commit: Commit, gone: tuple[File, ...]) -> bool:
 # %% ../../../nbs/storage/pool/dask.ipynb #7594ae80
 _ROUND = 8  # So many times `size` is rewritten in one commit
 
-def _small_files(pool: DaskPool, version: int, size: int) -> list[list[Part]]:
-    "The parts of files that are worth merging, a commit's worth of neighbours"
-    key = lambda part: (part.who, part.start, part.offset)
-    files = [sorted(parts, key=key) for parts in living(pool._catch_up(version), version).values()]
-    small = sorted((ps for ps in files if sum(p.nbytes for p in ps) < size / 2), key=lambda ps: key(ps[0]))
-    chosen = next(in_bulk(small, lambda ps: sum(p.nbytes for p in ps), _ROUND * size), [])
-    return chosen if len(chosen) > 1 else []
+def _round(pool: DaskPool, version: int, size: int) -> tuple[list[Part], int]: # In order; none where there is nothing to gain
+    "The parts of neighbouring files that are worth rewriting, a commit's worth, and how many files those are"
+    weight, largest = _weight(size), _weight(_FILE)
+    def full(parts: Sequence[Part]) -> float: return sum(map(weight, parts))
+    def huge(parts: Sequence[Part]) -> bool: return len(parts) > 1 and sum(map(largest, parts)) > _ROUND * _FILE
+    files = (sorted(parts, key=_key) for parts in living(pool._catch_up(version), version).values())
+    chosen = sorted((ps for ps in files if full(ps) < size / 2 or huge(ps)), key=lambda ps: _key(ps[0]))
+    for bulk in in_bulk(chosen, full, _ROUND * size):
+        parts = sorted((p for ps in bulk for p in ps), key=_key)
+        if any(map(huge, bulk)) or sum(1 for _ in in_bulk(parts, weight, size)) < len(bulk): return parts, len(bulk)
+    return [], 0
 
 def _compact(pool: DaskPool, size: int) -> int:
     check_writable(pool)
     while _put_back(pool, pool._catch_up(pool.version).number + 1): pass
-    done, limit = 0, min(size, _FILE)
-    while chosen := _small_files(pool, version := pool.version, size):
-        parts = sorted((p for ps in chosen for p in ps), key=lambda part: (part.who, part.start, part.offset))
-        if len(list(in_bulk(parts, lambda p: p.nbytes, limit))) >= len(chosen): break  # it would not become fewer
-        moved = _move(pool, parts, limit)
-        if _replace_files(pool, version, files_of(parts), moved): done += len(chosen)
+    done, size = 0, min(size, _FILE)
+    while (found := _round(pool, version := pool.version, size))[1]:
+        moved = _move(pool, found[0], size)
+        if _replace_files(pool, version, files_of(found[0]), moved): done += found[1]
         else: pool._drop(moved)
     return done
 
@@ -318,15 +381,20 @@ def _vacuum(pool: DaskPool, older_than: str | pd.Timedelta, dry_run: bool) -> li
     if not seconds >= 0: raise QueryError(f"older_than: expected a duration from 0, got {older_than!r}")
     if not dry_run: check_writable(pool)
     with _reachable(pool): there, entries = pool.lake.listing(), list(pool.lake.entries(0, pool.version))
+    ever = {f.path for e in entries for f in e.files}
     then, times = (time.time() - seconds) * 1000, [e.time for e in entries]
     for i in range(len(times) - 2, -1, -1): times[i] = times[i] or times[i + 1]  # another engine need not say when; it was before the next
     oldest = next((i for i, t in enumerate(times) if t > then or not t), len(times))  # the newest one of that time
-    lines = {f.path: f"{f.path}, {f.size} bytes: not needed since version {e.commit.number}"
-             for e in entries[:oldest] if not e.relaid for f in e.gone if f.path in there}
+    lines: dict[str, str] = {}
+    for n, e in enumerate(entries):
+        for f in e.gone if n < oldest and not e.relaid else ():
+            if f.path in there and f.path in ever:
+                lines[f.path] = f"{f.path}, {f.size} bytes: not needed since version {e.commit.number}"
+        for f in e.files: lines.pop(f.path, None)
     if not dry_run:
-        while oldest > pool._oldest():
-            with _reachable(pool): pool.lake.put(Entry(Commit(pool.version + 1, secrets.token_hex(16), oldest=oldest), time=_now()),
-                                               pool._index.schema)
+        while oldest > (index := pool._catch_up(pool.version)).oldest:
+            entry = Entry(Commit(index.number + 1, secrets.token_hex(16), oldest=oldest), time=_now())
+            with _reachable(pool): pool.lake.put(entry, index.schema)
         with _reachable(pool): pool.lake.remove(lines)
     return list(lines.values())
 
@@ -337,7 +405,7 @@ def _repair(pool: DaskPool, dry_run: bool) -> list[str]:
         entries = list(pool.lake.entries(0, pool.version))
         named = {file.path for entry in entries for file in entry.files}
         left = {path: f"{path}: named by no commit, {age / 3600:.1f} hours old" for path, age in there.items()
-                if path not in named and age > pool.grace}
+                if path not in named and age > pool.grace and pool.lake.ours(path)}
         if not dry_run: pool.lake.remove(left)
         return [*left.values(), *pool.lake.mend(entries, dry_run)]
 
@@ -346,15 +414,24 @@ def _verify(pool: DaskPool) -> list[str]:
     files: dict[str, list[Part]] = {}
     for part in pool._catch_up(pool.version).every_part(): files.setdefault(part.where[0].path, []).append(part)
     lines = []
-    for path, parts in files.items():
-        found = list(damages(pool, parts))
-        if not found and (wrong := _file_damage(pool, parts[0].where[0])): found = [damage_line(part, wrong) for part in parts]
-        lines += found
-    return lines
+    with _reachable(pool):
+        for path, parts in files.items():
+            found = list(damages(pool, parts))
+            if not found and (wrong := _file_damage(pool, parts[0])): found = [damage_line(part, wrong) for part in parts]
+            lines += found
+        return [*lines, *(flaws(pool.lake, pool.version, pool._index.schema) if pool.version else ())]
 
-def _file_damage(pool: DaskPool, file: File) -> str:
-    "What is wrong with a file as a whole; empty when it is sound"
-    with _reachable(pool): source, crc = pool.lake.source(file.path), 0
-    with source:
-        while block := source.read(8 << 20): crc = zlib.crc32(block, crc)
+def _file_damage(pool: DaskPool, part: Part) -> str:
+    "What is wrong with the file of a part as a whole; empty when it is sound"
+    file, crc = part.where[0], 0
+    try:
+        with pool.lake.source(file.path) as source:
+            while block := source.read(8 << 20): crc = zlib.crc32(block, crc)
+    except FileNotFoundError:
+        with suppress(SnapshotNotFound):
+            if part_now(pool, part).where[0] == file: return f"{file.path} is missing"
+        return ""  # it is elsewhere by now, or given up
+    except OSError as e:
+        if unreachable(e) or not pool.lake.settled: raise
+        return f"{file.path} cannot be read: {said_by(pool.lake, e)[0]}"
     return "" if crc == file.crc else f"{file.path} has other bytes than were written"

@@ -5,6 +5,7 @@
 # %% ../../../nbs/storage/pool/delta.ipynb #8351050e
 from __future__ import annotations
 import abc
+import errno
 import gzip
 import json
 import os
@@ -18,19 +19,22 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Optional
+from urllib.parse import unquote
 import numpy as np
 
 # %% auto #0
-__all__ = ['FORMAT', 'Entry', 'facts_text', 'parse_entry', 'Lake', 'LocalLake', 'said_by', 'RemoteLake', 'open_lake']
+__all__ = ['FORMAT', 'Entry', 'facts_text', 'parse_entry', 'Table', 'Lake', 'unreachable', 'LocalLake', 'said_by', 'RemoteLake',
+           'flaws', 'open_lake']
 
 # %% ../../../nbs/storage/pool/delta.ipynb #9dde590d
 from ...errors import CorruptData, DataIOError, PoolUnavailable, QueryError, SchemaError, require
 from ...data.schema import Schema
 from .pool import Commit, Part, forkable_lock, plain_path, quoted, safe_url
 from .memory import replace_file, sync_folder
-from .parquet import Column, File, columns_of
+from .parquet import Column, File, columns_of, is_made_for, open_parquet, whole_table
 
 # %% ../../../nbs/storage/pool/delta.ipynb #22bc4b27
 pa = require("pyarrow", "dask")
@@ -39,12 +43,16 @@ deltalake = require("deltalake", "dask")
 for module in ("pyarrow.fs", "deltalake.fs", "deltalake.transaction", "deltalake.exceptions"): require(module, "dask")
 
 # %% ../../../nbs/storage/pool/delta.ipynb #83b01819
+FORMAT = 2  # 1 did not say where an entry belongs
+
 class Entry(NamedTuple):
     "A commit, and the files that come and go with it"
     commit: Commit
     files: tuple[File, ...] = ()  # New in the table
     gone: tuple[File, ...] = ()  # No longer part of it; they stay on disk for older versions
     time: int = 0  # When, in milliseconds since 1970
+    format: int = FORMAT  # In which it was written; 0 by another engine
+    since: int = 0  # From which entry on each says where it belongs, as far as its writer knew
 
     @property
     def changes(self) -> bool:
@@ -57,69 +65,122 @@ class Entry(NamedTuple):
         return bool(self.files) and not self.commit.token
 
 # %% ../../../nbs/storage/pool/delta.ipynb #9f80911c
-FORMAT = 1
 _FACTS = "data_io_nbdev"  # the key of our facts in `commitInfo`
 _PART = ("id", "who", "start", "zone", "offset", "length", "begin", "end", "number", "digest", "reward", "nbytes",
          "ended", "linked", "tail", "born", "version")
 
-def facts_text(
-    entry: Entry,
-) -> str: # JSON behind its CRC-32
-    "What a pool knows of an entry, as its `commitInfo` holds it"
-    commit, place = entry.commit, {file.path: i for i, file in enumerate(entry.files)}
-    def plain(p: Part) -> list: return [*(getattr(p, name) for name in _PART), place[p.where[0].path], p.where[1]]
-    facts = dict(format=FORMAT, token=commit.token, time=entry.time, files=entry.files, gone=entry.gone,
-                 put=[plain(p) for p in commit.put], move=[plain(p) for p in commit.move], hide=commit.hide,
-                 oldest=commit.oldest, schema=commit.schema and commit.schema.to_json() if commit.number == 1 else None)
-    text = json.dumps({k: v for k, v in facts.items() if v}, separators=(",", ":"))
+def _sealed(said: dict) -> str: # JSON behind its CRC-32
+    text = json.dumps({k: v for k, v in said.items() if v}, separators=(",", ":"))
     return f"{zlib.crc32(text.encode()):08x} {text}"
 
+def facts_text(
+    entry: Entry,
+    table_id: str = "", # Of the table that it belongs to
+) -> str: # JSON behind its CRC-32
+    "What a pool knows of an entry, and where that belongs, as its `commitInfo` holds it"
+    commit, place = entry.commit, {file.path: i for i, file in enumerate(entry.files)}
+    def plain(p: Part) -> list: return [*(getattr(p, name) for name in _PART), place[p.where[0].path], p.where[1]]
+    return _sealed(dict(format=FORMAT, table=table_id, number=commit.number, since=entry.since, token=commit.token,
+                        time=entry.time, files=entry.files, gone=entry.gone, put=[plain(p) for p in commit.put], move=[plain(p) for p in commit.move], hide=commit.hide,
+                        oldest=commit.oldest, schema=commit.schema and commit.schema.to_json() if commit.number == 1 else None))
+
+# %% ../../../nbs/storage/pool/delta.ipynb #b4535617
+_STRANGE = re.compile(r"[\0\\]|^[A-Za-z][A-Za-z0-9+.-]*:|^_|(^|/)([./]|$)")  # URLs, drives, hidden and upper folders, no name
+
+def _inside(path: str) -> str:
+    "A path in the table's folder; raises `ValueError` for others"
+    known, plain = None, path
+    while plain != known:  # other engines write signs as in URLs
+        if len(path) > 4096 or _STRANGE.search(plain):
+            raise ValueError(f"it names {path[:99]!r}, which is no file in the table's folder")
+        known, plain = plain, unquote(plain)
+    path.encode()
+    return path
+
 # %% ../../../nbs/storage/pool/delta.ipynb #44379db7
-def _parse_facts(number: int, text: str) -> Entry:
-    "An entry from its facts; raises `ValueError` where they are damaged"
+_KINDS = set(product([str], [list], [int], [str], *[[int]] * 4, [int, type(None)], [str], [int, float], [int], [bool], [bool], [str],
+                     *[[int]] * 4))  # of the values in `_PART`, the file's place among the entry's, and the row
+
+def _part(values: list, files: Sequence[File]) -> Part:
+    if tuple(map(type, values)) not in _KINDS: raise ValueError("a part in it is none")
+    *rest, i, row = values
+    rest[1], number = tuple(rest[1]), rest[8] or 0
+    part = Part(*rest, (files[i], row))  # type: ignore
+    if (min(part.offset, part.length - 1, part.nbytes - 1, part.born, i, row) < 0 or min(part.start, part.begin, number) < -2**63
+            or max(part.start, part.end, part.offset, part.length, part.nbytes, number, row) >= 2**63 or not all(map(_is_who, part.who))):
+        raise ValueError("a part in it cannot be")
+    return part
+
+def _is_who(value: Any) -> bool: return type(value) is str or (type(value) is int and -2**63 <= value < 2**63)
+
+def _as_file(values: list) -> File:
+    file = File(*values)
+    if any(type(n) is not int or n < 0 for n in file[1:]): raise ValueError("a file in it is none")
+    return file if _inside(file.path) else file
+
+def _unsealed(text: str) -> dict:
     crc, _, body = text.partition(" ")
     if int(crc, 16) != zlib.crc32(body.encode()): raise ValueError("its checksum does not fit")
-    d = json.loads(body)
+    return json.loads(body)
+
+def _parse_facts(number: int, text: str, table_id: str) -> Entry:
+    "An entry from its facts; raises `ValueError` where they are damaged, or belong elsewhere"
+    d = _unsealed(text)
     if d["format"] > FORMAT:
         raise CorruptData(f"commit {number} has format {d['format']}, which needs a newer data_io_nbdev; this one reads up to {FORMAT}")
-    files = tuple(File(*f) for f in d.get("files", ()))
-    def part(values: list) -> Part:
-        *rest, i, row = values
-        known = dict(zip(_PART, rest))
-        return Part(**{**known, "who": tuple(known["who"])}, where=(files[i], row))
-    put, move = (tuple(map(part, d.get(name, ()))) for name in ("put", "move"))
-    schema = Schema.from_json(d["schema"]) if "schema" in d else None
-    commit = Commit(number, d["token"], put, tuple(d.get("hide", ())), schema, move, d.get("oldest", 0))
-    return Entry(commit, files, tuple(File(*f) for f in d.get("gone", ())), d["time"])
+    if d["format"] > 1:
+        if d.get("number") != number: raise ValueError(f"it is commit {d.get('number')}")
+        if table_id and d.get("table") != table_id: raise ValueError(f"it belongs to table {d.get('table')}, and this is {table_id}")
+    files = tuple(map(_as_file, d.get("files", ())))
+    put, move = (tuple(_part(values, files) for values in d.get(name, ())) for name in ("put", "move"))
+    if any(p.version != number for p in put) or any(not 0 < p.version <= number for p in move):
+        raise ValueError("it has parts of another commit")
+    hide, token, numbers = tuple(d.get("hide", ())), d["token"], (d.get("oldest", 0), d["time"], d.get("since", 0))
+    if {*map(type, (token, *hide))} != {str} or {*map(type, numbers)} != {int}: raise ValueError("it is none of ours")
+    try: schema = Schema.from_json(d["schema"]) if "schema" in d else None
+    except SchemaError as e: raise ValueError(f"its schema is none: {e}") from e
+    commit = Commit(number, token, put, hide, schema, move, numbers[0])
+    return Entry(commit, files, tuple(map(_as_file, d.get("gone", ()))), numbers[1], d["format"], numbers[2])
 
 # %% ../../../nbs/storage/pool/delta.ipynb #bf24fcb5
 _ACTIONS = {"commitInfo", "add", "remove", "cdc", "metaData", "protocol", "txn", "domainMetadata", "checkpointMetadata", "sidecar"}
+_DATA = re.compile(r"[0-9a-f]{32}-[0-9]+\.parquet")  # how our files are called
 
 def _foreign(number: int, actions: Sequence[dict]) -> Entry:
     "An entry that another engine wrote; raises `SchemaError` where it brings rows"
     info: dict = next((a["commitInfo"] for a in actions if "commitInfo" in a), {})
     engine, what = info.get("engineInfo", "an unknown engine"), info.get("operation", "a commit")
-    if engine == _FACTS or {key for a in actions for key in a} - _ACTIONS: raise ValueError("it is one of ours, or says what no engine says")
     adds, removes = ([a[kind] for a in actions if kind in a] for kind in ("add", "remove"))
+    if engine == _FACTS or {key for a in actions for key in a} - _ACTIONS or any(_DATA.fullmatch(a["path"]) for a in adds):
+        raise ValueError("it is one of ours, or says what no engine says")
     deletes = [r for r in removes if r.get("dataChange")]  # who deletes rows says so; who lays them out anew adds files
     if any("protocol" in a or "metaData" in a for a in actions) or any(a.get("dataChange") for a in adds) or (adds and deletes):
         raise SchemaError(f"commit {number}, {what} by {engine}, wrote rows or columns of its own; a pool takes episodes "
                           f"through store(). snapshot({number - 1}) reads what was there before")
-    return Entry(Commit(number, ""), tuple(map(_file, adds)), tuple(map(_file, removes if adds else deletes)), info.get("timestamp", 0))
+    new, gone = (tuple(map(_file, files)) for files in (adds, removes if adds else deletes))
+    return Entry(Commit(number, ""), new, gone, _count(info.get("timestamp")), 0)
 
-def _file(action: dict) -> File: return File(action["path"], action.get("size", 0), 0, 0, 0)
+def _file(action: dict) -> File: return File(_inside(action["path"]), _count(action.get("size")), 0, 0, 0)
+def _count(value: Any) -> int: return value if type(value) is int and value > 0 else 0
+
+# what damaged text leads to
+_BROKEN = (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError, MemoryError)
 
 def parse_entry(
     number: int, # Of the commit
     actions: Sequence[dict], # Of the log's entry
+    table_id: str = "", # Of the table whose log it is
 ) -> Entry:
-    "An entry of the log; raises `CorruptData` where it is damaged"
+    "An entry of the log; raises `CorruptData` where it is damaged, or belongs elsewhere"
     try:
-        ours = next((a["commitInfo"][_FACTS] for a in actions if _FACTS in a.get("commitInfo", ())), None)
-        return _foreign(number, actions) if ours is None else _parse_facts(number, ours)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as e:
+        ours = _facts(actions)
+        return _foreign(number, actions) if ours is None else _parse_facts(number, ours, table_id)
+    except _BROKEN as e:
         if isinstance(e, SchemaError): raise
         raise CorruptData(f"commit {number} of the log is damaged: {e}") from e
+
+def _facts(actions: Sequence[dict]) -> Optional[str]:
+    return next((a["commitInfo"][_FACTS] for a in actions if _FACTS in a.get("commitInfo", ())), None)
 
 # %% ../../../nbs/storage/pool/delta.ipynb #297221fb
 _FIRST, _LAST = (int(np.datetime64(t, "us").astype("int64")) for t in ("0001-01-01", "9999-12-31T23:59:59.999999"))
@@ -154,19 +215,40 @@ def _configuration(schema: Schema) -> dict[str, str]:
 def _delta_schema(schema: Schema): # A `deltalake.Schema`
     return deltalake.Schema.from_arrow(pa.schema([c.arrow for c in columns_of(schema)]))
 
-def _check_ours(url: str, actions: Sequence[dict]) -> None:
-    "Raise `SchemaError` for a table that is no pool"
+def _about(metadata: dict) -> int: # CRC-32 of what a pool and others read of it
+    return zlib.crc32(json.dumps([metadata["configuration"], json.loads(metadata["schemaString"])], sort_keys=True).encode())
+
+def _birth(schema: Schema) -> tuple[dict, str]: # What the metadata has to say, and the facts of entry 0
+    "What is said of a table that is made for a schema"
+    ours = dict(schemaString=_delta_schema(schema).to_json(), configuration=_configuration(schema))
+    return ours, _sealed(dict(format=FORMAT, table=secrets.token_hex(16), about=_about(ours)))
+
+class Table(NamedTuple):
+    "What entry 0 says"
+    id: str  # What each entry of the table calls it
+    format: int  # That each of them has at least
+
+def _parse_table(url: str, actions: Sequence[dict]) -> Table:
+    "Entry 0; raises `SchemaError` for a table that is no pool"
     try:
         about: dict = next((a["metaData"] for a in actions if "metaData" in a), {})
         found = about.get("configuration", {}).get(_OURS)
         names = [f["name"] for f in json.loads(about.get("schemaString", '{"fields": []}'))["fields"]]
-        found = found and int(found)
-    except (ValueError, KeyError, TypeError, AttributeError) as e: raise CorruptData(f"commit 0 of the log of {url} is damaged: {e}") from e
-    if found is None:
+        found, facts = found and int(found), _facts(actions)
+        if found and found <= FORMAT and (facts or found > 1):
+            d = _unsealed(facts)
+            if "number" in d: raise ValueError(f"it is commit {d['number']}")
+            if d["about"] != _about(about): raise ValueError("its metadata is not what was written")
+            return Table(d["table"], d["format"])
+    except _BROKEN as e: raise CorruptData(f"commit 0 of the log of {url} is damaged: {e}") from e
+    if found is None and not facts:
         raise SchemaError(f"{url} is a Delta table, but no pool of data_io_nbdev: its metadata lacks {_OURS!r}. It has the columns "
-                          f"{', '.join(names)}; read them as a frame, and store() that in a pool of its own")
-    if found > FORMAT:
+                          f"{', '.join(map(str, names))}; read them as a frame, and store() that in a pool of its own")
+    if found and found > FORMAT:
         raise CorruptData(f"{url} has format {found}, which needs a newer data_io_nbdev; this one reads up to {FORMAT}")
+    if found != 1 or type(about.get("id")) is not str:
+        raise CorruptData(f"commit 0 of the log of {url} is damaged: it does not say which table it is")
+    return Table(about["id"], 1)
 
 # %% ../../../nbs/storage/pool/delta.ipynb #4510f384
 class Lake(abc.ABC):
@@ -176,10 +258,13 @@ class Lake(abc.ABC):
     def __init__(self,
         url: str, # Of the table
     ):
-        self.url = url
+        self.url, self._table = url, None
+        self._bare = self._since = None  # the numbers of the last entry that did not say where it belongs, and of the first that did
 
     @abc.abstractmethod
     def head(self) -> int: "The newest entry's number; -1 where there is no table"
+    @abc.abstractmethod
+    def create(self, schema: Schema) -> None: "Make entry 0, unless somebody does"
     @abc.abstractmethod
     def put(self, entry: Entry, schema: Schema) -> bool: "Create entry N, durably; `False` if somebody was first"
     @abc.abstractmethod
@@ -193,39 +278,92 @@ class Lake(abc.ABC):
     @abc.abstractmethod
     def age(self, path: str) -> float: "Seconds since a file was written; raises `FileNotFoundError`"
     @abc.abstractmethod
-    def listing(self) -> dict[str, float]: "The age in seconds of every Parquet file, and of what dead writers leave"
-    def mend(self, entries: Sequence[Entry], dry_run: bool) -> list[str]: return []  # damaged checkpoints that are, or would be, made anew
+    def size(self, path: str) -> int: "Bytes of a file; raises `FileNotFoundError`"
+    @abc.abstractmethod
+    def listing(self) -> dict[str, float]: "The age in seconds of every file in the table's folder, and of what dead writers leave below it"
 
     def check(self) -> bool: # Whether there is a table
         "Raise `SchemaError` for a table that is no pool"
-        if self.head() < 0: return False
-        _check_ours(safe_url(self.url), self.actions(0))
-        return True
+        return self.head() >= 0 and bool(self.table)
+
+    @property
+    def table(self) -> Table:
+        "What entry 0 says, which never changes; raises `SchemaError` for a table that is no pool"
+        if self._table is None: self._table = _parse_table(safe_url(self.url), self.actions(0))
+        return self._table
+
+    def found(self,
+        schema: Schema, # Of the steps that it is for
+    ) -> Table:
+        "Make the table if need be: whoever writes to it says whose the files are"
+        if self._table is None and self.head() < 0: self.create(schema)
+        return self.table
+
+    def facts(self, entry: Entry) -> str:
+        "The text for an entry that this table is to have"
+        since = 0 if self.table.format > 1 else self._since or entry.commit.number
+        return facts_text(entry._replace(since=since), self.table.id)
+
+    def ours(self, path: str) -> bool:
+        "Whether a file that no entry names is one that a writer of this table left; in doubt it is somebody else's"
+        if not _DATA.fullmatch(path): return bool(_LEFT.fullmatch(path))
+        try:
+            with self.source(path) as source: return self.head() >= 0 and is_made_for(source, path, self.table.id)
+        except PoolUnavailable: raise
+        except OSError: return False
+
+    def mend(self, entries: Sequence[Entry], dry_run: bool) -> list[str]: # One line for each
+        "Make anew, or say that one would, which copies of the log are damaged"
+        return _mend_segments(self, len(entries), dry_run)
 
     def actions(self,
         number: int, # Of an entry
     ) -> list[dict]:
         "What an entry of the log says, line by line"
-        path = f"_delta_log/{number:020d}.json"
-        try: return _dicts(self.read(path))
-        except (FileNotFoundError, ValueError) as e: raise CorruptData(f"{path} of {safe_url(self.url)} is damaged: {e}") from e
+        try: return _dicts(self.read(_entry(number)))
+        except (FileNotFoundError, *_BROKEN) as e: raise CorruptData(f"{_entry(number)} of {safe_url(self.url)} is damaged: {e}") from e
 
     def entries(self, after: int, upto: int) -> Iterator[Entry]:
         "The entries `after < number <= upto`, in order"
         return _entries(self, after, upto)
 
-    def all_actions(self, numbers: range) -> Iterable[list[dict]]: return map(self.actions, numbers)
+    def each(self, what: Callable[[int], Any], numbers: range) -> Iterable[Any]: return map(what, numbers)
 
     def open(self,
         file: File,
         whole: bool = False, # Fetch all of it first, so that what fails afterwards is the file and not the store
     ): # A `pyarrow.parquet.ParquetFile`
         "A Parquet file whose size and footer are as the log says; raises `CorruptData`"
-        source = pa.BufferReader(self.read(file.path)) if whole else self.source(file.path)
-        if (size := source.size()) != file.size: raise CorruptData(f"{file.path} has {size} bytes, and the log says {file.size}")
-        source.seek(file.size - file.footer)
-        if zlib.crc32(source.read()) != file.footer_crc: raise CorruptData(f"the footer of {file.path} is damaged")
-        return pq.ParquetFile(source, page_checksum_verification=True)
+        return _opened(file, pa.BufferReader(self.read(file.path)) if whole else self.source(file.path))
+
+    def rows(self,
+        file: File,
+        schema: Schema,
+    ): # A `pyarrow.Table` with every column, or `None`
+        "Every row of a file that is to the last byte what was written; of any other none"
+        try:
+            with self.source(file.path) as source: content = source.read_buffer() if source.size() == file.size else b""
+            sound = len(content) and zlib.crc32(content) == file.crc
+            return whole_table(_opened(file, pa.BufferReader(content)), schema) if sound else None
+        except (FileNotFoundError, CorruptData, ValueError): return None
+        except OSError as e:
+            if unreachable(e) or not self.settled: raise
+            return None
+
+def _opened(file: File, source: Any) -> Any: # A `pyarrow.parquet.ParquetFile`
+    if (size := source.size()) != file.size: raise CorruptData(f"{file.path} has {size} bytes, and the log says {file.size}")
+    source.seek(max(0, file.size - file.footer))
+    footer = source.read_buffer()
+    if zlib.crc32(footer) != file.footer_crc: raise CorruptData(f"the footer of {file.path} is damaged")
+    return open_parquet(source, footer)
+
+def _entry(number: int) -> str: return f"_delta_log/{number:020d}.json"
+
+_STORE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN}
+
+def unreachable(e: BaseException) -> bool:
+    "Whether an error says something of the store, or of this process, and nothing of what is stored"
+    return isinstance(e, (PoolUnavailable, MemoryError)) or (isinstance(e, OSError) and e.errno in _STORE)
 
 def _dicts(content: bytes) -> list[dict]:
     "The lines of an entry; raises `ValueError`"
@@ -235,34 +373,79 @@ def _dicts(content: bytes) -> list[dict]:
 
 # %% ../../../nbs/storage/pool/delta.ipynb #a1c5c24e
 def _segment(last: int) -> str: return f"_history/{last:020d}.json.gz"
+def _head(lake: Lake, last: int) -> dict: return dict(format=FORMAT, table=lake.table.id, last=last)
+def _numbers(last: int) -> range: return range(last - _INTERVAL + 1, last + 1)
+
+_PLENTY = 32 << 20  # Bytes that a segment may be without anybody asking how large the entries are
+
+def _unzip(data: bytes, most: Callable[[], int]) -> bytes:
+    "Unpack, but not to more bytes than there can be"
+    unpack = zlib.decompressobj(wbits=31)
+    content = unpack.decompress(data, _PLENTY)
+    if unpack.unconsumed_tail: content += unpack.decompress(unpack.unconsumed_tail, max(1, most() - _PLENTY))
+    if not unpack.eof or unpack.unused_data: raise ValueError("it is cut, or longer than it can be")
+    return content
+
+def _segment_lines(lake: Lake, last: int) -> Optional[list[bytes]]:
+    "What a copy says of each entry up to a number; `None` where it is missing, damaged, or the copy of something else"
+    try:
+        packed = lake.read(_segment(last))
+        crc, _, text = _unzip(packed, lambda: 8 * sum(map(lake.size, map(_entry, _numbers(last))))).partition(b" ")
+        head, *lines = text.split(b"\n")
+        fine = int(crc, 16) == zlib.crc32(text) and json.loads(head) == _head(lake, last) and len(lines) == _INTERVAL
+    except (OSError, EOFError, zlib.error, *_BROKEN): return None
+    return lines if fine else None
+
+def _read_segment(lake: Lake, last: int) -> Optional[list[Entry]]:
+    if (lines := _segment_lines(lake, last)) is None: return None
+    try: return [parse_entry(n, json.loads(line), lake.table.id) for n, line in zip(_numbers(last), lines)]
+    except (CorruptData, *_BROKEN): return None
 
 def _entries(lake: Lake, after: int, upto: int) -> Iterator[Entry]:
     number = after + 1
     while number <= upto:
         last = -(-number // _INTERVAL) * _INTERVAL
-        known = _read_segment(lake, last) if last <= upto and last - number > 20 else None
-        if known is None: known = lake.all_actions(range(number, min(last, upto) + 1))
-        else: known = known[number - last - 1:]
-        for actions in known:
-            yield parse_entry(number, actions)
+        known: Optional[Iterable[Entry]] = _read_segment(lake, last) if last <= upto and last - number > 20 else None
+        if known is not None: known = known[number - last - 1:]
+        else:
+            numbers = range(number, min(last, upto) + 1)
+            known = (parse_entry(n, actions, lake.table.id) for n, actions in zip(numbers, lake.each(lake.actions, numbers)))
+        for entry in known:
+            yield _in_order(lake, entry)
             number += 1
 
-def _read_segment(lake: Lake, last: int) -> Optional[list[list[dict]]]:
-    try: lines = [json.loads(line) for line in gzip.decompress(lake.read(_segment(last))).splitlines()]
-    except (OSError, EOFError, zlib.error, ValueError): return None
-    return lines if len(lines) == _INTERVAL else None
+def _in_order(lake: Lake, entry: Entry) -> Entry:
+    "An entry; raises `CorruptData` for one of a format in which nobody wrote any more"
+    number, since = entry.commit.number, 1 if lake.table.format > 1 else entry.since or lake._since
+    bare = max(number, lake._bare or 0) if entry.format == 1 else lake._bare
+    if since and bare and bare >= since:
+        raise CorruptData(f"commit {bare} of the log is damaged: it has format 1, and from {since} on each says where it belongs")
+    vars(lake).update(_bare=bare, _since=min(number, since or number) if entry.format > 1 else lake._since)
+    return entry
 
 def _write_segments(lake: Lake, upto: int) -> None:
-    "Write every segment up to a number that is not there yet"
+    "Write every segment up to a number that is not there, or is damaged"
     for last in range(_INTERVAL, upto + 1, _INTERVAL):
-        if _read_segment(lake, last) is not None: continue
-        lines = [json.dumps(_own(actions)) for actions in lake.all_actions(range(last - _INTERVAL + 1, last + 1))]
-        lake.write(_segment(last), gzip.compress("\n".join(lines).encode()))
+        if _segment_lines(lake, last) is not None: continue
+        every = list(lake.each(lake.actions, _numbers(last)))
+        for number, actions in zip(_numbers(last), every): parse_entry(number, actions, lake.table.id)  # no copy makes them better
+        text = "\n".join(json.dumps(what) for what in (_head(lake, last), *map(_own, every))).encode()
+        lake.write(_segment(last), gzip.compress(b"%08x %s" % (zlib.crc32(text), text)))
 
 def _own(actions: list[dict]) -> list[dict]:
     "What a pool reads of an entry"
-    facts = next((a["commitInfo"][_FACTS] for a in actions if _FACTS in a.get("commitInfo", ())), None)
-    return actions if facts is None else [{"commitInfo": {_FACTS: facts}}]
+    return actions if (facts := _facts(actions)) is None else [{"commitInfo": {_FACTS: facts}}]
+
+def _mend_segments(lake: Lake, upto: int, dry_run: bool) -> list[str]:
+    numbers = range(_INTERVAL, upto + 1, _INTERVAL)
+    lines = [f"{_segment(last)}: a damaged copy of the log, or one of an earlier format" for last in numbers
+             if _segment_lines(lake, last) is None and _there(lake, _segment(last))]
+    if lines and not dry_run: _write_segments(lake, upto)
+    return lines
+
+def _there(lake: Lake, path: str) -> bool:
+    try: return lake.size(path) >= 0
+    except (FileNotFoundError, NotADirectoryError): return False
 
 # %% ../../../nbs/storage/pool/delta.ipynb #6258c50d
 class LocalLake(Lake):
@@ -272,19 +455,22 @@ class LocalLake(Lake):
         self.root, self._seen = Path(url), -1
         self.log = self.root / "_delta_log"
 
-    def _entry(self, number: int) -> str: return os.path.join(self.log, f"{number:020d}.json")
+    def _entry(self, number: int) -> str: return os.path.join(self.root, _entry(number))
 
     def head(self) -> int:
         number = self._seen if self._seen >= 0 else _last_entry(self.log)
-        while os.path.exists(self._entry(number + 1)): number += 1
+        while _exists(self._entry(number + 1)): number += 1
         if number > self._seen:  # its writer may have died before it was synced
             sync_folder(self.log)
             self._seen = number
         return number
 
+    def create(self, schema: Schema) -> None: _create(self, schema)
+
     def put(self, entry: Entry, schema: Schema) -> bool:
         number = entry.commit.number
-        lines = [*(_create(self, schema) if number == 1 else ()), *_lines(entry, schema)]
+        about = _about_columns(self, schema) if number == 1 and self.found(schema) else ()
+        lines = [*about, *_lines(entry, schema, self.facts(entry))]
         if not _link(self, number, lines): return False
         self._seen = max(self._seen, number)
         if number % _INTERVAL == 0: _tidy(self, number, lambda: _checkpoint(self, number))
@@ -300,31 +486,62 @@ class LocalLake(Lake):
         replace_file(target, lambda f: f.write(content))
 
     def remove(self, paths: Iterable[str]) -> None:
-        for path in map(self.root.joinpath, paths):
-            if path.is_dir(): shutil.rmtree(path, ignore_errors=True)
-            else: path.unlink(missing_ok=True)
+        for path in paths:
+            if _SHADOW.fullmatch(path): _remove_shadow(self.root / path)
+            else: (self.root / (path if _LEFT.fullmatch(path) else _inside(path))).unlink(missing_ok=True)
 
     def listing(self) -> dict[str, float]:
-        kinds = ("*.parquet", ".*.parquet.*", "_shadow-*", "_delta_log/.*.tmp", "_delta_log/._last*", "_history/.*")
+        below = (f"{folder}/{name}" for folder in ("_delta_log", "_history") for name in _files(self.root / folder))
+        shadows = (path.name for path in self.root.glob("_shadow-*") if _is_shadow(path))
         ages = {}
-        for path in (path for kind in kinds for path in self.root.glob(kind)):
-            with suppress(FileNotFoundError): ages[path.relative_to(self.root).as_posix()] = self.age(path)
+        for path in (*_files(self.root.resolve()), *filter(_LEFT.fullmatch, below), *shadows):
+            with suppress(FileNotFoundError): ages[path] = self.age(path)
         return ages
 
     def age(self, path: str | Path) -> float: return time.time() - (self.root / path).stat().st_mtime
-    def mend(self, entries: Sequence[Entry], dry_run: bool) -> list[str]: return _mend(self, entries, dry_run)
+    def size(self, path: str) -> int: return (self.root / path).stat().st_size
+    def mend(self, entries: Sequence[Entry], dry_run: bool) -> list[str]:
+        return [*super().mend(entries, dry_run), *_mend(self, entries, dry_run)]
 
     def check(self) -> bool:
         if not self.log.is_dir() and _strange(self.root):
             raise SchemaError(f"{self.url} is no pool: it lacks a folder _delta_log, and is not empty either; name another folder")
         return super().check()
 
+# %% ../../../nbs/storage/pool/delta.ipynb #03543bcd
+_SHADOW = re.compile("_shadow-[0-9a-f]{16}")
+_LEFT = re.compile(rf"\.{_DATA.pattern}\.[0-9a-f]{{16}}|_delta_log/\.[0-9a-f]{{16}}\.tmp|_delta_log/\._last_checkpoint\.[0-9a-f]{{16}}"
+                   rf"|_history/\.[0-9]{{20}}\.json\.gz\.[0-9a-f]{{16}}|{_SHADOW.pattern}")
+_IN_SHADOW = re.compile(r"([0-9]{20}\.(json|checkpoint\.parquet)|_last_checkpoint)(#[0-9]+)?")
+
+def _files(folder: Path) -> list[str]:
+    "The names of the files in a folder, without links; none where it is a link itself"
+    try: return [] if folder.is_symlink() else [entry.name for entry in os.scandir(folder) if entry.is_file(follow_symlinks=False)]
+    except (FileNotFoundError, NotADirectoryError): return []
+
+def _is_shadow(folder: Path) -> bool:
+    "Whether a folder is a shadow of the log, and nobody put anything else into it"
+    if not _SHADOW.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir(): return False
+    log = folder / "_delta_log"
+    names = os.listdir(log) if log.is_dir() and not log.is_symlink() else []
+    return set(os.listdir(folder)) <= {"_delta_log"} and set(names) == set(filter(_IN_SHADOW.fullmatch, _files(log)))
+
+def _remove_shadow(folder: Path) -> None:
+    if not _is_shadow(folder): return
+    for name in _files(log := folder / "_delta_log"): (log / name).unlink(missing_ok=True)
+    for empty in (log, folder):
+        with suppress(OSError): empty.rmdir()  # unless somebody put something into it
+
 # %% ../../../nbs/storage/pool/delta.ipynb #d238fe2b
+def _exists(path: str) -> bool:
+    try: return bool(os.stat(path))  # `os.path.exists` takes a disk that fails for a file that is not there
+    except (FileNotFoundError, NotADirectoryError): return False
+
 def _last_entry(log: Path) -> int:
     "The largest number of an entry, -1 where there is none"
     try: names = os.listdir(log)
     except (FileNotFoundError, NotADirectoryError): return -1
-    return max((int(name[:20]) for name in names if re.fullmatch(r"\d{20}\.json", name)), default=-1)
+    return max((int(name[:20]) for name in names if re.fullmatch(r"[0-9]{20}\.json", name)), default=-1)
 
 def _strange(path: Path) -> bool:
     "Whether there is something that is no table"
@@ -356,11 +573,10 @@ def _link(lake: LocalLake, number: int, lines: Iterable[dict]) -> bool:
     return True
 
 # %% ../../../nbs/storage/pool/delta.ipynb #1eb2aae1
-def _lines(entry: Entry, schema: Schema) -> Iterator[dict]:
+def _lines(entry: Entry, schema: Schema, facts: str) -> Iterator[dict]:
     "An entry as Delta Lake's actions"
     kind = "WRITE" if entry.commit.put else "DELETE" if entry.commit.hide else "OPTIMIZE" if entry.commit.move else "VACUUM END"
-    yield {"commitInfo": {"timestamp": entry.time, "operation": kind, "operationParameters": {}, "engineInfo": "data_io_nbdev",
-                          _FACTS: facts_text(entry)}}
+    yield {"commitInfo": {"timestamp": entry.time, "operation": kind, "operationParameters": {}, "engineInfo": "data_io_nbdev", _FACTS: facts}}
     for add in _adds(entry, schema): yield {"add": add}
     for f in entry.gone:
         yield {"remove": {"path": f.path, "deletionTimestamp": entry.time, "dataChange": entry.changes, "partitionValues": {},
@@ -376,18 +592,20 @@ def _adds(entry: Entry, schema: Schema) -> Iterator[dict]:
 
 def _made(lake: Lake) -> dict:
     "What entry 0 says of the table; raises `SchemaError` where that is no pool"
-    _check_ours(safe_url(lake.url), actions := lake.actions(0))
-    return next(a["metaData"] for a in actions if "metaData" in a)
+    return next(a["metaData"] for a in lake.actions(0) if "metaData" in a) if lake.table else {}
 
-def _create(lake: LocalLake, schema: Schema) -> Iterator[dict]:
-    "Make entry 0 if need be. What entry 1 must say about the columns, because entry 0 says something else"
+def _create(lake: LocalLake, schema: Schema) -> None:
     about = {"id": str(uuid.uuid4()), "format": {"provider": "parquet", "options": {}}, "partitionColumns": [],
              "createdTime": time.time_ns() // 1_000_000}
-    ours = dict(schemaString=_delta_schema(schema).to_json(), configuration=_configuration(schema))
+    ours, facts = _birth(schema)
     protocol = {"protocol": {"minReaderVersion": 1, "minWriterVersion": 2}}
     _make_folder(lake.log)
-    _link(lake, 0, [{"commitInfo": {"operation": "CREATE TABLE", "operationParameters": {}}}, protocol, {"metaData": {**about, **ours}}])
-    there = _made(lake)  # a writer that died may have had another schema
+    info = {"operation": "CREATE TABLE", "operationParameters": {}, _FACTS: facts}
+    _link(lake, 0, [{"commitInfo": info}, protocol, {"metaData": {**about, **ours}}])
+
+def _about_columns(lake: LocalLake, schema: Schema) -> Iterator[dict]:
+    "What entry 1 must say about the columns, because entry 0 says something else: its writer had another schema"
+    there, ours = _made(lake), _birth(schema)[0]
     if there["configuration"] != ours["configuration"]: yield {"metaData": {**there, **ours}}
 
 # %% ../../../nbs/storage/pool/delta.ipynb #eb4d7cbd
@@ -408,7 +626,7 @@ def _checkpoint(lake: LocalLake, number: int, whole: bool = False) -> None:
     "Make a checkpoint, from the last one and what follows, or from all entries"
     shadow, name = lake.root / f"_shadow-{secrets.token_hex(8)}", f"{number:020d}.checkpoint.parquet"
     log = shadow / "_delta_log"
-    last = 0 if whole else max((int(p.name[:20]) for p in lake.log.glob("*.checkpoint.parquet") if p.name < name), default=0)
+    last = 0 if whole else max((int(p.name[:20]) for p in _checkpoints(lake) if p.name < name), default=0)
     log.mkdir(parents=True)
     try:
         for path in map(lake._entry, range(last, number + 1)): os.link(path, log / os.path.basename(path))
@@ -424,18 +642,26 @@ def _checkpoint(lake: LocalLake, number: int, whole: bool = False) -> None:
     finally: shutil.rmtree(shadow, ignore_errors=True)
 
 # %% ../../../nbs/storage/pool/delta.ipynb #50be56ec
+def _checkpoints(lake: LocalLake) -> list[Path]:
+    return [lake.log / name for name in sorted(_files(lake.log)) if re.fullmatch(r"[0-9]{20}\.checkpoint\.parquet", name)]
+
 def _mend(lake: LocalLake, entries: Sequence[Entry], dry_run: bool) -> list[str]:
-    every, hint = sorted(lake.log.glob("*.checkpoint.parquet")), lake.log / "_last_checkpoint"
-    damaged = [path for path in every if not _readable(path)]
+    every, hint = _checkpoints(lake), lake.log / "_last_checkpoint"
+    damaged = [path for path in every if not _readable(path, entries)]
     if not damaged and (every or hint.exists()) and not _as_they_say(lake, entries): damaged = every or [hint]
     if damaged and not dry_run:
-        for path in {*damaged, hint}: path.unlink(missing_ok=True)
+        for path in (hint, *damaged): path.unlink(missing_ok=True)  # first the one that names the others
         _checkpoint(lake, lake.head(), whole=True)
     return [f"{path.name}: a damaged checkpoint, which keeps other readers out or misleads them" for path in damaged]
 
-def _readable(path: Path) -> bool:
-    try: return bool(pq.read_table(path, page_checksum_verification=True))
-    except (OSError, ValueError): return False
+def _readable(path: Path, entries: Sequence[Entry]) -> bool:
+    "Whether a checkpoint can be read, and is not much larger than what it stands for"
+    most = _PLENTY + (1 << 14) * sum(len(entry.files) + len(entry.gone) for entry in entries)
+    try:
+        meta = pq.read_metadata(path)
+        if sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups)) > most: return False
+        return bool(pq.read_table(path, page_checksum_verification=True))
+    except Exception: return False
 
 def _as_they_say(lake: LocalLake, entries: Sequence[Entry]) -> bool:
     "Whether other readers, who trust checkpoints, see the files that the entries up to some number name"
@@ -471,7 +697,7 @@ class RemoteLake(Lake):
         options: Optional[dict[str, str]] = None, # Of the store, as `deltalake` takes them; by default from the environment
     ):
         super().__init__(url)
-        self.options, self._table, self._lock = options, None, forkable_lock()
+        self.options, self._delta, self._lock = options, None, forkable_lock()
         RemoteLake.process = RemoteLake.process or os.getpid()
         with self._asked(): self.files = pa.fs.PyFileSystem(_store(url, options))
 
@@ -492,20 +718,22 @@ class RemoteLake(Lake):
     def head(self) -> int:
         with self._lock, self._asked():
             try:
-                if self._table is None: self._table = deltalake.DeltaTable(self.url, storage_options=self.options)
-                else: self._table.update_incremental()
+                if self._delta is None: self._delta = deltalake.DeltaTable(self.url, storage_options=self.options)
+                else: self._delta.update_incremental()
             except deltalake.exceptions.TableNotFoundError: return -1
-            return self._table.version()
+            return self._delta.version()
+
+    def create(self, schema: Schema) -> None: _create_remote(self, schema)
 
     def put(self, entry: Entry, schema: Schema) -> bool:
         number = entry.commit.number
         with self._lock:  # nobody may move the table on while it is committed to
-            if self.head() < 0: _create_remote(self, schema)
+            self.found(schema)
             if self.head() != number - 1: return False
             if number == 1: _check_first(self, schema)
-            try: _transact(self._table, entry, schema)
+            try: _transact(self._delta, entry, schema, self.facts(entry))
             except deltalake.exceptions.DeltaError as e:
-                self._table = None
+                self._delta = None
                 said, cause = said_by(self, e)
                 if self.head() < number: raise PoolUnavailable(f"{safe_url(self.url)}: commit {number} failed: {said}") from cause
                 return next(self.entries(number - 1, number)).commit.token == entry.commit.token
@@ -514,7 +742,7 @@ class RemoteLake(Lake):
 
     def _checkpoint(self) -> None:
         self.head()
-        self._table.create_checkpoint()
+        self._delta.create_checkpoint()
 
     def read(self, path: str) -> bytes:
         with self._asked(), self.files.open_input_stream(path, compression=None) as f: return f.read()
@@ -526,7 +754,7 @@ class RemoteLake(Lake):
         with self._asked(), self.files.open_output_stream(path, compression=None, buffer_size=1 << 20) as f: f.write(content)
 
     def remove(self, paths: Iterable[str]) -> None:
-        for path in paths:
+        for path in map(_inside, paths):
             with self._asked(), suppress(FileNotFoundError): self.files.delete_file(path)
 
     def age(self, path: str) -> float:
@@ -534,10 +762,15 @@ class RemoteLake(Lake):
 
     def listing(self) -> dict[str, float]:
         with self._asked(): found = self.files.get_file_info(pa.fs.FileSelector("", allow_not_found=True))
-        return {info.path.lstrip("/"): _age(info) for info in found if info.path.endswith(".parquet")}
+        return {info.path.lstrip("/"): _age(info) for info in found if info.type == pa.fs.FileType.File}
 
-    def all_actions(self, numbers: range) -> Iterable[list[dict]]:
-        with ThreadPoolExecutor(16) as workers: return list(workers.map(self.actions, numbers))
+    def size(self, path: str) -> int:
+        with self._asked(): info = self.files.get_file_info(path)
+        if info.type == pa.fs.FileType.NotFound: raise FileNotFoundError(path)
+        return info.size
+
+    def each(self, what: Callable[[int], Any], numbers: range) -> Iterable[Any]:
+        with ThreadPoolExecutor(16) as workers: return list(workers.map(what, numbers))
 
 # %% ../../../nbs/storage/pool/delta.ipynb #36152a92
 def _store(url: str, options: Optional[dict[str, str]]) -> Any:
@@ -548,10 +781,10 @@ def _store(url: str, options: Optional[dict[str, str]]) -> Any:
         raise QueryError(f"{safe_url(url)}: no object store has this URL, or takes these storage_options: {said}") from cause
 
 def _create_remote(lake: RemoteLake, schema: Schema) -> None:
-    "Make entry 0, unless somebody does"
+    ours, facts = _birth(schema)
     try: deltalake.DeltaTable.create(lake.url, _delta_schema(schema), storage_options=lake.options, raise_if_key_not_exists=False,
-                                     configuration=_configuration(schema),
-                                     commit_properties=deltalake.CommitProperties(max_commit_retries=0))
+                                     configuration=ours["configuration"],
+                                     commit_properties=deltalake.CommitProperties(custom_metadata={_FACTS: facts}, max_commit_retries=0))
     except deltalake.exceptions.DeltaError as e:
         said, cause = said_by(lake, e)
         if lake.head() < 0: raise PoolUnavailable(f"{safe_url(lake.url)}: it cannot be created: {said}") from cause
@@ -559,7 +792,7 @@ def _create_remote(lake: RemoteLake, schema: Schema) -> None:
 def _check_first(lake: RemoteLake, schema: Schema) -> None:
     "Raise `SchemaError` where another writer made the table, for other columns"
     there = _made(lake)["configuration"]
-    if there != {**there, **_configuration(schema)}:
+    if there != {**there, **_configuration(schema), _OURS: there[_OURS]}:
         raise SchemaError(f"{safe_url(lake.url)} is empty, and was made for episodes of another schema: "
                           f"{there.get('data_io_nbdev.schema')}; store such episodes, or remove it")
 
@@ -567,7 +800,7 @@ def _age(info: Any) -> float:
     if info.type == pa.fs.FileType.NotFound: raise FileNotFoundError(info.path)
     return time.time() - info.mtime_ns / 1e9
 
-def _transact(table: Any, entry: Entry, schema: Schema) -> None:
+def _transact(table: Any, entry: Entry, schema: Schema, facts: str) -> None:
     "Make an entry the version behind the table's own"
     adds = [deltalake.transaction.AddAction(a["path"], a["size"], {}, a["modificationTime"], a["dataChange"], a["stats"])
             for a in _adds(entry, schema)]
@@ -575,8 +808,57 @@ def _transact(table: Any, entry: Entry, schema: Schema) -> None:
                                                   partition_values={}) for f in entry.gone]
     table.create_write_transaction(
         [*adds, *removes], mode="append", schema=_delta_schema(schema),
-        commit_properties=deltalake.CommitProperties(custom_metadata={_FACTS: facts_text(entry)}, max_commit_retries=0),
+        commit_properties=deltalake.CommitProperties(custom_metadata={_FACTS: facts}, max_commit_retries=0),
         post_commithook_properties=deltalake.PostCommitHookProperties(create_checkpoint=False, cleanup_expired_logs=False))
+
+# %% ../../../nbs/storage/pool/delta.ipynb #33de8c47
+def flaws(
+    lake: Lake,
+    upto: int, # Number of the newest entry
+    schema: Schema, # Of the pool
+) -> Iterator[str]: # One line for each entry that is damaged
+    "What is wrong with a log, for people"
+    def flaw(number: int) -> str:
+        try: wrong = _unlike(lake, number, schema)
+        except (DataIOError, OSError, *_BROKEN) as e:
+            if isinstance(e, OSError) and unreachable(e): raise
+            wrong = str(e)
+        return wrong and f"commit {number}: {wrong}"
+    yield from filter(None, lake.each(flaw, range(upto + 1)))
+    yield from _mend_segments(lake, upto, dry_run=True)
+
+def _unlike(lake: Lake, number: int, schema: Schema) -> str:
+    actions = lake.actions(number)
+    about = [a["metaData"] for a in actions if "metaData" in a]
+    if not number: return _strange_table(lake, actions, about[0])
+    entry = parse_entry(number, actions, lake.table.id)
+    if not entry.format:  # another engine's has no checksum, but perhaps a copy
+        copy = _segment_lines(lake, last := -(-number // _INTERVAL) * _INTERVAL)
+        return "" if not copy or json.loads(copy[number - last - 1]) == actions else f"{_segment(last)} says something else"
+    right = dict(schemaString=_delta_schema(schema).to_json(), configuration=_configuration(schema))
+    if number == 1 and _columns((about or [_made(lake)])[0]) != _columns(right):
+        return "the table's columns are not those of its steps"
+    told, ours = [a for a in actions if number > 1 or "metaData" not in a], list(_lines(entry, schema, _facts(actions) or ""))
+    if told == ours or (_by_deltalake(told) and _seen(told) == _seen(ours)): return ""
+    return "other readers are told something else than the pool"
+
+def _by_deltalake(actions: Sequence[dict]) -> bool: return any("clientVersion" in a.get("commitInfo", ()) for a in actions)
+
+def _strange_table(lake: Lake, actions: Sequence[dict], about: dict) -> str:
+    if _parse_table(safe_url(lake.url), actions) != lake.table: return "it is another table's"
+    protocol = next((a["protocol"] for a in actions if "protocol" in a), None)
+    plain = about["partitionColumns"] == [] and about["format"]["provider"] == "parquet"
+    return "" if plain and protocol == {"minReaderVersion": 1, "minWriterVersion": 2} else "other readers are told of another kind of table"
+
+def _columns(about: dict) -> tuple:
+    fields = json.loads(about["schemaString"])["fields"]
+    return about["configuration"]["data_io_nbdev.schema"], [(f["name"], f["type"]) for f in fields]
+
+def _seen(lines: Iterable[dict]) -> list[tuple]:
+    "What other readers take from an entry"
+    def stats(add: dict) -> str: return json.dumps(json.loads(add["stats"]), sort_keys=True)
+    return sorted(("add", a["path"], a["size"], a["dataChange"], stats(a)) if kind == "add" else (kind, a["path"], a["dataChange"])
+                  for line in lines for kind, a in line.items() if kind in ("add", "remove"))
 
 # %% ../../../nbs/storage/pool/delta.ipynb #b5d09007
 def open_lake(

@@ -5,12 +5,14 @@
 # %% ../../../nbs/storage/pool/parquet.ipynb #afc41312
 from __future__ import annotations
 import zlib
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Optional
 import numpy as np
 
 # %% auto #0
-__all__ = ['column_names', 'Column', 'columns_of', 'to_table', 'File', 'parquet_bytes', 'read_episodes', 'episodes_of']
+__all__ = ['column_names', 'Column', 'columns_of', 'to_table', 'Rows', 'File', 'parquet_bytes', 'open_parquet', 'is_made_for',
+           'read_episodes', 'whole_table', 'episodes_of']
 
 # %% ../../../nbs/storage/pool/parquet.ipynb #315bf7cc
 from ...errors import CorruptData, require
@@ -123,7 +125,26 @@ def _slice_table(columns: Sequence[Column], part: Part, episode: Episode, cut: s
         if role == "step": return _to_arrow(column, episode.step[cut])
         value = {"who": lambda: next(who), "episode": lambda: part.id, "episodestart": lambda: part.start}[role]()
         return pa.repeat(pa.scalar(value, column.type), steps)
-    return pa.table([array(c) for c in columns], pa.schema([c.arrow.remove_metadata() for c in columns]))
+    return pa.table([array(c) for c in columns], _layout(columns))
+
+def _layout(columns: Sequence[Column]) -> Any: # A `pyarrow.Schema`
+    return pa.schema([c.arrow.remove_metadata() for c in columns])
+
+# %% ../../../nbs/storage/pool/parquet.ipynb #4d567146
+class Rows(NamedTuple):
+    "The steps of a part, as they lie in a table that was read"
+    schema: Schema
+    table: Any  # A `pyarrow.Table` with every column
+    row: int  # The first of them
+
+def _tables(pairs: Iterable[tuple[Part, Any]]) -> list[Any]: # `pyarrow.Table`s
+    "The steps of parts, `Episode`s or `Rows`; neighbours in one table stay together"
+    runs: list[list] = []
+    for part, steps in pairs:
+        table, row = (steps.table, steps.row) if isinstance(steps, Rows) else (to_table(part, steps), 0)
+        if runs and runs[-1][0] is table and runs[-1][2] == row: runs[-1][2] += part.length
+        else: runs.append([table, row, row + part.length])
+    return [table.slice(begin, end - begin) for table, begin, end in runs]
 
 # %% ../../../nbs/storage/pool/parquet.ipynb #749d11a2
 class File(NamedTuple):
@@ -138,24 +159,44 @@ _SHARED, _GROUP = 1 << 20, 8 << 20  # Bytes of steps that whole parts share a ro
 
 def parquet_bytes(
     path: str, # That the file will have
-    parts: Sequence[tuple[Part, Episode]], # At least one, of one schema
-) -> tuple[File, Any]: # What the log needs to know, and the content, as a `pyarrow.Buffer`
+    parts: Sequence[tuple[Part, Episode | Rows]], # At least one, of one schema
+    table_id: str = "", # Whose file it will be
+) -> tuple[File, memoryview]: # What the log needs to know, and the content
     "The steps of parts as one Parquet file"
     columns, sink = columns_of(parts[0][1].schema), pa.BufferOutputStream()
     flat = [c.name for c in columns if not (pa.types.is_list(c.type) or pa.types.is_binary(c.type))]
     texts = [c.name for c in columns if c.role in ("who", "episode", "episodestart")]
     encoding = {k: v for c in columns if c.name not in texts for k, v in _encoding(c)}
-    layout = pa.schema([c.arrow.remove_metadata() for c in columns])
-    with pq.ParquetWriter(sink, layout, compression="zstd", compression_level=1, use_dictionary=texts, column_encoding=encoding,
+    with pq.ParquetWriter(sink, _layout(columns), compression="zstd", compression_level=1, use_dictionary=texts, column_encoding=encoding,
                           write_statistics=flat, write_page_checksum=True, store_schema=False) as writer:
-        for group in in_bulk(parts, lambda pair: pair[1].nbytes, _SHARED):
-            table = pa.concat_tables(to_table(part, e) for part, e in group)
-            width = max(1, sum(e.nbytes for _, e in group) // len(table))
-            writer.write_table(table, row_group_size=max(1, _GROUP // width))
+        blocks = 0
+        for group in in_bulk(parts, lambda pair: pair[0].nbytes, _SHARED):
+            table = pa.concat_tables(_tables(group))
+            rows = max(1, _GROUP // max(1, sum(part.nbytes for part, _ in group) // len(table)))
+            writer.write_table(table, row_group_size=rows)
+            blocks += -(-len(table) // rows) * len(columns)
+        mark = f"{path} {'?' * 8 * blocks} {table_id}"
+        writer.add_key_value_metadata({_MARK: mark})
     content = sink.getvalue()
-    data = memoryview(content)
+    data = memoryview(content if content.is_mutable else bytearray(content)).cast("B")
     footer = int.from_bytes(data[-8:-4], "little") + 8
-    return File(path, len(data), footer, zlib.crc32(data[-footer:]), zlib.crc32(data)), content
+    _seal(data, footer, mark.encode())
+    return File(path, len(data), footer, zlib.crc32(data[-footer:]), zlib.crc32(data)), data
+
+_MARK = "data_io_nbdev"  # the key of what a footer says of us
+
+def _seal(data: memoryview, footer: int, mark: bytes) -> None:
+    "Write the checksums of the columns where a mark keeps room for them"
+    begins = _begins(pq.ParquetFile(pa.BufferReader(data[-footer:])).metadata)
+    ends = [*begins[1:], len(data) - footer]
+    at = len(data) - footer + bytes(data[-footer:]).rindex(mark) + mark.index(b" ") + 1
+    data[at:at + 8 * len(begins)] = b"".join(b"%08x" % zlib.crc32(data[a:b]) for a, b in zip(begins, ends))
+
+def _begins(meta: Any) -> list[int]: # Bytes before each
+    "Where a file's columns begin, one row group after the other"
+    groups = map(meta.row_group, range(meta.num_row_groups))
+    chunks = (group.column(i) for group in groups for i in range(group.num_columns))
+    return [c.dictionary_page_offset if c.has_dictionary_page else c.data_page_offset for c in chunks]
 
 def _encoding(column: Column) -> list[tuple[str, str]]:
     "How the numbers of a column are laid out, where there is something better than one after the other"
@@ -164,6 +205,60 @@ def _encoding(column: Column) -> list[tuple[str, str]]:
     if pa.types.is_floating(kind): return [(name, "BYTE_STREAM_SPLIT")]
     if pa.types.is_timestamp(kind) or column.role == "step": return [(name, "DELTA_BINARY_PACKED")]
     return []
+
+# %% ../../../nbs/storage/pool/parquet.ipynb #be986f5a
+class _Checked:
+    "A file that hands out only what is as it was written"
+    closed = False
+    def __init__(self, source: Any, begins: Sequence[int], end: int, sums: Sequence[int]):
+        self.source, self.begins, self.ends, self.sums, self.at = source, begins, [*begins[1:], end], sums, 0
+
+    def read(self, n: int) -> Any: # Bytes, or a `pyarrow.Buffer`
+        first, last = bisect_right(self.begins, self.at) - 1, bisect_left(self.ends, self.at + n)
+        if first < 0 or last >= len(self.ends): raise ValueError("it reads where no column is")
+        begin, end = self.begins[first], self.ends[last]
+        self.source.seek(begin)
+        data = self.source.read_buffer(end - begin)
+        view, skip = memoryview(data), self.at - begin
+        for a, b, crc in zip(self.begins[first:last + 1], self.ends[first:last + 1], self.sums[first:last + 1]):
+            if zlib.crc32(view[a - begin:b - begin]) != crc: raise ValueError(f"its bytes {a} to {b} are not what was written")
+        self.at += n
+        return data if n == end - begin else data[skip:skip + n]
+
+    read_buffer = read
+    def seek(self, at: int, whence: int = 0) -> int:
+        self.at = at + (0, self.at, self.size())[whence]
+        return self.at
+    def tell(self) -> int: return self.at
+    def size(self) -> int: return self.source.size()
+    def close(self) -> None: self.source.close()
+
+def open_parquet(
+    source: Any, # A `pyarrow.NativeFile`
+    footer: Any, # Its last bytes, which are sound
+) -> Any: # A `pyarrow.parquet.ParquetFile`
+    "A Parquet file of which nothing is unpacked that was not checked"
+    meta = pq.ParquetFile(pa.BufferReader(footer)).metadata
+    if not (mark := _mark(meta)): return pq.ParquetFile(source, metadata=meta, page_checksum_verification=True)
+    begins, sums = _begins(meta), [int(mark[1][i:i + 8], 16) for i in range(0, len(mark[1]), 8)]
+    if len(begins) != len(sums): raise ValueError("its footer has not a checksum for each column")
+    checked = _Checked(source, begins, source.size() - len(footer), sums)
+    return pq.ParquetFile(pa.PythonFile(checked, mode="r"), metadata=meta)
+
+def _mark(meta: Any) -> Optional[list[str]]: # The file's name, the checksums, the table
+    "What a footer says of us"
+    said = (meta.metadata or {}).get(_MARK.encode())
+    return said and said.decode().split(" ", 2)
+
+def is_made_for(
+    source: Any, # A `pyarrow.NativeFile`
+    path: str, # Its name
+    table_id: str, # Whose folder it is in
+) -> bool:
+    "Whether a file says of itself that it was written under this name for this table; nobody else's does"
+    try: mark = _mark(pq.ParquetFile(source).metadata)
+    except Exception: return False
+    return bool(mark) and mark[::2] == [path, table_id]
 
 # %% ../../../nbs/storage/pool/parquet.ipynb #788874b4
 def _from_arrow(column: Column, array: Any) -> np.ndarray: # `(rows, *shape)`
@@ -207,8 +302,16 @@ def read_episodes(
 ) -> list[Episode]: # As many
     "The steps of neighbouring parts"
     begin, columns = parts[0][1], [c.name for c in _needed(schema)]
-    table = _rows(file, columns, begin, begin + sum(p.length for p, _ in parts))
+    table = _rows(file, columns, begin, begin + sum(p.length for p, _ in parts), sum(p.nbytes for p, _ in parts))
     return episodes_of(table, schema, [p for p, _ in parts])
+
+def whole_table(
+    file: Any, # A `pyarrow.parquet.ParquetFile`
+    schema: Schema,
+) -> Any: # A `pyarrow.Table`
+    "Every column of a file, as it was given to be written"
+    layout = _layout(columns_of(schema))
+    return file.read(layout.names, use_threads=False).cast(layout)
 
 def _needed(schema: Schema) -> list[Column]: return [c for c in columns_of(schema) if c.role in schema.roles or c.role == "timestamp"]
 
@@ -234,10 +337,19 @@ def episodes_of(
         episodes.append(episode)
     return episodes
 
-def _rows(file: Any, columns: list[str], begin: int, end: int) -> Any:
-    "Rows of a file, reading the row groups that they are in"
-    sizes = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
-    ends = np.cumsum([0, *sizes])
+def _rows(file: Any, columns: list[str], begin: int, end: int, nbytes: int) -> Any:
+    "Rows of a file that are so many bytes of steps, reading the row groups that they are in"
+    meta = file.metadata
+    ends = np.cumsum([0, *(meta.row_group(i).num_rows for i in range(meta.num_row_groups))])
     if end > ends[-1]: raise ValueError(f"it has {ends[-1]} rows, and {end} are expected")
     first, last = np.searchsorted(ends, begin, side="right") - 1, np.searchsorted(ends, end)
+    _check_size(meta, range(first, last), columns, int(ends[last] - ends[first]), nbytes, end - begin)
     return file.read_row_groups(range(first, last), columns, use_threads=False).slice(begin - ends[first], end - begin)
+
+def _check_size(meta: Any, groups: Iterable[int], columns: list[str], rows: int, nbytes: int, wanted: int) -> None:
+    "Raise `ValueError` where row groups would unpack to more than a log says that `wanted` rows have, `nbytes`"
+    most = nbytes + 2 * max(_GROUP, nbytes // wanted)  # of the first and the last group little may be wanted
+    chunks = (c for i in groups for c in map(meta.row_group(i).column, range(meta.num_columns)))
+    declared = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.partition(".")[0] in columns)
+    if rows * (nbytes // wanted) > most or declared > 2 * most + (1 << 16) * len(columns):
+        raise ValueError(f"it says that {rows} rows unpack to {declared} bytes, and the log says {nbytes} for {wanted}")
