@@ -380,18 +380,19 @@ def _load_state(buffer: Buffer, state: dict[str, Any]) -> None:
     _check_open(buffer)
     query, capacity, versions, serial, rows, rng = _parse_state(state)
     if (kind := state["sampler"]["kind"]) != type(buffer.sampler).__name__:
-        raise QueryError(f"this state was drawn by {kind}, and the buffer has {buffer.sampler!r}")
+        raise QueryError(f"this state was drawn by {brief(kind)}, and the buffer has {buffer.sampler!r}")
     first, last, oldest, newest = versions[0][0], versions[-1][1], buffer.pool._oldest(), buffer.pool.version
     if last > newest or (first < oldest and capacity is None):
         raise SnapshotNotFound(f"the state is of versions {first} to {last}; {buffer.pool!r} has {oldest} to {newest}")
     with buffer._moving:
         view = _new_view(buffer, query=query, capacity=capacity).replay(versions)
-        if (lost := serial - view.serial) > 0 and first < oldest:
+        if (lost := serial - view.serial) > 0 and first < oldest and capacity is not None:
             view = _new_view(buffer, begin=lost, query=query, capacity=capacity).replay(versions)
         if (len(view), view.serial) != (rows, serial) or (not view.begin and view.trail != state["trail"]):
             raise SnapshotNotFound(f"the state has {rows} rows, {buffer.pool!r} gives {len(view)}, or others: another pool?")
         sampler = copy.deepcopy(buffer.sampler)
-        sampler.load_state_dict(state["sampler"])
+        try: sampler.load_state_dict(state["sampler"])
+        except Exception as e: raise QueryError(f"{sampler!r} cannot go on from {brief(state['sampler'])}: {e!r}") from e
         _install(buffer, view, partial(dict.update, vars(buffer.sampler), vars(sampler)), query=query, capacity=capacity, _rng=rng)
 
 # %% ../../../nbs/storage/buffer/buffer.ipynb #41208a92
