@@ -369,12 +369,12 @@ KINDS = ["find log", "find entries", "find chunks", "insert chunks", "insert ent
          "createIndexes log", "hello"]
 
 
-def lose_once(pool, harness):
-    "A `_head` after which, once, another commit takes the next number"
+def lose_once(pool, rival):
+    "A `_head` after which, once, a rival takes the next number"
     really, lost = pool._head, []
     def head():
         number = really()
-        if not lost: lost.append(harness.raw_steal(pool))
+        if not lost: lost.append(rival())
         return number
     return head
 
@@ -397,7 +397,9 @@ def test_a_line_that_breaks(proxy, harness, monkeypatch, kind, act):
     cut = 0
     for n, call in enumerate(calls):
         proxy.plan = kind, act
-        if n == 3: monkeypatch.setattr(here, "_head", lose_once(here, harness))  # what hides is written, then taken back and written anew
+        if n == 3: monkeypatch.setattr(here, "_head", lose_once(here, lambda: harness.raw_steal(here)))  # what hides is written once, for both attempts
+        if n == 4:  # what was to be overwritten is gone: what was written is taken back, and less written anew
+            monkeypatch.setattr(here, "_head", lose_once(here, lambda: harness.open().delete(drive(hour=2).id)))
         again(here, call)
         cut += proxy.plan is None
         proxy.plan = None

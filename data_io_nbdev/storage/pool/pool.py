@@ -638,12 +638,16 @@ def _stage(pool: Pool, plan: Plan) -> Commit: # Without its number
     put = pool._write(token, plan.put, plan.schema) if plan.put else ()
     return Commit(0, token, tuple(put), tuple(plan.hide), plan.schema)
 
+_WAIT = 6  # Up to so many times what the winning attempt took
+
 def _commit(pool: Pool, decide: Callable[[int], Plan]) -> list[str]:
     "Make what `decide(version)` plans the next commit; decide again where somebody else was first, and it no longer stands"
     check_writable(pool)
+    due, mine = getattr(pool, "_turn", (0, None))  # when it may go on; its last commit
+    if (wait := due - time.monotonic()) > 0: time.sleep(min(wait, 0.5))
     staged, before, plan = None, None, None  # `staged` is written, and surely in no log
     try:
-        for _ in range(1_000_000):
+        for lost in range(1_000_000):
             if plan is None:
                 version, plan = pool._newest(lambda version: (version, decide(version)))
                 said = [part for part, _ in plan.put], plan.hide, plan.schema
@@ -653,8 +657,11 @@ def _commit(pool: Pool, decide: Callable[[int], Plan]) -> list[str]:
                 if not plan.put and not plan.hide: return plan.ids
                 if not staged: staged, before = _stage(pool, plan), said
             commit = staged._replace(number=version + 1, put=tuple(replace(part, version=version + 1) for part in staged.put))
-            staged = None
-            if pool._put(commit): return plan.ids
+            staged, began = None, time.monotonic()
+            if pool._put(commit):
+                now, alone = time.monotonic(), mine in (None, version)
+                pool._turn = 0 if alone else now + random.random() * _WAIT * (now - began) / (1 + lost), version + 1
+                return plan.ids
             staged = commit
             version, touched = pool._touched(version, plan.ids if plan.query is None else None)
             if not _stands(pool, plan, version, touched): plan = None
