@@ -440,10 +440,9 @@ def _living(pool: MongoPool, entries: Sequence[dict], version: int) -> dict[str,
     levels = schema.levels if entries and (schema := _schema(pool, version)) else ()
     for number, named in sorted(_by_commit(map(_known, logged), entries).items()): index.apply(_commit(number, named, levels))
     there = {id: parts for id in index.lives if (parts := index.parts(id, version))}
-    for parts in there.values():
-        for part, after in zip(parts, parts[1:]):
-            if part.offset + part.length != after.offset:
-                raise CorruptData(f"episode {part.id}: no entry has its steps from {part.offset + part.length} to {after.offset - 1}")
+    for id, parts in there.items():
+        for end, part in zip([0, *(part.offset + part.length for part in parts)], parts):
+            if part.offset != end: raise CorruptData(f"episode {id}: no entry has its steps from {end} to {part.offset - 1}")
     return there
 
 def _by_commit(logged: Iterable[dict], entries: Iterable[dict]) -> dict[int, list[dict]]:
