@@ -320,6 +320,7 @@ class _Link:
         # each of these is right by itself, and changes with one assignment, so that an interrupt leaves no two that don't fit
         self.seen, self.schema = 0, None  # the newest commit; the schema, once there is one
         self.counted = 0, 0  # a version, and how many episodes it has
+        self.asked = None, -60, 0  # the server's time, and that of two clocks here
         self.late = -1, ()  # a version, and commits behind it, which somebody learned of who came too late
         self.indexed, self.hidden = False, {}  # whether indexes were made; tokens, and when what they hide was written
 
@@ -350,7 +351,16 @@ class _Link:
 
     def now(self) -> datetime:
         "By the server's clock"
-        return self.of("log").database.client.admin.command("hello")["localTime"].replace(tzinfo=timezone.utc)
+        said = self.of("log").database.client.admin.command("hello")["localTime"].replace(tzinfo=timezone.utc)
+        self.asked = said, time.monotonic(), time.time()
+        return said
+
+    def lately(self) -> datetime:
+        "The same, without a question if there was one in the last minute, and the clocks here agree about that"
+        said, ticks, clock = self.asked
+        passed = time.monotonic() - ticks
+        if passed > 60 or abs(time.time() - clock - passed) > 1: return self.now()
+        return said + timedelta(milliseconds=int(1000 * passed))
 
     def close(self) -> None:
         client, self.client = self.client, None
@@ -446,10 +456,9 @@ def _living(pool: MongoPool, entries: Sequence[dict], version: int) -> dict[str,
     levels = schema.levels if entries and (schema := _schema(pool, version)) else ()
     for number, named in sorted(_by_commit(map(_known, logged), entries).items()): index.apply(_commit(number, named, levels))
     there = {id: parts for id in index.lives if (parts := index.parts(id, version))}
-    for parts in there.values():
-        for part, after in zip(parts, parts[1:]):
-            if part.offset + part.length != after.offset:
-                raise CorruptData(f"episode {part.id}: no entry has its steps from {part.offset + part.length} to {after.offset - 1}")
+    for id, parts in there.items():
+        for end, part in zip([0, *(part.offset + part.length for part in parts)], parts):
+            if part.offset != end: raise CorruptData(f"episode {id}: no entry has its steps from {end} to {part.offset - 1}")
     return there
 
 def _by_commit(logged: Iterable[dict], entries: Iterable[dict]) -> dict[int, list[dict]]:
@@ -631,7 +640,7 @@ def _make_indexes(pool: MongoPool, schema: Schema) -> None:
 _IDS = 32  # So many the log itself says
 
 def _put(pool: MongoPool, commit: Commit) -> bool:
-    link, now, number = pool._link, pool._link.now(), commit.number
+    link, now, number = pool._link, pool._link.lately(), commit.number
     made = min([part.where.made for part in commit.put[:1]] + [_hide(pool, commit, now)])
     if now - made > pool.grace / 2:
         raise PoolUnavailable(f"{pool!r}: steps waited longer than half of grace={pool.grace} for their commit; store them again")

@@ -24,6 +24,7 @@ from operator import methodcaller
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Optional
 from urllib.parse import quote, quote_plus, unquote, unquote_plus
+from fastcore.basics import patch
 import numpy as np
 import pandas as pd  # type: ignore
 
@@ -39,9 +40,6 @@ from ...errors import (ClosedError, CorruptData, DataIOError, EpisodeConflict, E
 from ...data.schema import Schema
 from ...data.core import (Episode, PoolQuery, as_episode, concat, from_us, same_steps, state_digest,
                                      steps_in)
-
-# %% ../../../nbs/storage/pool/pool.ipynb #3e51a9c7
-from fastcore.basics import patch
 
 # %% ../../../nbs/storage/pool/pool.ipynb #28f4479a
 @dataclass(frozen=True)
@@ -655,7 +653,7 @@ def _stage(pool: Pool, plan: Plan) -> Commit: # Without its number
     put = pool._write(token, plan.put, plan.schema) if plan.put else ()
     return Commit(0, token, tuple(put), tuple(plan.hide), plan.schema)
 
-_WAIT = 6  # Up to so many times what the winning attempt took
+_WAIT = 16  # Up to so many times what the winning attempt took
 
 def _commit(pool: Pool, decide: Callable[[int], Plan]) -> list[str]:
     "Make what `decide(version)` plans the next commit; decide again where somebody else was first, and it no longer stands"
@@ -674,12 +672,13 @@ def _commit(pool: Pool, decide: Callable[[int], Plan]) -> list[str]:
                 if not plan.put and not plan.hide: return plan.ids
                 if not staged: staged, before = _stage(pool, plan), said
             commit = staged._replace(number=version + 1, put=tuple(replace(part, version=version + 1) for part in staged.put))
-            staged, began = None, time.monotonic()
+            staged = None
+            if not lost: began = time.monotonic()
             if pool._put(commit):
-                now, alone = time.monotonic(), mine in (None, version)
-                pool._turn = 0 if alone else now + random.random() * _WAIT * (now - began) / (1 + lost), version + 1
+                now, crowd = time.monotonic(), mine is not None and version - mine > 1
+                pool._turn = now + crowd * random.random() * _WAIT * (now - began) / (1 + lost), version + 1
                 return plan.ids
-            staged = commit
+            staged, began = commit, time.monotonic()
             version, touched = pool._touched(version, plan.ids if plan.query is None else None)
             if not _stands(pool, plan, version, touched): plan = None
     except BaseException:
