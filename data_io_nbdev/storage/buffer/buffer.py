@@ -93,7 +93,7 @@ def _trace(batch: Batch) -> dict[str, np.ndarray]:
     "Where the rows of a batch came from"
     found = batch._ledger.trace(batch._slots)
     if batch._mask is None: return found
-    blank = dict(index=-1, episode="", step=-1, timestamp=np.datetime64("NaT"))
+    blank = dict(index=-1, episode="", step=-1, timestamp=np.datetime64("NaT", "us"))
     return {name: _spread(values, batch._mask, blank[name]) for name, values in found.items()}
 
 def _column(name: str):
