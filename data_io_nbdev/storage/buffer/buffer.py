@@ -322,7 +322,9 @@ def _load(buffer: Buffer) -> None:
 
 def _install(buffer: Buffer, view: View, *changes: Callable[[], None], **options: Any) -> None:
     "Draw from a view from now on, and change what else goes with it, in one step"
+    before = buffer._view  # let go when all is done
     view.adopt(*changes, partial(dict.update, vars(buffer), {"_view": view, **options}))
+    del before
 
 def _refresh(buffer: Buffer) -> int:
     with buffer._moving:

@@ -187,8 +187,10 @@ def _merge(view: View, fork: View, gone: Iterable[str]) -> None:
     changes = [*(partial(dict.pop, view._held, id) for id in gone), partial(dict.update, view._held, fork._news)]
     if rows is not fork.rows: changes.append(rows.merge(fork.rows))
     left = _settle(fork, rows, view.serial, changes) if view._adopted else []
+    before = [*vars(view).values(), *(() if rows is None else vars(rows).values())]  # let go when all is done
     vars(fork).update(rows=rows, _news={})
     _change(view, [*changes, partial(dict.update, vars(view), vars(fork))], left)
+    del before
 
 def _change(view: View, changes: Iterable[Callable[[], Any]], left: Sequence[Part]) -> None:
     "Make changes while nobody draws; the own pool forgets the parts that left"

@@ -5,6 +5,7 @@
 # %% ../../../nbs/storage/pool/pool.ipynb #2c47fcdc
 from __future__ import annotations
 import abc
+import gc
 import importlib
 import os
 import random
@@ -104,7 +105,8 @@ def in_one_step(
     *changes: Callable[[], Any], # Each a `partial` of a method that is written in C, such as `dict.update`, and must not fail
 ) -> None:
     "Make several changes with nothing in between: no exception, no other thread, no fork"
-    deque(map(_call, changes), maxlen=0)
+    first, last = ((gc.disable,), (gc.enable,)) if gc.isenabled() else ((), ())  # a finalizer would let others in
+    deque(map(_call, (*first, *changes, *last)), maxlen=0)
 
 # %% ../../../nbs/storage/pool/pool.ipynb #50005adf
 @dataclass
