@@ -517,6 +517,32 @@ def test_interrupts_leave_nothing_open(harness, interrupted):
     assert n <= 40, f"{n} threads of connections that nobody uses"
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_interrupts_with_one_connection(harness, interrupted):
+    "Not one connection is counted as taken for ever: there is only one to take"
+    pool = open_pool(f"{harness.server}/?maxPoolSize=1&waitQueueTimeoutMS=3000", **harness.name)
+    pool.extend([drive(3, hour=h) for h in range(5)])
+    rng = np.random.default_rng(0)
+    for _ in range(600):
+        interrupted(lambda: list(pool), rng.uniform(0, 0.012))
+    assert len(list(pool)) == 5
+
+
+def test_closing_is_interrupted(harness, monkeypatch):
+    "Closed and forgotten in one step: the handle opens again"
+    pool = harness.open()
+    pool.store(drive())
+    really = pymongo.MongoClient.close
+    def late(client):
+        really(client)
+        raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(pymongo.MongoClient, "close", late)
+        with pytest.raises(KeyboardInterrupt): pool.close()
+    pool.load()
+    assert facts_of(pool) == facts_of([drive()])
+
+
 def test_a_child_has_its_own(harness, attack):
     "A fork at a random moment, while threads store and read: the child asks by a connection of its own, and both go on"
     pool, stop, hours = harness.open(), threading.Event(), itertools.count(100)
