@@ -4,14 +4,17 @@
 
 # %% ../../../nbs/storage/pool/mongo.ipynb #4084429d
 from __future__ import annotations
+import _thread
+import contextvars
 import json
 import os
 import re
 import struct
+import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from typing import Any, ClassVar, NamedTuple, Optional
@@ -224,47 +227,36 @@ class MongoPool(Pool):
     ):
         self._link, self.grace = _Link(url, database, collection, timeout), pd.Timedelta(grace)
         super().__init__(self._link.shown, mode)
-        with _reachable(self):
-            if not _check_ours(self) and mode == "r": raise PoolNotFound(f"no pool at {self.url!r}; mode='a' creates one")
+        if not _reachable(self, _check_ours) and mode == "r": raise PoolNotFound(f"no pool at {self.url!r}; mode='a' creates one")
 
-    def _head(self) -> int:
-        with _reachable(self): return self._link.head()
+    def _head(self) -> int: return _reachable(self, lambda pool: pool._link.head())
 
     def _changes(self, after: int, upto: int) -> Iterator[Commit]: return _changes(self, after, upto)
 
-    def _schema(self, version: int) -> Optional[Schema]:
-        with _reachable(self): return _schema(self, version) if version else None
+    def _schema(self, version: int) -> Optional[Schema]: return self._link.schema or _reachable(self, _schema, version) if version else None
 
-    def _stored(self, ids: Iterable[str], version: int) -> dict[str, list[Part]]:
-        with _reachable(self): return _stored(self, set(ids), version)
+    def _stored(self, ids: Iterable[str], version: int) -> dict[str, list[Part]]: return _reachable(self, _stored, set(ids), version)
 
-    def _count(self, version: int) -> int:
-        with _reachable(self): return _count(self, version)
+    def _count(self, version: int) -> int: return _reachable(self, _count, version)
 
-    def _candidates(self, query: PoolQuery, version: int, ids: Optional[Iterable[str]]) -> Iterable[list[Part]]:
-        with _reachable(self): return _candidates(self, query, version, ids)
+    def _candidates(self, query: PoolQuery, version: int, ids: Optional[Iterable[str]]) -> Iterable[list[Part]]: return _reachable(self, _candidates, query, version, ids)
 
     def _read(self, parts: Sequence[Part]) -> Iterator[Episode]: return _read(self, parts)
 
-    def _write(self, token: str, parts: Sequence[tuple[Part, Episode]], schema: Schema) -> list[Part]:
-        with _reachable(self): return _write(self, token, parts, schema)
+    def _write(self, token: str, parts: Sequence[tuple[Part, Episode]], schema: Schema) -> list[Part]: return _reachable(self, _write, token, parts, schema)
 
-    def _put(self, commit: Commit) -> bool:
-        with _reachable(self): return _put(self, commit)
+    def _put(self, commit: Commit) -> bool: return _reachable(self, _put, commit)
 
-    def _touched(self, after: int, ids: Optional[Sequence[str]]) -> tuple[int, set[str]]:
-        with _reachable(self): return _touched(self, after)
+    def _touched(self, after: int, ids: Optional[Sequence[str]]) -> tuple[int, set[str]]: return _reachable(self, _touched, after)
 
-    def _undo(self, commit: Commit) -> None:
-        with _reachable(self): _undo(self, commit)
+    def _undo(self, commit: Commit) -> None: return _reachable(self, _undo, commit)
 
-    def _repair(self, version: int, dry_run: bool) -> list[str]:
-        with _reachable(self): return _repair(self, dry_run)
+    def _repair(self, version: int, dry_run: bool) -> list[str]: return _reachable(self, _repair, dry_run)
 
     def _options(self) -> dict[str, Any]: return {"timeout": self._link.timeout, "grace": self.grace}
     def _forked(self) -> None: self._link.client = None  # its threads are the parent's
     def _open(self) -> None: "The first question connects again"
-    def _close(self) -> None: self._link.close()
+    def _close(self) -> None: _apart(self._link.close, self._link.timeout)
 
     def verify(self) -> list[str]: # Empty when sound
         "Read every commit, every entry and every step of every version; one line for each damaged part, `CorruptData` for a damaged log"
@@ -317,7 +309,7 @@ class _Link:
         self.database = database or said["database"] or "data_io_nbdev"
         self.collection = collection or said["collection"] or "experience"
         self.shown = _shown(url, self.database, self.collection)
-        # each of these is right by itself, and changes with one assignment, so that an interrupt leaves no two that don't fit
+        # each of these is right by itself, and changes with one assignment
         self.seen, self.schema = 0, None  # the newest commit; the schema, once there is one
         self.counted = 0, 0  # a version, and how many episodes it has
         self.asked = None, -60, 0  # the server's time, and that of two clocks here
@@ -367,10 +359,34 @@ class _Link:
         if client is not None: client.close()
 
 # %% ../../../nbs/storage/pool/mongo.ipynb #990a8db4
-@contextmanager
-def _reachable(pool: MongoPool) -> Iterator[None]:
-    "Whatever the server says is said with the pool's name"
-    try: yield
+def _apart(
+    call: Callable[[], Any],
+    seconds: float, # That an interrupt waits for the end of it
+) -> Any: # What it returns
+    "Call something where no signal's handler can break in, which is in any thread but the main one"
+    if threading.get_ident() != threading.main_thread().ident: return call()
+    begun, done, said, context = threading.Lock(), threading.Lock(), [], contextvars.copy_context()
+    done.acquire()
+    def run() -> None:
+        if not begun.acquire(blocking=False): return  # interrupted before that
+        if trace := threading.gettrace(): sys.settrace(trace)  # of debuggers
+        try: said.append((context.run(call), None))
+        except BaseException as e: said.append((None, e))
+        finally: done.release()
+    try:
+        _thread.start_new_thread(run, ())
+        done.acquire()
+    except BaseException:
+        if not begun.acquire(blocking=False) and not said: done.acquire(timeout=seconds)
+        raise
+    value, error = said.pop()
+    if error is None: return value
+    try: raise error
+    finally: del error
+
+def _reachable(pool: MongoPool, call: Callable, *args: Any) -> Any:
+    "What a call returns; whatever the server says is said with the pool's name"
+    try: return _apart(lambda: call(pool, *args), pool._link.timeout)
     except pymongo.errors.PyMongoError as e:
         why = {13: "the user has not the right to do this", 18: "wrong user or password"}.get(getattr(e, "code", None), "")
         said, cause = quoted(e, pool._link._address)
@@ -379,9 +395,6 @@ def _reachable(pool: MongoPool) -> Iterator[None]:
     except DataIOError: raise
     except (bson.errors.BSONError, UnicodeError, OverflowError, RecursionError) as e:
         raise CorruptData(f"{pool.url!r}: the server has a document that cannot be read: {str(e)[:500]}") from e
-    except BaseException as e:
-        if not isinstance(e, Exception): pool._link.client = None
-        raise
 
 def _check_ours(pool: MongoPool) -> bool: # Whether there is a pool
     "Raise `SchemaError` for a collection that is no pool's"
@@ -518,8 +531,7 @@ def _count(pool: MongoPool, version: int) -> int:
 # %% ../../../nbs/storage/pool/mongo.ipynb #88a62c79
 def _changes(pool: MongoPool, after: int, upto: int) -> Iterator[Commit]:
     for begin in range(after, upto, _MANY):
-        with _reachable(pool): commits = _commits(pool, begin, min(begin + _MANY, upto))
-        yield from commits
+        yield from _reachable(pool, _commits, begin, min(begin + _MANY, upto))
 
 def _since(pool: MongoPool, after: int, upto: Optional[int] = None) -> list[dict]:
     "The log's documents behind a number, in order and without a gap"
@@ -565,7 +577,7 @@ def _read(pool: MongoPool, parts: Sequence[Part]) -> Iterator[Episode]:
         return 0 if part.where.key in counted else counted.add(part.where.key) or max(part.nbytes, _CHUNK)
     for window in in_bulk(parts, nbytes, _WINDOW):
         wanted = {part.where.key: part for part in window}
-        with _reachable(pool): tables = _tables(pool, wanted, columns)
+        tables = _reachable(pool, _tables, wanted, columns)
         for run in _runs(window): yield from _steps(schema, run, tables[run[0].where.key])
 
 def _runs(parts: Iterable[Part]) -> Iterator[list[Part]]:
