@@ -459,7 +459,7 @@ def test_deep(lake, where):
 def memory_of(act, path):
     "Peak memory in MB that an act on a lake takes beyond what it takes on a sound one, in processes of their own"
     code = f"""
-import resource, sys
+import sys
 from data_io_nbdev.errors import DataIOError
 from data_io_nbdev.storage.pool import delta
 from data_io_nbdev.storage.pool.dask import DaskPool
@@ -467,7 +467,8 @@ delta._INTERVAL = {INTERVAL}
 try: said = repr({act})
 except DataIOError as e: said = type(e).__name__
 print(said[:200])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+# not ru_maxrss, which counts what the parent had when it started this process
+print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) // 1024)
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(path)], capture_output=True, text=True, timeout=100,
                           preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (6 << 30,) * 2))
