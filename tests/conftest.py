@@ -4,6 +4,7 @@ A test hands `attack` a name, a number of trials and what one trial does. Trials
 repeated; SOAK=10 makes ten times as many, and ATTACK_SEED=… makes others. Every run ends with a table of its attacks.
 """
 import os
+import signal
 import time
 import traceback
 import zlib
@@ -12,6 +13,16 @@ import numpy as np
 import pytest
 
 SOAK, SEED = float(os.environ.get("SOAK", 1)), int(os.environ.get("ATTACK_SEED", 0))
+PATIENCE = 300  # seconds that a forked child may take at most; `timeout` in pytest.ini is what a test may
+
+
+def end_in_time():
+    "What a test forks is ended by the system if it hangs, instead of keeping its parent waiting for ever"
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(round(PATIENCE * max(1, SOAK)))
+
+
+os.register_at_fork(after_in_child=end_in_time)
 
 
 @pytest.fixture
