@@ -6,12 +6,14 @@
 from __future__ import annotations
 import abc
 import copy
+import hashlib
 import json
+import multiprocessing
 import re
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, ClassVar, Generic, Optional, Tuple, TypeVar, get_args, get_origin
 import numpy as np
@@ -24,7 +26,7 @@ __all__ = ['Batch', 'make_batch', 'Buffer', 'choose']
 from ...errors import ClosedError, NotEnoughData, QueryError, SnapshotNotFound
 from ...data.schema import Schema, brief, is_whole
 from ...data.core import Episode, ItemT, PoolQuery, as_episode
-from ..pool.pool import Pool, forkable_lock
+from ..pool.pool import Pool, forkable, forkable_lock
 from ..pool.memory import MemoryPool
 from .rows import Rows
 from .sampler import Draw, Sampler, Uniform, sampler_state
@@ -166,6 +168,7 @@ class Buffer(abc.ABC, Generic[ItemT]):
     capacity: Optional[int] = None  # Keep the last so many steps
     states: str = "auto"  # Keep each state "once" or "twice"; batches are the same
     _type_T: ClassVar[str]
+    _STAYS: ClassVar[frozenset[str]] = frozenset()  # options that mean something in this process only
 
     def __init_subclass__(cls, **kwargs):
         """Get the concrete type of the data item (e.g. Record, Episode, etc.)"""
@@ -237,6 +240,8 @@ class Buffer(abc.ABC, Generic[ItemT]):
 
     def __len__(self) -> int: return len(_loaded(self))  # rows that can be drawn
     def __bool__(self) -> bool: return True  # an empty buffer is still a buffer
+    def __reduce__(self): return _arrive, (type(self), *_luggage(self))
+    def _forked(self) -> None: self._astray = True  # the generator is the parent's, and so are its numbers
     def _home(self) -> Home: return Home()  # where the rows of a view live
     def _load(self) -> None: _load(self)
     def _draw(self, n: Optional[int]) -> Batch: return _draw(self, n)
@@ -277,8 +282,9 @@ def _set_up(buffer: Buffer) -> None:
     if buffer.capacity is not None: buffer.capacity = int(buffer.capacity)
     buffer._lock = forkable_lock()  # held while rows change or are drawn
     buffer._moving = forkable_lock()  # held while the view moves on; always taken before the other
-    buffer._view = _new_view(buffer)
+    buffer._view, buffer._astray = _new_view(buffer), False
     _acquire(buffer)
+    forkable(buffer)
     if buffer._own: buffer._load()
 
 def _acquire(buffer: Buffer) -> None:
@@ -354,6 +360,7 @@ def _draw(buffer: Buffer, n: Optional[int]) -> Batch:
     view = buffer._view
     if not view.versions: view = _loaded(buffer)
     with buffer._lock:
+        if buffer._astray: _go_own_way(buffer)
         if not view.rows: raise NotEnoughData(f"no step to draw: nothing in {buffer.pool!r} matches {buffer.query!r}")
         if buffer.sampler.in_one_step: return buffer._batch(n, view.rows)
         before = buffer._rng.bit_generator.state, copy.deepcopy(buffer.sampler.state_dict())
@@ -368,6 +375,12 @@ def choose(buffer: Buffer, n: int, rows: Rows) -> Draw:
     draw = buffer.sampler.draw(n, buffer._rng, rows)
     if not buffer.sampler.in_range: rows.check(draw.rows)
     return draw
+
+def _go_own_way(buffer: Buffer) -> None:
+    "In a forked child: go on with a generator of its own, by the parent's and the number of the worker, where it has one"
+    state, worker = json.dumps(buffer._rng.bit_generator.state, sort_keys=True), multiprocessing.current_process()._identity
+    entropy = int(hashlib.sha256(state.encode()).hexdigest(), 16) if worker else None
+    vars(buffer).update(_rng=np.random.default_rng(np.random.SeedSequence(entropy, spawn_key=worker)), _astray=False)
 
 # %% ../../../nbs/storage/buffer/buffer.ipynb #18416680
 def _state_dict(buffer: Buffer) -> dict[str, Any]:
@@ -395,7 +408,7 @@ def _load_state(buffer: Buffer, state: dict[str, Any]) -> None:
         sampler = copy.deepcopy(buffer.sampler)
         try: sampler.load_state_dict(state["sampler"])
         except Exception as e: raise QueryError(f"{sampler!r} cannot go on from {brief(state['sampler'])}: {e!r}") from e
-        _install(buffer, view, partial(dict.update, vars(buffer.sampler), vars(sampler)), query=query, capacity=capacity, _rng=rng)
+        _install(buffer, view, partial(dict.update, vars(buffer.sampler), vars(sampler)), query=query, capacity=capacity, _rng=rng, _astray=False)
 
 # %% ../../../nbs/storage/buffer/buffer.ipynb #41208a92
 def _parse_state(state: Any) -> tuple:
@@ -432,3 +445,15 @@ def _generator(state: Any) -> np.random.Generator:
     rng.bit_generator.state = state
     if rng.bit_generator.state != state or state["has_uint32"] not in (0, 1): raise ValueError("numbers that no generator has")
     return rng
+
+# %% ../../../nbs/storage/buffer/buffer.ipynb #e54ce42a
+def _luggage(buffer: Buffer) -> tuple[dict[str, Any], Optional[dict[str, Any]], dict[str, Any]]:
+    "What a buffer is made of again: options, what it has seen, its generator"
+    options = {f.name: getattr(buffer, f.name) for f in fields(buffer) if f.init and f.name not in buffer._STAYS}
+    return options, _state_dict(buffer) if buffer._view.versions else None, buffer._rng.bit_generator.state
+
+def _arrive(kind: type[Buffer], options: dict[str, Any], state: Optional[dict[str, Any]], rng: dict[str, Any]) -> Buffer:
+    buffer = kind(**options)
+    if state: buffer.load_state_dict(state)
+    buffer._rng.bit_generator.state = rng
+    return buffer

@@ -30,7 +30,7 @@ import numpy as np
 import pandas as pd  # type: ignore
 
 # %% auto #0
-__all__ = ['BACKENDS', 'Part', 'part_of', 'Commit', 'in_one_step', 'Index', 'new_steps', 'matches', 'PoolBackend',
+__all__ = ['BACKENDS', 'Part', 'part_of', 'Commit', 'in_one_step', 'Index', 'new_steps', 'matches', 'PoolBackend', 'forkable',
            'forkable_lock', 'PoolHandle', 'PoolIndex', 'PoolReader', 'Pool', 'in_bulk', 'check_writable', 'Plan',
            'view', 'unlike', 'damage', 'damages', 'damage_line', 'Backend', 'backend', 'open_pool', 'plain_path',
            'secret_option', 'safe_url', 'quoted']
@@ -297,6 +297,12 @@ class PoolBackend(abc.ABC):
 _LOCKS: weakref.WeakSet = weakref.WeakSet()
 _HANDLES: weakref.WeakSet = weakref.WeakSet()
 
+def forkable(
+    handle: Any, # Has a method `_forked`
+) -> None:
+    "Have `_forked` called in every child that this process forks, for as long as the object lives"
+    _HANDLES.add(handle)
+
 def forkable_lock() -> Any: # A `threading.RLock`
     "A lock that is free in a forked child, whoever held it in the parent"
     _LOCKS.add(lock := threading.RLock())
@@ -321,7 +327,7 @@ class PoolHandle(PoolBackend):
         self._closed, self._idle = False, False  # idle: closed because its last buffer was done
         self._holders, self._guests, self._left = set(), set(), False  # buffers here, and on snapshots; all of them were done once
         self._index, self._lock = Index(), forkable_lock()
-        _HANDLES.add(self)
+        forkable(self)
 
     @property
     def closed(self) -> bool:
@@ -331,6 +337,7 @@ class PoolHandle(PoolBackend):
     @property
     def version(self) -> int: # Commits so far; 0 is an empty pool
         "The newest version, or a snapshot's own"
+        self._wake()
         if self.closed:
             raise ClosedError(f"{type(self).__name__} {self.url} is closed; pool.load() opens it again")
         return self._head() if self._at is None else self._at
@@ -351,6 +358,13 @@ class PoolHandle(PoolBackend):
         elif self._closed: self._open()
         vars(self).update(_closed=False, _idle=False)
 
+    def _wake(self) -> None:
+        "Open again what only its last buffer closed"
+        if self._parent is not None: self._parent._wake()
+        if not self._idle or (self._parent is not None and self._parent.closed): return
+        if self._parent is None: self._open()
+        vars(self).update(_closed=False, _idle=False)
+
     def close(self) -> None:
         "Let go of files and connections; closing twice is harmless"
         if not self._closed and self._parent is None: self._close()  # where this fails the pool stays open
@@ -361,7 +375,7 @@ class PoolHandle(PoolBackend):
     ) -> None:
         "Say that one more buffer reads here; a pool that only its last buffer closed opens again"
         self._holders.add(who)
-        if self._idle: self.load()
+        self._wake()
         if self._parent is not None: self._parent._guests.add(who)
 
     def release(self,
@@ -754,7 +768,7 @@ def view(
     handle, parent = object.__new__(type(pool)), pool._parent or pool
     handle.__dict__.update(pool.__dict__, mode="r", _at=version, _parent=parent,
                            _closed=False, _idle=False, _holders=set(), _guests=set())
-    _HANDLES.add(handle)
+    forkable(handle)
     return handle
 
 # %% ../../../nbs/storage/pool/pool.ipynb #27e0b368
