@@ -251,7 +251,9 @@ from pathlib import Path
 MemoryPool(sys.argv[2], "r").verify()
 # not ru_maxrss, which counts what the parent had when it started this process
 most = lambda: 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
-before, _ = most(), _token(Path(sys.argv[1]))
+_token(Path(sys.argv[1]))
+open("/proc/self/clear_refs", "w").write("5")  # what it took before does not count
+before = most()
 try: print(len(list(MemoryPool(sys.argv[1], "r"))))
 except CorruptData as e: pass
 print(most() - before)
@@ -261,7 +263,7 @@ print(most() - before)
 class TestBombs:
     "Opening takes a small multiple of the file's size, whatever is in it"
 
-    @pytest.mark.parametrize("bomb", ["packed", "packed log", "declared", "declared by the log", "overlapping", "brackets", "objects", "directory"])
+    @pytest.mark.parametrize("bomb", ["packed", "packed log", "declared", "declared by the log", "overlapping", "brackets", "nested", "objects", "directory"])
     def test_memory(self, path, bomb):
         "Measured by the process that opens it"
         log = json.loads(members(sample(1).read_bytes())["log.json"])
@@ -296,12 +298,13 @@ class TestBombs:
             entry, end = one[at:-22], one[-22:]
             path.write_bytes(one[:at] + entry * 1000 + end[:8] + (1000).to_bytes(2, "little") * 2 + (len(entry) * 1000).to_bytes(4, "little") + end[16:])
         elif bomb == "brackets": path.write_bytes(zipped([("log.json", head + "[]," * 1_000_000 + "[]]}")]))
+        elif bomb == "nested": path.write_bytes(zipped([("log.json", head + ("[" * 900 + "]" * 900 + ",") * 1000 + "[]]}")]))
         elif bomb == "objects": path.write_bytes(zipped([("log.json", head + '{"a":0},' * 500_000 + "{}]}")]))
         else: path.write_bytes(zipped([("log.json", head + "]}"), *((f"{n}", b"") for n in range(40_000))]))
         done = subprocess.run([sys.executable, "-W", "ignore", "-c", OPEN, str(path), str(sample(2))], capture_output=True, text=True)
         assert not done.stderr and len(done.stdout.split()) == 1, done.stderr  # refused, by its type
         took, size = int(done.stdout), path.stat().st_size
-        assert took < 10 * 2**20 + 32 * size, f"{took >> 20} MB for a file of {size / 2**20:.1f} MB"
+        assert took < 10 * 2**20 + 50 * size, f"{took >> 20} MB for a file of {size / 2**20:.1f} MB"
 
 
 def interrupt(delay, call):

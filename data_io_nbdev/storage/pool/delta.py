@@ -32,6 +32,7 @@ __all__ = ['FORMAT', 'Entry', 'facts_text', 'parse_entry', 'Table', 'Lake', 'unr
 # %% ../../../nbs/storage/pool/delta.ipynb #9dde590d
 from ...errors import CorruptData, DataIOError, PoolUnavailable, QueryError, SchemaError, require
 from ...data.schema import Schema
+from ...data.core import FIRST, LAST
 from .pool import Commit, Part, forkable_lock, plain_path, quoted, safe_url
 from .memory import replace_file, sync_folder
 from .parquet import Column, File, columns_of, is_made_for, open_parquet, whole_table
@@ -183,8 +184,6 @@ def _facts(actions: Sequence[dict]) -> Optional[str]:
     return next((a["commitInfo"][_FACTS] for a in actions if _FACTS in a.get("commitInfo", ())), None)
 
 # %% ../../../nbs/storage/pool/delta.ipynb #297221fb
-_FIRST, _LAST = (int(np.datetime64(t, "us").astype("int64")) for t in ("0001-01-01", "9999-12-31T23:59:59.999999"))
-
 def _stats(columns: Sequence[Column], parts: Sequence[Part]) -> dict:
     "Delta Lake's statistics of a file that holds these parts"
     def span(column: Column, i: int) -> Optional[tuple]:
@@ -194,7 +193,7 @@ def _stats(columns: Sequence[Column], parts: Sequence[Part]) -> dict:
         both = [ends(p) for p in parts]
         least, most = min(a for a, _ in both), max(b for _, b in both)
         if not pa.types.is_timestamp(column.type): return least, most
-        if not _FIRST <= least <= most <= _LAST: return None  # there is no way to write it
+        if not FIRST <= least <= most <= LAST: return None  # there is no way to write it
         return tuple(f"{np.datetime64(t, 'us')}Z" for t in (least, most))
     level, spans = 0, {}
     for column in columns:

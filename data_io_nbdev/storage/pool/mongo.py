@@ -28,10 +28,9 @@ __all__ = ['FORMAT', 'seal', 'sealed', 'is_intact', 'Place', 'level_field', 'ent
 
 # %% ../../../nbs/storage/pool/mongo.ipynb #b286b347
 from ...errors import CorruptData, DataIOError, PoolNotFound, PoolUnavailable, QueryError, SchemaError, require
-from ...data.schema import Schema
+from ...data.schema import Schema, brief, is_text, is_whole
 from ...data.core import Episode, PoolQuery
 from .pool import Commit, Index, Part, Pool, damages, in_bulk, quoted, safe_url, secret_option
-
 
 # %% ../../../nbs/storage/pool/mongo.ipynb #2914413d
 pa = require("pyarrow", "mongo")
@@ -120,7 +119,7 @@ def part_from(
             if _text(entry.get(name)) != _text(value): raise ValueError(f"its {name} is not that of its facts")
         return part
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise CorruptData(f"entry {_short(entry.get('_id'))} of episode {_short(entry.get('id'))} is damaged: {e}") from e
+        raise CorruptData(f"entry {brief(entry.get('_id'))} of episode {brief(entry.get('id'))} is damaged: {e}") from e
 
 def _facts(text: str) -> tuple[dict, Place]:
     "A part's fields, and where its steps are; raises `ValueError`"
@@ -128,11 +127,9 @@ def _facts(text: str) -> tuple[dict, Place]:
     if not isinstance(values, list) or len(values) != len(names): raise ValueError("its facts are no list of so many values")
     for name, value in zip(names, values):
         if type(value) not in _KINDS.get(name, (int,)) or (type(value) is int and not _LEAST.get(name, -2**63) <= value < 2**63):
-            raise ValueError(f"{_short(value)} cannot be its {name}")
-    if not all(type(value) in (str, int) for value in values[1]): raise ValueError(f"{_short(values[1])} cannot be its who")
+            raise ValueError(f"{brief(value)} cannot be its {name}")
+    if not all(type(value) in (str, int) for value in values[1]): raise ValueError(f"{brief(values[1])} cannot be its who")
     return dict(zip(_FACTS, values)), Place(*values[len(_FACTS):])
-
-def _short(value: Any) -> str: return text if len(text := repr(value)) < 80 else f"{text[:80]}…"
 
 # %% ../../../nbs/storage/pool/mongo.ipynb #a1336b35
 _CHUNK, _PIECE = 1 << 20, 2 << 20  # Bytes of steps that whole parts share a chunk up to; the most in one document
@@ -423,8 +420,7 @@ def _among(values: Iterable[Any]) -> dict: return {"$in": [v for v in values if 
 
 def _storable(value: str | int) -> bool:
     "Whether a server can be asked for it; what it cannot be asked for it does not have"
-    try: return value.encode() is not None if isinstance(value, str) else -2**63 <= value < 2**63
-    except UnicodeEncodeError: return False
+    return is_text(value) or is_whole(value)
 
 def _between(low: Optional[int], high: Optional[int]) -> dict: # `high` excluded
     return {k: min(max(v, -2**63), 2**63 - 1) for k, v in (("$gte", low), ("$lt", high)) if v is not None}
@@ -482,7 +478,7 @@ def _by_commit(logged: Iterable[dict], entries: Iterable[dict]) -> dict[int, lis
         if "crc" in d: sealed.add(d["_id"])
     for entry in entries:
         if (n := number.get(entry["token"])) is None: continue
-        if n in sealed and "crc" not in entry: raise CorruptData(f"entry {_short(entry.get('_id'))} of commit {n} lacks its checksum")
+        if n in sealed and "crc" not in entry: raise CorruptData(f"entry {brief(entry.get('_id'))} of commit {n} lacks its checksum")
         named.setdefault(n, []).append(entry)
     return named
 
@@ -500,7 +496,7 @@ def _is_sound(logged: dict) -> bool:
 def _known(logged: dict) -> dict:
     "A document of the log that is sound; raises `CorruptData`"
     if _is_sound(logged): return logged
-    number, found = _short(logged.get("_id")), logged.get("data_io_nbdev")
+    number, found = brief(logged.get("_id")), logged.get("data_io_nbdev")
     if _is_count(found, FORMAT + 1):
         raise CorruptData(f"commit {number} has format {found}, which needs a newer data_io_nbdev; this one reads up to {FORMAT}")
     raise CorruptData(f"commit {number} of the log is damaged, or was not written by data_io_nbdev")
@@ -562,7 +558,7 @@ def _commit(number: int, entries: Iterable[dict], levels: Sequence[str], schema:
 
 def _hidden(entry: dict) -> str: # An id
     if entry["hidden"] is not True or "facts" in entry or ("crc" in entry and not is_intact(entry)):
-        raise CorruptData(f"entry {_short(entry['_id'])} of episode {entry['id']} is damaged: its checksum does not fit")
+        raise CorruptData(f"entry {brief(entry['_id'])} of episode {entry['id']} is damaged: its checksum does not fit")
     return entry["id"]
 
 # %% ../../../nbs/storage/pool/mongo.ipynb #cc0937f4
