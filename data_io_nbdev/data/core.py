@@ -6,10 +6,12 @@
 from __future__ import annotations
 import hashlib
 import json
+import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
+from functools import lru_cache
 from typing import Any, Optional, TypeVar
 import numpy as np
 import pandas as pd  # type: ignore
@@ -20,8 +22,8 @@ __all__ = ['FIRST', 'LAST', 'ItemT', 'from_us', 'utc_us', 'one_us', 'episode_id'
 
 # %% ../../nbs/data/core.ipynb #3570aca1
 from ..errors import DataIOError, QueryError, SchemaError
-from .schema import FLAGS, Field, Schema, brief, columns_of, is_text, is_time, is_whole, lazy, who_value
-
+from .schema import (FLAGS, Field, Schema, brief, cast, columns_of, dtype_name, identity_value, is_text, is_time, kind_of,
+                                       lazy, listed, may_cast, plain_text, who_value, whole)
 
 # %% ../../nbs/data/core.ipynb #7034b8b9
 _DAY = 86_400_000_000
@@ -56,6 +58,24 @@ def _zone_name(tz: Any, first: pd.DatetimeIndex, error: type[DataIOError]) -> st
         except Exception: pass  # zoneinfo, dateutil and pytz each raise their own
     raise error(f"the time zone {tz!r} has no name to store; convert the times: tz_convert('Europe/Berlin')")
 
+# %% ../../nbs/data/core.ipynb #fff89529
+def _stamp(time: Any) -> pd.Timestamp: # `NaT` where it is no time
+    try: return pd.Timestamp(time)
+    except (ValueError, TypeError, OverflowError): return pd.NaT
+
+def _unread(
+    times: Any, # That pandas does not read
+    why: Exception, # What it says
+) -> str:
+    "Why times are not read, and what to do"
+    items = listed(times) or (times,)
+    if leap := [t for t in items if isinstance(t, str) and re.search(r":\d\d:60", t)]:
+        return f"{leap[0]} is a leap second, which UTC microseconds since 1970 do not count; write it as second 59.999999"
+    stamps = list(map(_stamp, items))
+    if all(t.tzinfo for t in stamps) and len({t.utcoffset() for t in stamps}) > 1:
+        return "they have several offsets from UTC; show them in one zone: pd.to_datetime(times, utc=True)"
+    return str(why)
+
 # %% ../../nbs/data/core.ipynb #9cfba270
 def utc_us(
     times: Any, # A time, or many: anything that pandas reads as timezone-aware times
@@ -89,6 +109,7 @@ def one_us(
 def _time_index(times: Any, error: type[DataIOError]) -> pd.DatetimeIndex:
     "Times as pandas reads them; raises `error` where it cannot, or would take a far one for another"
     if isinstance(times, pd.DatetimeIndex): return times
+    if np.ma.is_masked(times): raise error("some times are masked; every step needs its own: leave such steps out")
     try:
         if getattr(getattr(times, "dtype", None), "kind", "") == "M":  # an array, a series: as it is
             return pd.DatetimeIndex(times if np.ndim(times) else np.atleast_1d(times))
@@ -102,7 +123,7 @@ def _time_index(times: Any, error: type[DataIOError]) -> pd.DatetimeIndex:
         return pd.DatetimeIndex(given)
     except DataIOError: raise
     except (ValueError, TypeError, OverflowError, NotImplementedError) as e:
-        raise error(f"expected times with a zone, got {brief(times, 200)}: {e}") from e
+        raise error(f"expected times with a zone, got {brief(times, 200)}: {_unread(times, e)}") from e
 
 # %% ../../nbs/data/core.ipynb #c3ea043c
 def episode_id(
@@ -110,7 +131,8 @@ def episode_id(
     start: int, # UTC microseconds
 ) -> str: # 32 hexadecimal digits of a SHA-256
     "The id of an episode"
-    text = json.dumps([sorted(who.items()), int(start)], separators=(",", ":"))  # JSON keeps 7 and "7" apart
+    plain = sorted((level, identity_value(level, value)) for level, value in who.items())
+    text = json.dumps([plain, int(start)], separators=(",", ":"))  # JSON keeps 7 and "7" apart
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 # %% ../../nbs/data/core.ipynb #eafb7e0a
@@ -238,26 +260,61 @@ def _first_number(frame: pd.DataFrame, columns: Mapping[tuple[str, str], list[in
     return None
 
 # %% ../../nbs/data/core.ipynb #b4e2ab6b
-def _fit(inferred: Schema, schema: Schema) -> Schema:
-    "`inferred`, with flat vectors shaped as `schema` has them"
-    known = {(f.role, f.name): f.shape for f in schema.fields}
-    def shaped(f: Field) -> Field:
-        shape = known.get((f.role, f.name), f.shape)
-        size = int(np.prod(shape))
-        flat = f.shape == (size,) or (f.shape == () and size == 1)
-        return replace(f, shape=shape) if flat else f
-    return replace(inferred, fields=tuple(map(shaped, inferred.fields)))
+def _fit(
+    inferred: Schema, # Of what came
+    schema: Schema, # That it should follow
+    flat: bool = False, # Vectors may be of any shape of the same size
+) -> Schema:
+    "`inferred`, with the dtypes of `schema` where values may be cast, and with its shapes"
+    known = {(f.role, f.name): f for f in schema.fields}
+    def fitted(f: Field) -> Field:
+        to = known.get((f.role, f.name), f)
+        size = int(np.prod(to.shape))
+        shape = to.shape if flat and (f.shape == (size,) or (f.shape == () and size == 1)) else f.shape
+        return replace(f, shape=shape, dtype=to.dtype if may_cast(np.dtype(f.dtype), np.dtype(to.dtype)) else f.dtype)
+    return replace(inferred, fields=tuple(map(fitted, inferred.fields)))
 
 # %% ../../nbs/data/core.ipynb #d5523b83
+def _values(
+    frame: pd.DataFrame, # Some columns of which make one field
+    places: Sequence[int], # Their positions
+    what: str, # For the message
+) -> np.ndarray: # `(rows,)` of one column, else `(rows, columns)`, in the columns' dtype
+    "The numbers in columns of a frame"
+    found = frame.iloc[:, list(places)]
+    if len(kinds := set(found.dtypes)) > 1:
+        raise SchemaError(f"{what}: its elements differ in dtype: {', '.join(sorted(map(str, kinds)))}; convert them with astype")
+    dtype_name(kinds.pop(), what)
+    return found.to_numpy()[:, 0] if len(places) == 1 else found.to_numpy()
+
 def _frame_block(frame: pd.DataFrame, columns: Mapping, role: str, schema: Schema) -> np.ndarray:
     "The block of a role, copied out of a frame"
     fields, dtype = schema.of(role), schema.block(role)
-    def values(fs: Sequence[Field]) -> np.ndarray:
-        places = [i for f in fs for i in columns[role, f.name]]
-        return frame.iloc[:, places].to_numpy(fs[0].dtype, copy=True)
-    if dtype.names:
-        return schema.join(role, {f.name: values([f]).reshape(len(frame), *f.shape) for f in fields})
-    return np.ascontiguousarray(values(fields)).reshape(len(frame), *dtype.shape)
+    found = frame.iloc[:, [i for f in fields for i in columns[role, f.name]]]
+    if not dtype.names and set(found.dtypes) == {dtype.base}:
+        return np.ascontiguousarray(found.to_numpy(copy=True)).reshape(len(frame), *dtype.shape)
+    values = {f.name: _values(frame, columns[role, f.name], f"{role} {f.name}") for f in fields}
+    return schema.join(role, {f.name: values[f.name].reshape(len(frame), *f.shape) for f in fields})
+
+# %% ../../nbs/data/core.ipynb #f066204a
+def _is_masked(value: Any) -> bool:
+    "Whether any value in nested lists is masked"
+    return any(map(_is_masked, value)) if isinstance(value, (list, tuple)) else np.ma.is_masked(value)
+
+# %% ../../nbs/data/core.ipynb #4074a537
+def _flag(
+    value: Any, # An array, a column or a list of bool
+    flag: str, # `terminated` or `truncated`
+    steps: int,
+) -> np.ndarray: # `(steps,)` bool, freshly allocated
+    "A flag's block; raises `SchemaError` for anything but bool"
+    try: a = np.array(None if (masked := _is_masked(value)) else value)
+    except ValueError: a = np.array(None)  # ragged
+    if a.dtype == bool and a.shape == (steps,): return a
+    values = a.ravel().tolist()
+    how = ("say what it is where it is missing" if masked or pd.isna(a).any() else "convert it with astype(bool)" if a.dtype != bool and all(v in (0, 1) for v in values)
+           else "compare it with what means yes" if a.dtype != bool else "give one for each step")
+    raise SchemaError(f"{flag}: expected bool of shape {(steps,)}, got {a.dtype} of shape {a.shape}; {how}")
 
 # %% ../../nbs/data/core.ipynb #acc04804
 def _frame_flags(frame: pd.DataFrame, columns: Mapping) -> dict[str, np.ndarray]:
@@ -265,76 +322,105 @@ def _frame_flags(frame: pd.DataFrame, columns: Mapping) -> dict[str, np.ndarray]
     shown = [(role, frame.iloc[:, i]) for (role, _), places in columns.items() if role in FLAGS for i in places]
     flags = dict(shown)
     if len(flags) < len(shown): raise SchemaError(f"a flag is one column, got {[role for role, _ in shown]}")
-    for role, column in flags.items():
-        if column.dtype != bool:
-            raise SchemaError(f"{role} must be bool, got {column.dtype}; convert it with astype(bool)")
-    return {role: column.to_numpy(copy=True) for role, column in flags.items()}
+    return {role: _flag(column, role, len(frame)) for role, column in flags.items()}
+
+# %% ../../nbs/data/core.ipynb #468ea2ea
+def _unframed(value: Any, role: str) -> Any:
+    "A frame as its fields by name, or as one array; anything else as it is"
+    if not isinstance(value, pd.DataFrame): return value
+    if value.columns.nlevels > 2:
+        raise SchemaError(f"{role}: expected columns (name) or (name, element), got {list(value.columns.names)}; take one role: frame[{role!r}]")
+    keys = [key if isinstance(key, tuple) else (key,) for key in value.columns]
+    if not any(is_text(key[0]) for key in keys): return _values(value, range(len(keys)), role).reshape(len(value), -1)
+    columns = columns_of(pd.DataFrame(columns=pd.MultiIndex.from_tuples([(role, *key) for key in keys])))
+    return {name: _values(value, places, f"{role} {name}") for (_, name), places in columns.items()}
 
 # %% ../../nbs/data/core.ipynb #364ced25
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    "Leaves of nested mappings and tuples by their path"
+def _flat(value: Any, role: str, path: str = "") -> dict[str, Any]:
+    "Leaves of nested mappings, tuples and frames by their path"
+    value = _unframed(value, role)
     if isinstance(value, tuple): value = dict(enumerate(value))
     if not isinstance(value, Mapping): return {path: value}
     leaves = {}
-    for k, v in value.items(): leaves.update(_flat(v, f"{path}.{k}" if path else str(k)))
+    for k, v in value.items(): leaves.update(_flat(v, role, f"{path}.{k}" if path else str(k)))
     return leaves
 
 # %% ../../nbs/data/core.ipynb #fffcb27f
-def _has_dtype(value: Any) -> bool:
-    "Whether the first number in nested lists is a numpy one"
-    while isinstance(value, (list, tuple)) and value: value = value[0]
-    return hasattr(value, "dtype")
+_NUMBERS = frozenset((bool, int, float, complex))
+
+def _kinds(value: Any) -> set[type]:
+    "The types of what stands in nested lists; an array of no dimensions counts as its number"
+    if not isinstance(value, (list, tuple)): return {type(value[()] if isinstance(value, np.ndarray) and not value.ndim else value)}
+    kinds = set(map(type, value))
+    return kinds if kinds <= _NUMBERS else set().union(*map(_kinds, value))
 
 # %% ../../nbs/data/core.ipynb #598bf8f6
-def _array(value: Any, dtype: Optional[str], lift: bool) -> np.ndarray:
-    "A fresh array; `lift` adds the axis of steps to a single step"
+def _array(value: Any, dtype: Optional[str], what: str) -> np.ndarray:
+    "A fresh array of numbers; of `dtype`, where one is given"
+    kinds = _kinds(value)
+    if any(issubclass(kind, np.ma.MaskedArray) for kind in kinds) and _is_masked(value):
+        raise SchemaError(f"{what}: some values are masked; say what stands there: filled(nan), or filled(0) of whole numbers")
+    if isinstance(own := getattr(value, "dtype", None), pd.api.extensions.ExtensionDtype): dtype_name(own, what)
     try: a = np.array(value)
     except ValueError: a = np.array(None)  # numpy's word for ragged
     if a.dtype.kind not in "biufc":
-        raise SchemaError(f"expected numbers of one shape, got ragged or other values: {value!r:.80}")
-    plain = not hasattr(value, "dtype") and (dtype or a.dtype.kind == "f" or not _has_dtype(value))
-    if plain and (dtype or a.dtype.kind != "b"):
-        given, a = a, a.astype(dtype or "float32")
-        whole = given.dtype.kind in "iu" or a.dtype.kind in "biu"
-        if whole and (a != given).any():
-            raise SchemaError(f"expected {a.dtype}, got values that it cannot hold: {value!r:.80}")
-    return a[None] if lift else a
+        raise SchemaError(f"{what}: expected numbers of one shape, got ragged or other values: {brief(value)}")
+    if not dtype:
+        if a.dtype.kind == "b" or any(hasattr(kind, "dtype") for kind in kinds): return a
+        dtype = "float32"
+    return cast(a, dtype, what, loose=all(issubclass(kind, (*_NUMBERS, np.generic)) for kind in kinds))
 
 # %% ../../nbs/data/core.ipynb #32b05121
-def _array_block(value: Any, role: str, schema: Schema, lift: bool = False) -> np.ndarray:
+def _array_block(value: Any, role: str, schema: Schema) -> np.ndarray:
     "The block of a role from an array or from fields by name"
-    fields, dtype = schema.of(role), schema.block(role)
+    fields, dtype, value = schema.of(role), schema.block(role), _unframed(value, role)
     if isinstance(value, (Mapping, tuple)):
         dtypes = {f.name: f.dtype for f in fields}
-        return schema.join(role, {name: _array(v, dtypes.get(name), lift) for name, v in _flat(value).items()})
-    a = np.atleast_1d(_array(value, None if dtype.names else dtype.base.name, lift))
-    if a.dtype != dtype.base:
-        raise SchemaError(f"{role}: expected {dtype.base}, got {a.dtype}; "
-                          f"convert it with astype, or declare a schema with {a.dtype}")
+        return schema.join(role, {name: _array(v, dtypes.get(name), f"{role} {name}") for name, v in _flat(value, role).items()})
+    a = np.atleast_1d(_array(value, None if dtype.names else dtype.base.name, role))
+    if dtype.names: raise SchemaError(f"{role}: expected its fields {[f.name for f in fields]} by name, got one array")
     if {a.shape[1:], dtype.shape} == {(), (1,)}: a = a.reshape(len(a), *dtype.shape)  # one element is a scalar
     if a.shape[1:] != dtype.shape:
         raise SchemaError(f"{role}: expected shape {('steps', *dtype.shape)}, got {a.shape}")
     return a
 
-# %% ../../nbs/data/core.ipynb #6074ef98
-def _array_flag(value: Any, flag: str, steps: int) -> np.ndarray:
-    "A flag's block from an array or a list of bool"
-    a = np.array(value)
-    if a.dtype != bool or a.shape != (steps,):
-        raise SchemaError(f"{flag}: expected bool of shape {(steps,)}, got {a.dtype} of shape {a.shape}")
-    return a
+# %% ../../nbs/data/core.ipynb #bc1d745f
+def _lift(value: Any) -> Any:
+    "A value with an axis of one step in front"
+    if value is None: return value
+    if isinstance(value, pd.DataFrame):
+        if len(value) != 1: raise SchemaError(f"expected one row for one step, got a frame of {len(value)}")
+        return value
+    if isinstance(value, pd.Series): return value.to_frame().T.infer_objects()  # a row of mixed columns is of objects
+    if isinstance(value, Mapping): return {k: _lift(v) for k, v in value.items()}
+    if isinstance(value, tuple): return tuple(map(_lift, value))
+    return value[None] if getattr(value, "ndim", 0) else [value]
+
+# %% ../../nbs/data/core.ipynb #e29a5d34
+def _by_level(who: Any, error: type[DataIOError] = SchemaError) -> dict[str, Any]:
+    "Identity by level; raises `error` for what is no mapping of names"
+    if who is None: return {}
+    if isinstance(who, Mapping) and all(isinstance(level, str) for level in who): return {plain_text(level): value for level, value in who.items()}
+    raise error(f"who: expected identity levels by name, such as {{'vehicle': 'VB7'}}, got {brief(who)}")
+
+# %% ../../nbs/data/core.ipynb #b605ae30
+def _identities(schema: Schema, who: Any) -> dict[str, str | int]:
+    "Identity in plain values, in the order of the schema; raises `SchemaError` for other levels or kinds"
+    if set(given := _by_level(who)) != set(schema.levels):
+        raise SchemaError(f"expected identity {list(schema.levels)}, got {brief(list(given))}")
+    return {name: who_value(name, kind, given[name]) for name, kind in schema.identity}
 
 # %% ../../nbs/data/core.ipynb #6b0280e6
 def _infer(values: Mapping[str, Any], who: Mapping) -> Schema:
-    "The schema of arrays: a bare array is one field, named like its role"
+    "The schema of arrays"
     fields = []
     for role in ("state", "action", "reward", "info"):
         if values[role] is None: continue
-        for name, v in _flat(values[role]).items():
-            a = _array(v, None, lift=False)
-            if not a.ndim: raise SchemaError(f"{role} {name}: expected shape ('steps', …), got a single number")
-            fields.append(Field(role, name or role, a.shape[1:], a.dtype.name))
-    return Schema(tuple(fields), {name: str if isinstance(v, str) else int for name, v in who.items()})
+        for name, v in _flat(values[role], role).items():
+            a, own = _array(v, None, f"{role} {name}".strip()), v.name if isinstance(v, pd.Series) and is_text(v.name) else ""
+            if not a.ndim: raise SchemaError(f"{f'{role} {name}'.strip()}: expected shape ('steps', …), got a single number")
+            fields.append(Field(role, name or own or role, a.shape[1:], a.dtype.name))
+    return Schema(tuple(fields), {name: kind_of(name, v) for name, v in who.items()})
 
 # %% ../../nbs/data/core.ipynb #38fc2ec4
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -355,7 +441,7 @@ class Episode(Steps):
 
     @staticmethod
     def from_arrays(*,
-        state: Any, # `(steps, …)`, or field name to `(steps, …)`, nested like a Gymnasium `Dict` or `Tuple`
+        state: Any, # `(steps, …)`, or field name to `(steps, …)`, nested like a Gymnasium `Dict` or `Tuple`; or a frame
         action: Any, # Likewise
         reward: Any, # `(steps,)`
         timestamp: Any, # `(steps,)` timezone-aware times
@@ -365,14 +451,14 @@ class Episode(Steps):
         terminated: Any = None, # `(steps,)` bool: the task came to its end
         truncated: Any = None, # `(steps,)` bool: somebody stopped looking
         info: Any = None, # `(steps, …)` or by field name: whatever else to keep
-        step: Optional[int] = None, # Number of the first step, where the machine numbers them
+        step: Optional[int] = None, # Whole number of the first step, where the machine numbers them
         final_state: Any = None, # `(*state)`, where `nstate` is not given: the state after the last step
         schema: Optional[Schema] = None, # To fit; by default it is inferred
     ) -> Episode:
         "An episode from arrays, which are copied; raises `SchemaError` where they don't fit together"
         values = dict(state=state, action=action, reward=reward, nstate=nstate,
                       terminated=terminated, truncated=truncated, info=info)
-        return _from_arrays(values, timestamp, episodestart, who or {}, step, final_state, schema)
+        return _from_arrays(values, timestamp, episodestart, who, step, final_state, schema)
 
     def to_frame(self) -> pd.DataFrame: # As `from_frame` takes it, in the order of the schema
         "The episode as a frame"
@@ -424,6 +510,12 @@ def _check_end(flag: str, flags: np.ndarray) -> None:
     raise SchemaError(f"step {i} is {flag}, and {len(flags) - 1 - i} steps follow; "
                       "nothing follows an end: split the frame there")
 
+# %% ../../nbs/data/core.ipynb #08e87975
+def _number(first: Any, steps: int) -> Optional[int]:
+    "The number of the first of some steps as a plain `int`, or `None` where they have none"
+    if first is None or (number := whole(first, most=2**63 - 1 - steps)) is not None: return None if first is None else number
+    raise SchemaError(f"steps are numbered by whole numbers of 64 bits, got {brief(first)} for the first of {steps}")
+
 # %% ../../nbs/data/core.ipynb #556382f0
 def _sound(schema: Schema, who: Mapping, start: int, zone: str, times: np.ndarray, blocks: dict,
            first: Optional[int]) -> Episode:
@@ -434,11 +526,8 @@ def _sound(schema: Schema, who: Mapping, start: int, zone: str, times: np.ndarra
     for role in schema.roles:
         n = len(blocks[role])
         if n != len(times): raise SchemaError(f"{role} has {n} steps, and there are {len(times)} times")
-    if first is not None and not is_whole(first, most=2**63 - len(times)):
-        raise SchemaError(f"steps are numbered by whole numbers of 64 bits, got {brief(first)} for the first of {len(times)}")
-    if set(who) != set(schema.levels):
-        raise SchemaError(f"expected identity {list(schema.levels)}, got {brief(list(who))}")
-    who = {name: who_value(name, kind, who[name]) for name, kind in schema.identity}
+    first = _number(first, len(times))
+    who = _identities(schema, who)
     blocks = {r: blocks[r] for r in schema.roles}
     return Episode(schema=schema, who=who, start=start, zone=zone, times=times, blocks=blocks, first=first)
 
@@ -449,23 +538,33 @@ def _from_frame(frame: pd.DataFrame, schema: Optional[Schema], final_state: Any)
     if not len(frame): raise SchemaError("an episode has at least one step, got an empty frame")
     inferred = Schema.from_frame(frame)
     if schema is None: schema = inferred
-    else: schema.check(_fit(inferred, schema))
+    else: schema.check(_fit(inferred, schema, flat=True))
     columns = columns_of(frame)
     who, start, zone, times = _who_and_when(frame.index)
     shown = {role for role, _ in columns}
     roles = [r for r in schema.roles if r not in FLAGS and (r != "nstate" or r in shown)]
     blocks = {r: _frame_block(frame, columns, r, schema) for r in roles} | _frame_flags(frame, columns)
     if "nstate" not in blocks:
-        final = None if final_state is None else _array_block(final_state, "state", schema, lift=True)
+        final = None if final_state is None else _array_block(_lift(final_state), "state", schema)
         blocks, times = _derive_nstate(blocks, times, final)
     return _sound(schema, who, start, zone, times, blocks, _first_number(frame, columns))
 
+# %% ../../nbs/data/core.ipynb #92718a24
+def _check_lengths(found: Mapping[str, int], times: int) -> None: # `found`: steps of each role
+    "Raise `SchemaError` where a role has another number of steps than there are time stamps"
+    if not (ragged := {role: n for role, n in found.items() if n != times}): return
+    hint = ""
+    if "nstate" not in found and {n for role, n in found.items() if role != "state"} == {found["state"] - 1}:
+        hint = "; the last state is what followed the last action: give it as final_state=state[-1]"
+        hint += ", beside state[:-1]" if times < found["state"] else ", beside state[:-1] and timestamp[:-1]"
+    raise SchemaError(f"expected {times} steps, one for each time stamp, got {ragged}{hint}")
+
 # %% ../../nbs/data/core.ipynb #1448d93c
-def _from_arrays(values: dict, timestamp: Any, episodestart: Any, who: Mapping, step: Optional[int],
+def _from_arrays(values: dict, timestamp: Any, episodestart: Any, who: Any, step: Optional[int],
                  final_state: Any, schema: Optional[Schema]) -> Episode:
     missing = [r for r in ("state", "action", "reward") if values[r] is None]
     if missing: raise SchemaError(f"missing: {', '.join(missing)}")
-    schema = schema or _infer(values, who)
+    schema = schema or _infer(values, _by_level(who))
     times, zone = utc_us(timestamp)
     start = 0  # of no steps, which `_sound` will refuse
     if len(times): start = int(times[0]) if episodestart is None else one_us(episodestart)
@@ -475,11 +574,10 @@ def _from_arrays(values: dict, timestamp: Any, episodestart: Any, who: Mapping, 
     if extra: raise SchemaError(f"got {', '.join(extra)}, which the schema does not have")
     if lacking: raise SchemaError(f"missing: {', '.join(lacking)}")
     blocks = {r: _array_block(values[r], r, schema) for r in schema.roles if r in given}
-    if ragged := {r: len(b) for r, b in blocks.items() if len(b) != len(times)}:
-        raise SchemaError(f"expected {len(times)} steps, one for each time stamp, got {ragged}")
-    for f, v in flags.items(): blocks[f] = _array_flag(v, f, len(times))
+    _check_lengths({r: len(b) for r, b in blocks.items()}, len(times))
+    for f, v in flags.items(): blocks[f] = _flag(v, f, len(times))
     if "nstate" not in blocks:
-        final = None if final_state is None else _array_block(final_state, "state", schema, lift=True)
+        final = None if final_state is None else _array_block(_lift(final_state), "state", schema)
         blocks, times = _derive_nstate(blocks, times, final)
     return _sound(schema, who, start, zone, times, blocks, step)
 
@@ -540,8 +638,8 @@ def conform(
 ) -> Episode: # The same steps, laid out as `schema` says
     "The episode under another schema; raises `SchemaError` that lists what differs"
     if episode.schema == schema: return episode
-    schema.check(episode.schema)
-    ours, theirs = ([(f.role, f.name) for f in s.fields] for s in (schema, episode.schema))
+    schema.check(_fit(episode.schema, schema))
+    ours, theirs = ([(f.role, f.name, f.dtype) for f in s.fields] for s in (schema, episode.schema))
     blocks, who = episode.blocks, {name: episode.who[name] for name in schema.levels}
     if ours != theirs:
         blocks = {r: b if r in FLAGS else schema.join(r, episode.fields(r)) for r, b in blocks.items()}
@@ -556,6 +654,14 @@ def concat(
     if len(parts) == 1: return head
     blocks = {r: np.concatenate([p.blocks[r] for p in parts]) for r in head.blocks}
     return replace(head, times=np.concatenate([p.times for p in parts]), blocks=blocks)
+
+# %% ../../nbs/data/core.ipynb #260fa872
+def _copy(value: Any) -> Any:
+    "A value of a record, which nobody else can change"
+    if isinstance(value, np.generic) or not (hasattr(value, "dtype") or isinstance(value, (Mapping, list, tuple, pd.DataFrame))): return value
+    if isinstance(value, Mapping): return {k: _copy(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)): return (tuple if isinstance(value, tuple) else list)(map(_copy, value))
+    return value.copy() if isinstance(value, (np.ndarray, pd.Series, pd.DataFrame)) else np.array(value)
 
 # %% ../../nbs/data/core.ipynb #9385200d
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -573,23 +679,16 @@ class Record:
     info: Any = None  # Whatever else to keep
     step: Optional[int] = None  # Its number, where the machine numbers its steps
 
+    def __post_init__(self): vars(self).update({name: _copy(value) for name, value in vars(self).items()})
+
     def to_episode(self,
         schema: Optional[Schema] = None, # To fit; by default it is inferred
     ) -> Episode: # Of one step
         "The record as an episode of one step"
-        lifted = {r: _lift(getattr(self, r), schema is not None) for r in ("state", "action", "reward", "nstate", "info")}
-        flags = dict(terminated=[bool(self.terminated)], truncated=[bool(self.truncated)])
+        lifted = {r: _lift(getattr(self, r)) for r in ("state", "action", "reward", "nstate", "info")}
+        flags = {flag: [value if (n := whole(value := getattr(self, flag), 0, 1)) is None else bool(n)] for flag in FLAGS}  # one 0 or 1 is clear
         return Episode.from_arrays(**lifted, **flags, who=self.who, episodestart=self.episodestart,
                                    timestamp=[self.timestamp], step=self.step, schema=schema)
-
-# %% ../../nbs/data/core.ipynb #bc1d745f
-def _lift(value: Any, cast: bool = False) -> Any:
-    "A value with an axis of one step in front; `cast` takes a float64, as most rewards are, for a plain float"
-    if value is None: return None
-    if isinstance(value, Mapping): return {k: _lift(v, cast) for k, v in value.items()}
-    if isinstance(value, tuple): return tuple(_lift(v, cast) for v in value)
-    if cast and isinstance(value, np.float64): return [float(value)]
-    return value[None] if hasattr(value, "dtype") else [value]
 
 # %% ../../nbs/data/core.ipynb #3b4c8b81
 def records(
@@ -603,6 +702,32 @@ def records(
                      terminated=episode.terminated[i], truncated=episode.truncated[i],
                      step=None if episode.first is None else episode.first + i)
 
+# %% ../../nbs/data/core.ipynb #26b169a2
+@lru_cache(1024)
+def _is_zone(name: str) -> bool:
+    "Whether times can be shown in a zone"
+    try: return bool(from_us(0, name))
+    except Exception: return False  # zoneinfo raises its own
+
+def _plain(e: Episode) -> Episode:
+    "An episode with plain values in all that a log says of it; raises `SchemaError` for what cannot be stored"
+    n = len(e.times)
+    layout = {"times": np.dtype("int64"), **{role: e.schema.block(role) for role in e.schema.roles}}
+    for name, a in (("times", e.times), *((role, e.blocks.get(role)) for role in e.schema.roles)):
+        if not isinstance(a, np.ndarray) or np.ma.is_masked(a) or np.dtype((a.dtype, a.shape[1:])) != layout[name] or len(a) != n or not n:
+            raise SchemaError(f"{name}: expected an array of {n or 'some'} steps of {layout[name]}, got {brief(a)}")
+    if not (FIRST <= e.times.min() and e.times.max() <= LAST): _check_calendar(e.times, "us", SchemaError)
+    _check_order(e.times)
+    start, offset, first = whole(e.start), whole(e.offset, 0, 2**63 - 1 - n), _number(e.first, n)
+    if start is None or offset is None or not isinstance(e.zone, str) or not _is_zone(e.zone):
+        raise SchemaError(f"expected a start in microseconds, an offset and the name of a zone, got {brief((e.start, e.offset, e.zone))}")
+    if not FIRST <= start <= LAST: _check_calendar(start, "us", SchemaError)
+    who = _identities(e.schema, e.who)
+    values = (start, offset, first, e.zone, *who.items())
+    given = (e.start, e.offset, e.first, e.zone, *e.who.items())
+    if values == given and all(type(a) is type(b) for a, b in zip((*values, *who.values()), (*given, *e.who.values()))): return e
+    return replace(e, start=start, offset=offset, first=first, zone=plain_text(e.zone), who=who)
+
 # %% ../../nbs/data/core.ipynb #0669733b
 ItemT = TypeVar("ItemT")  # The items that a buffer is declared for: `Episode`, `Record`, or a user's own
 
@@ -613,10 +738,7 @@ def as_episode(
     "What a pool or buffer takes, as an `Episode`; raises `SchemaError` for anything else"
     if isinstance(item, pd.DataFrame): return Episode.from_frame(item, schema)
     if isinstance(item, Record): return item.to_episode(schema)
-    if isinstance(item, Episode):  # one that was put together by hand may be from any time
-        if not (FIRST <= item.start <= LAST and FIRST <= item.times[0] and item.times[-1] <= LAST):
-            _check_calendar(np.array([item.start, *item.times]), "us", SchemaError)
-        return conform(item, schema) if schema else item
+    if isinstance(item, Episode): return conform(_plain(item), schema) if schema else _plain(item)
     raise SchemaError(f"expected a DataFrame, an Episode or a Record, got {type(item).__name__}")
 
 # %% ../../nbs/data/core.ipynb #a6bc6655
@@ -633,19 +755,17 @@ class PoolQuery:
         start: Optional[Sequence] = None, # `(from, to)` over episode starts, `to` excluded; `None`: open
         time: Optional[Sequence] = None, # `(from, to)` over time stamps of steps, `to` excluded; cuts episodes
         length: Optional[Sequence] = None, # `(least, most)` steps of the whole episode, both included
-        ids: Optional[str | Sequence[str]] = None, # These episodes only
+        ids: Optional[str | Iterable[str]] = None, # These episodes only
         who: Optional[Mapping[str, Any]] = None, # Identity levels by name, where one is called like these
-        **levels: Any, # Identity levels: one value, or several of which any will do
+        **levels: Any, # Identity levels: one value, or several in anything like a list, of which any will do
     ):
-        who = {} if who is None else who
-        if not isinstance(who, Mapping) or not all(isinstance(level, str) for level in who):
-            raise QueryError(f"who: expected identity levels by name, got {brief(who)}")
+        who = _by_level(who, QueryError)
         both = set(who) & set(levels)
         if both: raise QueryError(f"{', '.join(both)} is asked for twice, by name and in who")
         put = lambda name, value: object.__setattr__(self, name, value)
         put("who", tuple(sorted((k, _choices(k, v)) for k, v in {**who, **levels}.items())))
         put("start", _time_range("start", start)); put("time", _time_range("time", time))
-        put("length", _range("length", length, lambda n: n if is_whole(n) else None))
+        put("length", _range("length", length, whole))
         put("ids", None if ids is None else _ids(ids))
 
     def __repr__(self) -> str: return f"PoolQuery({', '.join(f'{k}={v!r}' for k, v in _as_dict(self).items())})"
@@ -677,35 +797,33 @@ class PoolQuery:
         return _matches(self, id, who, start, length)
 
 # %% ../../nbs/data/core.ipynb #52b2815e
-_MANY = (Sequence, set, frozenset, np.ndarray, pd.Index)
-
 def _choices(level: str, value: Any) -> tuple:
     "The values of an identity level that will do, sorted"
-    values = list(value) if isinstance(value, _MANY) and not isinstance(value, str) and getattr(value, "ndim", 1) else [value]
-    if wrong := [v for v in values if not isinstance(v, str) and not is_whole(v)]:
-        raise QueryError(f"{level}: expected text or integers of 64 bits, one or a list, got {brief(wrong[0])}")
-    plain = (v if isinstance(v, str) else int(v) for v in values)
-    return tuple(sorted(set(plain), key=lambda v: (isinstance(v, str), v)))  # numbers first: text does not compare
+    values = listed(value)
+    plain = {identity_value(level, v, QueryError) for v in ((value,) if values is None else values)}
+    return tuple(sorted(plain, key=lambda v: (isinstance(v, str), v)))  # numbers first: text does not compare
 
 # %% ../../nbs/data/core.ipynb #99feacdc
 def _ids(ids: Any) -> tuple[str, ...]:
     "Episode ids, sorted"
-    ids = list(ids) if isinstance(ids, _MANY) and not isinstance(ids, str) and getattr(ids, "ndim", 1) else [ids]
-    if wrong := [id for id in ids if not isinstance(id, str)]: raise QueryError(f"ids: expected text, got {brief(wrong[0])}")
-    return tuple(sorted(set(ids)))
+    given = listed(ids)
+    given = (ids,) if given is None else given
+    if wrong := [id for id in given if not isinstance(id, str)]: raise QueryError(f"ids: expected text, got {brief(wrong[0])}")
+    return tuple(sorted(set(map(plain_text, given))))
 
 # %% ../../nbs/data/core.ipynb #bb929248
 def _range(name: str, ends: Optional[Sequence], convert) -> tuple[Optional[int], Optional[int]]:
     "Both ends as whole numbers; raises `QueryError` where they are none, or reversed"
     if ends is None: return (None, None)
-    if isinstance(ends, str) or not isinstance(ends, Sequence) or len(ends) != 2:
-        raise QueryError(f"{name}: expected a pair (from, to), either of them None, got {brief(ends)}")
+    given, ends = ends, None if isinstance(ends, Set) else listed(ends, 3)  # a set has no order
+    if ends is None or len(ends) != 2:
+        raise QueryError(f"{name}: expected a pair (from, to), either of them None, got {brief(given)}")
     low, high = (None if x is None else convert(x) for x in ends)
     if (low is None and ends[0] is not None) or (high is None and ends[1] is not None):
         raise QueryError(f"{name}: expected whole numbers of 64 bits, got {brief(ends)}")
     if low is not None and high is not None and low > high:
         raise QueryError(f"{name}: the range is reversed, {brief(ends[0])} is after {brief(ends[1])}")
-    return (None if low is None else int(low), None if high is None else int(high))
+    return low, high
 
 # %% ../../nbs/data/core.ipynb #d5cb3a5b
 def _time_range(name: str, ends: Optional[Sequence]) -> tuple[Optional[int], Optional[int]]:
@@ -724,7 +842,7 @@ def _query_from_json(text: str) -> PoolQuery:
     try: d = json.loads(text)
     except (ValueError, TypeError, RecursionError) as e: raise QueryError(f"expected a query as JSON, got {brief(text)}") from e
     known = {"format", "who", "start", "time", "length", "ids"}
-    if not isinstance(d, dict) or not is_whole(d.get("format"), 1, 1) or not isinstance(d.get("who", {}), dict) or d.keys() - known:
+    if not isinstance(d, dict) or whole(d.get("format"), 1, 1) is None or not isinstance(d.get("who", {}), dict) or d.keys() - known:
         raise QueryError(f"expected a query of format 1, got {brief(text)}; a newer one needs a newer data_io_nbdev")
     return PoolQuery(**{name: value for name, value in d.items() if name != "format"})
 

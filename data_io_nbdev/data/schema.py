@@ -6,9 +6,11 @@
 from __future__ import annotations
 import json
 import math
+import operator
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from enum import Enum
 from functools import cached_property
 from itertools import islice
 from typing import Any, Optional, TypeVar
@@ -16,7 +18,8 @@ import numpy as np
 import pandas as pd  # type: ignore
 
 # %% auto #0
-__all__ = ['ROLES', 'FLAGS', 'KINDS', 'RESERVED', 'Units', 'lazy', 'brief', 'is_text', 'is_whole', 'Field', 'who_value', 'Schema',
+__all__ = ['ROLES', 'FLAGS', 'KINDS', 'RESERVED', 'Units', 'lazy', 'brief', 'is_text', 'plain_text', 'whole', 'is_whole',
+           'listed', 'Field', 'dtype_name', 'identity_value', 'who_value', 'kind_of', 'Schema', 'may_cast', 'cast',
            'columns_of', 'is_time']
 
 # %% ../../nbs/data/schema.ipynb #03cefeaf
@@ -52,17 +55,27 @@ def is_text(value: Any) -> bool:
     try: return isinstance(value, str) and value.encode() is not None
     except UnicodeEncodeError: return False
 
+def plain_text(text: str) -> str: return str.__str__(text)  # of a numpy string, or a member of an `Enum`: what it is, not how it shows itself
+
+def whole(value: Any, least: int = -2**63, most: int = 2**63 - 1) -> Optional[int]:
+    "A whole number of any kind as a plain `int`; `None` for what is none, or outside a range, by default of 64 bits"
+    try: n = None if isinstance(value, (bool, np.ma.MaskedArray)) else operator.index(value)
+    except Exception: return None  # a stranger's `__index__` may raise anything
+    return n if n is not None and least <= n <= most else None
+
 def is_whole(value: Any, least: int = -2**63, most: int = 2**63 - 1) -> bool:
     "Whether something is a whole number in a range, by default of 64 bits"
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and least <= value <= most
+    return whole(value, least, most) is not None
 
 # %% ../../nbs/data/schema.ipynb #df9b3955
-def _listed(
+_NO_LISTS = (str, bytes, bytearray, memoryview, Mapping, pd.DataFrame)  # though they can be iterated
+
+def listed(
     value: Any,
     most: Optional[int] = None, # Items to take
-) -> Optional[tuple]: # `None` for text, a mapping, and what is no list at all
+) -> Optional[tuple]: # `None` for text, a mapping, a frame, and what is no list at all
     "The first items of something like a list"
-    try: return None if isinstance(value, (str, bytes, Mapping)) else tuple(islice(value, most))
+    try: return None if isinstance(value, _NO_LISTS) else tuple(islice(value, most))
     except TypeError: return None
 
 # %% ../../nbs/data/schema.ipynb #6cc586a2
@@ -82,7 +95,9 @@ class Field:
             raise SchemaError(f"field names are text, got {brief(self.name)} in {self.role}: rename the column")
         me = f"{self.role} {self.name}"
         if self.unit is not None and not is_text(self.unit): raise SchemaError(f"{me}: a unit is text, got {brief(self.unit)}")
-        object.__setattr__(self, "dtype", _dtype(self.dtype, me))
+        for label in ("role", "name", *(() if self.unit is None else ("unit",))):
+            object.__setattr__(self, label, plain_text(getattr(self, label)))
+        object.__setattr__(self, "dtype", dtype_name(self.dtype, me))
         object.__setattr__(self, "shape", _shape(self.shape, np.dtype(self.dtype).itemsize, me))
 
     @property
@@ -96,7 +111,7 @@ class Field:
 # %% ../../nbs/data/schema.ipynb #a525c0e6
 _UNPORTABLE = ("float96", "float128", "longdouble", "complex192", "complex256")
 
-def _dtype(dtype, what: str) -> str:
+def dtype_name(dtype, what: str) -> str:
     "The name of a dtype that any machine can read back, or `SchemaError`"
     try: dt = np.dtype(dtype) if dtype is not None else None  # numpy takes None for float64
     except Exception: dt = None  # numpy raises its own, and pandas' own dtypes theirs
@@ -111,11 +126,11 @@ _STEP, _AXES = 2**31 - 1, 30  # Bytes of a step, axes of a field, at most
 
 def _shape(shape: Any, itemsize: int, what: str) -> tuple[int, ...]:
     "A shape in plain numbers; raises `SchemaError` where no field can have it"
-    dims = _listed(shape, _AXES + 1)
-    if dims is None or not all(isinstance(n, (int, np.integer)) and not isinstance(n, bool) for n in dims):
+    dims = listed(shape, _AXES + 1)
+    if dims is None or not all(is_whole(n, -math.inf, math.inf) for n in dims):
         raise SchemaError(f"{what}: a shape is whole numbers, such as (84, 84, 3), got {brief(shape)}")
     if len(dims) > _AXES: raise SchemaError(f"{what}: a field has at most {_AXES} dimensions")
-    dims = tuple(map(int, dims))
+    dims = tuple(map(operator.index, dims))
     if any(n < 1 for n in dims): raise SchemaError(f"{what}: every dimension of {brief(dims)} must be positive")
     if math.prod(dims) * itemsize > _STEP:
         raise SchemaError(f"{what}: a step of shape {brief(dims)} has more than 2 GB; store it in smaller fields, or as several steps")
@@ -127,12 +142,12 @@ RESERVED = ("episodestart", "timestamp")  # the two time levels of a frame's row
 
 def _identity(levels: Mapping | Sequence) -> tuple[tuple[str, str], ...]:
     "Identity levels as `((name, kind), …)`"
-    given = _listed(levels.items() if isinstance(levels, Mapping) else levels)
+    given = listed(levels.items() if isinstance(levels, Mapping) else levels)
     if given is None: raise SchemaError(f"identity levels are {{'vehicle': str}}, got {brief(levels)}")
     kinds = {**{k: k for k in KINDS}, **{t: k for k, t in KINDS.items()}}  # by name, or by Python type
     out = []
     for level in given:
-        pair = (level, "text") if isinstance(level, str) else _listed(level, 3)
+        pair = (level, "text") if isinstance(level, str) else listed(level, 3)
         if pair is None or len(pair) != 2: raise SchemaError(f"an identity level is a name, or a name and its kind, got {brief(level)}")
         name, kind = pair
         if not is_text(name) or not name:
@@ -140,19 +155,37 @@ def _identity(levels: Mapping | Sequence) -> tuple[tuple[str, str], ...]:
         if name in RESERVED: raise SchemaError(f"{name!r} is a time, not an identity level")
         if not isinstance(kind, (str, type)) or kind not in kinds:
             raise SchemaError(f"identity level {name!r} is text or integer, got {brief(kind)}")
-        out.append((name, kinds[kind]))
+        out.append((plain_text(name), kinds[kind]))
     if len(dict(out)) < len(out): raise SchemaError(f"identity levels repeat: {[name for name, _ in out]}")
     return tuple(out)
 
+# %% ../../nbs/data/schema.ipynb #72c3aa3b
+def _remedy(level: str, value: Any) -> str:
+    "How to say who somebody was, where it came as something else"
+    if pd.api.types.is_list_like(value): return "give one value"
+    if pd.isna(value): return "it is missing, and every step needs to say whose it is"
+    say, function = "str(…)", "str"
+    if isinstance(value, Enum): say, function = "value or name", "lambda who: who.name"
+    if isinstance(value, bytes): say, function = "decode()", "bytes.decode"
+    if isinstance(value, (float, np.floating)) and value.is_integer(): say, function = "int(…)", "int"
+    return f"give its {say}, or in a frame: frame.rename(index={function}, level={level!r})"
+
+def identity_value(level: str, value: Any, error: type[Exception] = SchemaError) -> str | int:
+    "One identity value as a plain `str` or `int`; raises `error` for what is neither text nor a whole number of 64 bits"
+    if is_text(value): return plain_text(value)
+    if (n := whole(value)) is not None: return n
+    if isinstance(value, str): raise error(f"identity level {level!r}: {brief(value)} is not valid unicode")
+    raise error(f"identity level {level!r}: expected text or a whole number of 64 bits, got {brief(value)} of type {type(value).__name__}; "
+                f"{_remedy(level, value)}")
+
 # %% ../../nbs/data/schema.ipynb #933dad3e
 def who_value(name: str, kind: str, value: Any) -> str | int:
-    "One identity value as a plain `str` or `int`; raises `SchemaError` for another kind, or beyond 64 bits"
-    level = f"identity level {name!r}"
-    if kind == "text" and isinstance(value, str):
-        if not is_text(value): raise SchemaError(f"{level}: {brief(value)} is not valid unicode")
-        return str(value)
-    if kind == "integer" and is_whole(value): return int(value)
-    raise SchemaError(f"{level}: expected {kind}, got {brief(value)} of type {type(value).__name__}")
+    "One identity value as a plain `str` or `int`; raises `SchemaError` for another kind"
+    plain = identity_value(name, value)
+    if isinstance(plain, str) == (kind == "text"): return plain
+    raise SchemaError(f"identity level {name!r}: expected {kind}, got {brief(plain)} of type {type(value).__name__}")
+
+def kind_of(name: str, value: Any) -> str: return "text" if isinstance(identity_value(name, value), str) else "integer"
 
 # %% ../../nbs/data/schema.ipynb #30d3f2d2
 def _block(role: str, fields: Sequence[Field]) -> np.dtype:
@@ -175,7 +208,8 @@ def _step_bytes(fields: Iterable[Field]) -> int:
 
 def _labels(what: str, labels: Any, sizes: Sequence[int]) -> tuple:
     "Labels of a frame as they can be stored; raises `SchemaError` for what JSON does not know"
-    labels = tuple(label.item() if isinstance(label, np.generic) else label for label in _listed(labels, 4) or ())
+    labels = tuple(plain_text(label) if is_text(label) else label.item() if isinstance(label, np.generic) else label
+                   for label in listed(labels, 4) or ())
     plain = (label is None or isinstance(label, (bool, float)) or is_text(label) or is_whole(label) for label in labels)
     if len(labels) in sizes and all(plain): return labels
     raise SchemaError(f"{what}: expected {' or '.join(map(str, sizes))} labels each, of text, numbers or None, got {brief(labels)}; "
@@ -193,7 +227,7 @@ class Schema:
     flags: tuple[tuple[str, str], ...] = field(default=(), compare=False)
 
     def __post_init__(self):
-        given, flags = _listed(self.fields), _listed(self.flags)
+        given, flags = listed(self.fields), listed(self.flags)
         if given is None: raise SchemaError(f"expected Fields, got {brief(self.fields)}")
         if flags is None: raise SchemaError(f"flags are pairs of flag and name, got {brief(self.flags)}")
         if wrong := [f for f in given if not isinstance(f, Field)]: raise SchemaError(f"expected Fields, got {brief(wrong[0])}")
@@ -244,7 +278,7 @@ class Schema:
         role: str, # `state`, `action`, `reward`, `nstate` or `info`
         arrays: Mapping[str, np.ndarray], # Field name to `(steps, *field shape)`
     ) -> np.ndarray: # `(steps, *block shape)`, freshly allocated
-        "One block from the fields of a role; raises `SchemaError` for a missing one, another shape or dtype"
+        "One block from the fields of a role; raises `SchemaError` for a missing one, another shape, or what a dtype cannot hold"
         return _join(role, self.of(role), self.block(role), arrays)
 
     @staticmethod
@@ -260,7 +294,7 @@ class Schema:
         env: Any, # A Gymnasium environment, single or vector
         identity: Mapping[str, Any] | Sequence[str] = (), # For example `["vehicle", "driver"]`
         units: Optional[Units] = None, # `{"state": {"arm.angle": "rad"}}`
-    ) -> Schema: # With a `float32` scalar reward
+    ) -> Schema: # With the environment's `reward_space`, by default a `float32` scalar
         "The schema of an environment's spaces; raises `SchemaError` for a space without a fixed size"
         return _from_env(env, identity, units or {})
 
@@ -292,6 +326,31 @@ def _split(fields: Sequence[Field], dtype: np.dtype, block: np.ndarray) -> dict[
     places = zip(fields, sizes, np.cumsum(sizes))
     return {f.name: block[..., end - n:end].reshape((*lead, *f.shape)) for f, n, end in places}
 
+# %% ../../nbs/data/schema.ipynb #27410631
+def may_cast(a: np.dtype, to: np.dtype) -> bool:
+    "Whether values of a dtype can become another without loss, all of them or those that it can hold"
+    return a.kind in "biu" or np.can_cast(a, to)
+
+def cast(
+    a: np.ndarray, # Numbers
+    dtype: str, # To become
+    what: str, # For the message
+    loose: bool = False, # Floats round
+) -> np.ndarray: # The same one where it has the dtype
+    "Numbers in another dtype, without loss; raises `SchemaError` where it cannot hold them"
+    to = np.dtype(dtype)
+    rough = a.dtype.kind in "iu" and a.dtype.itemsize == 8 and to.kind in "fc"  # which numpy calls safe
+    if np.can_cast(a.dtype, to) and not rough: return a.astype(to, copy=False)
+    if not (loose or may_cast(a.dtype, to)):
+        raise SchemaError(f"{what}: expected {to}, got {a.dtype.name}; convert it with astype({to.name!r}), or declare a schema with {a.dtype.name}")
+    part = a.real if a.dtype.kind == "c" and to.kind != "c" else a
+    with np.errstate(all="ignore"): out = part.astype(to)
+    rounds = part.dtype.kind in "fc" and to.kind in "fc"
+    with np.errstate(all="ignore"):
+        lost = np.isfinite(part) & ~np.isfinite(out) if rounds else (out != part) | (out.astype(part.dtype) != part)
+    if lost.any() or (part is not a and a.imag.any()): raise SchemaError(f"{what}: expected {to}, got values that it cannot hold: {brief(a)}")
+    return out
+
 # %% ../../nbs/data/schema.ipynb #a751b035
 def _join(role: str, fields: Sequence[Field], dtype: np.dtype, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
     if set(arrays) != {f.name for f in fields}:
@@ -301,11 +360,20 @@ def _join(role: str, fields: Sequence[Field], dtype: np.dtype, arrays: Mapping[s
     for f in fields:
         a, shape, me = arrays[f.name], (steps, *f.shape), f"{role} {f.name}"
         if a.shape != shape: raise SchemaError(f"{me}: expected shape {shape}, got {a.shape}")
-        if a.dtype != f.dtype:
-            raise SchemaError(f"{me}: expected {f.dtype}, got {a.dtype}; convert it with astype({f.dtype!r})")
+        arrays[f.name] = cast(a, f.dtype, me)
     out = np.zeros(steps, dtype)  # zeros, so that the padding inside a structured block is the same every time
     for name, part in _split(fields, dtype, out).items(): part[...] = arrays[name]
     return out
+
+# %% ../../nbs/data/schema.ipynb #ca9f99ee
+def _is_missing(label: Any) -> bool: return bool(pd.api.types.is_scalar(label) and pd.isna(label))
+
+def _element(label: Any) -> Optional[int]: # `None` where it is no number
+    "The number of an element by the label of its column"
+    if _is_missing(label) or label == "": return 0
+    if isinstance(label, float) and label.is_integer(): label = int(label)
+    if isinstance(label, str) and label.isascii() and label.isdecimal(): label = int(label[:20])
+    return whole(label, 0)
 
 # %% ../../nbs/data/schema.ipynb #20d6f49b
 def columns_of(
@@ -317,11 +385,12 @@ def columns_of(
                           f"got {frame.columns.nlevels}")
     found: dict[tuple[str, str], dict[int, int]] = {}  # (role, name) to element number to column position
     for i, (role, name, *element) in enumerate(frame.columns):
-        number = element[0] if element and not pd.isna(element[0]) and element[0] != "" else 0
-        places = found.setdefault((role, "" if pd.isna(name) else name), {})
-        if not isinstance(number, (int, np.integer)) or number in places:
-            raise SchemaError(f"{role} {name}: elements are numbered once each from 0, got {number!r}")
-        places[int(number)] = i
+        number = _element(element[0]) if element else 0
+        places = found.setdefault((role, "" if _is_missing(name) else name), {})
+        if number is None: raise SchemaError(f"{role} {name}: elements are numbered 0, 1, 2 …, got {brief(element[0])}; rename the column")
+        if number in places:
+            raise SchemaError(f"{role} {name}: there are two columns for its element {number}; drop or rename one of them")
+        places[number] = i
     known = (*ROLES, "nstate", *FLAGS)
     for (role, name), places in found.items():
         if role not in (*known, "timestep"):
@@ -345,9 +414,8 @@ def _index_identity(index: pd.Index) -> dict[str, str]:
     kinds = {}
     for name in index.names:
         if name in RESERVED: continue
-        dtype = index.get_level_values(name).dtype
-        if isinstance(dtype, pd.CategoricalDtype): dtype = dtype.categories.dtype
-        kinds[name] = "integer" if pd.api.types.is_integer_dtype(dtype) else "text"
+        value = index[:1].get_level_values(name)
+        kinds[name] = "text" if not len(value) or _is_missing(value[0]) else kind_of(name, value[0])
     return kinds
 
 # %% ../../nbs/data/schema.ipynb #4a9328f3
@@ -369,7 +437,7 @@ def _from_frame(frame: pd.DataFrame, units: Units) -> Schema:
             raise SchemaError(f"{role} {name}: its elements differ in dtype: {found}")
         declared = "state" if role == "nstate" else role
         shape = () if len(places) == 1 else (len(places),)
-        dtype = _dtype(dtypes[places[0]], f"{role} {name}")
+        dtype = dtype_name(dtypes[places[0]], f"{role} {name}")
         fields[role, name] = Field(declared, name, shape, dtype, units.get(declared, {}).get(name))
     state, nstate = ({n: str(f) for (r, n), f in fields.items() if r == role} for role in ("state", "nstate"))
     if nstate and nstate != state:
@@ -391,13 +459,20 @@ def _leaves(space: Any, role: str, path: str, units: Mapping[str, str]) -> list[
     return [Field(role, path or role, space.shape, space.dtype.name, units.get(path or role))]
 
 # %% ../../nbs/data/schema.ipynb #e96fab7b
+def _space(env: Any, name: str) -> Any: # `None` where it has none
+    "One of an environment's spaces; of a vector, that of one copy"
+    places = (env, getattr(env, "unwrapped", env))  # wrappers hand on only what every environment has
+    if hasattr(env, "single_observation_space"): name = f"single_{name}"
+    return next((space for place in places if (space := getattr(place, name, None)) is not None), None)
+
 def _from_env(env: Any, identity: Mapping | Sequence, units: Units) -> Schema:
     fields = []
-    for role, name in {"state": "observation_space", "action": "action_space"}.items():
-        space = getattr(env, f"single_{name}", None) or getattr(env, name)
-        fields += _leaves(space, role, "", units.get(role, {}))
-    reward = Field("reward", "reward", unit=units.get("reward", {}).get("reward"))
-    return Schema((*fields, reward), identity, flags=tuple((flag, flag) for flag in FLAGS))
+    for role, name in {"state": "observation_space", "action": "action_space", "reward": "reward_space"}.items():
+        space = _space(env, name)
+        if space is not None: fields += _leaves(space, role, "", units.get(role, {}))
+        elif role == "reward": fields.append(Field(role, role, unit=units.get(role, {}).get(role)))
+        else: raise SchemaError(f"expected a Gymnasium environment with an {name}, got {brief(env)}")
+    return Schema(tuple(fields), identity, flags=tuple((flag, flag) for flag in FLAGS))
 
 # %% ../../nbs/data/schema.ipynb #88e1e959
 def _differences(expected: Schema, got: Schema) -> list[str]:

@@ -38,7 +38,7 @@ __all__ = ['BACKENDS', 'Part', 'part_of', 'Commit', 'in_one_step', 'Index', 'new
 # %% ../../../nbs/storage/pool/pool.ipynb #b6a8678c
 from ...errors import (ClosedError, CorruptData, DataIOError, EpisodeConflict, EpisodeNotFound, NotEnoughData,
                                   PoolNotFound, PoolUnavailable, QueryError, ReadOnly, SnapshotNotFound)
-from ...data.schema import Schema
+from ...data.schema import Schema, brief, listed
 from ...data.core import (Episode, PoolQuery, as_episode, concat, from_us, same_steps, state_digest,
                                      steps_in)
 
@@ -465,9 +465,9 @@ class PoolIndex(PoolHandle):
         stream = iter(self._read([part for parts in found for part in parts]))
         for parts in found: yield concat(list(islice(stream, len(parts))))
 
-    def _ask(self, query: Any, version: int) -> tuple[PoolQuery, list[list[Part]]]:
+    def _ask(self, query: tuple[PoolQuery, Sequence[str]], version: int) -> tuple[PoolQuery, list[list[Part]]]:
         "What a user asks for, and the parts of each episode that answers it"
-        asked, ids = _as_query(query)
+        asked, ids = query
         if schema := self._schema(version): asked.check(schema)
         found = self._select(asked, version)
         there = {parts[0].id for parts in found} if ids else ()
@@ -480,9 +480,10 @@ def _as_query(query: Any) -> tuple[PoolQuery, Sequence[str]]:
     "A query from what users give, and the ids that must exist because they were named outright"
     if query is None: return PoolQuery(), ()
     if isinstance(query, PoolQuery): return query, ()
-    ids = [query] if isinstance(query, str) else list(query) if isinstance(query, Iterable) else [None]
-    if all(isinstance(id, str) for id in ids): return PoolQuery(ids=ids), ids
-    raise QueryError(f"expected a PoolQuery, an episode's id or ids, got {query!r}")
+    ids = (query,) if isinstance(query, str) else listed(query)
+    if ids is None or not all(isinstance(id, str) for id in ids):
+        raise QueryError(f"expected a PoolQuery, an episode's id or ids, got {brief(query)}")
+    return (asked := PoolQuery(ids=ids)), asked.ids
 
 # %% ../../../nbs/storage/pool/pool.ipynb #b2f03032
 class PoolReader(PoolIndex):
@@ -496,20 +497,23 @@ class PoolReader(PoolIndex):
         query: Any = None, # A `PoolQuery`, an id, or ids; by default everything
     ) -> Iterator[Episode]: # By `episodestart`, then id; cut to the query's time range
         "The episodes asked for, as they are now: the iterator keeps its version while others write"
-        query, found = self._newest(lambda version: self._ask(query, version))
+        asked = _as_query(query)  # once: an iterator over ids would be empty the second time
+        query, found = self._newest(lambda version: self._ask(asked, version))
         return (episode[steps_in(episode.times, query)] for episode in self._episodes(found))
 
     def count(self,
         query: Any = None, # A `PoolQuery`, an id, or ids; by default everything
     ) -> int:
         "How many episodes `find` would give"
-        return self._newest(lambda version: len(self._ask(query, version)[1]) if query is not None else self._count(version))
+        asked = _as_query(query)
+        return self._newest(lambda version: len(self._ask(asked, version)[1]) if query is not None else self._count(version))
 
     def catalogue(self,
         query: Any = None, # A `PoolQuery`, an id, or ids; by default everything
     ) -> pd.DataFrame: # Indexed by id, ordered by `episodestart`, then id
         "Who, when and how long, of the episodes asked for; never cut to the query's time range"
-        return self._newest(lambda version: _catalogue(self._ask(query, version)[1], self._schema(version)))
+        asked = _as_query(query)
+        return self._newest(lambda version: _catalogue(self._ask(asked, version)[1], self._schema(version)))
 
     def sample(self,
         n: int, # How many
@@ -517,7 +521,8 @@ class PoolReader(PoolIndex):
         seed: Optional[int] = None, # Makes the choice reproducible
     ) -> list[Episode]: # In random order, cut to the query's time range
         "Whole episodes at random, none twice; raises `NotEnoughData` where fewer match"
-        query, found = self._newest(lambda version: self._ask(query, version))
+        asked = _as_query(query)  # once: an iterator over ids would be empty the second time
+        query, found = self._newest(lambda version: self._ask(asked, version))
         if not 0 < n <= len(found): raise NotEnoughData(f"asked for {n} episodes, and {len(found)} match")
         chosen = [found[i] for i in np.random.default_rng(seed).choice(len(found), n, replace=False)]
         return [episode[steps_in(episode.times, query)] for episode in self._episodes(chosen)]
@@ -756,7 +761,7 @@ class _Delete:
             raise QueryError("a time range cuts episodes, and delete takes whole ones; use start=(from, to)")
 
     def __call__(self, version: int) -> Plan:
-        ids = [parts[0].id for parts in self.pool._ask(self.ids or self.query, version)[1]]
+        ids = [parts[0].id for parts in self.pool._ask((self.query, self.ids), version)[1]]
         return Plan([], ids, None, ids, None if self.ids else self.query)
 
 # %% ../../../nbs/storage/pool/pool.ipynb #8d84230e
@@ -812,9 +817,11 @@ def _verify(pool: Pool) -> list[str]: return list(damages(pool, pool._catch_up(p
 
 # %% ../../../nbs/storage/pool/pool.ipynb #afaa1d4e
 def _copy(pool: Pool, other: Pool, query: Any, progress: Callable[[Iterable], Iterable], size: int = 64 << 20) -> list[str]:
+    query = _as_query(query)
     asked, found = pool._newest(lambda version: pool._ask(query, version))
     if asked.time != (None, None):
         raise QueryError("a time range cuts episodes, and copy_to takes whole ones; use start=(from, to)")
+    if found and other.schema: other.schema.check(pool.schema)  # what is cast has another digest
     ids = [parts[0].id for parts in found]
     there = other._newest(lambda version: other._stored(ids, version))
     def copied(parts: Sequence[Part]) -> bool: return [p.digest for p in there.get(parts[0].id, ())] == [p.digest for p in parts]
