@@ -58,7 +58,7 @@ def _zone_name(tz: Any, first: pd.DatetimeIndex, error: type[DataIOError]) -> st
         except Exception: pass  # zoneinfo, dateutil and pytz each raise their own
     raise error(f"the time zone {tz!r} has no name to store; convert the times: tz_convert('Europe/Berlin')")
 
-# %% ../../nbs/data/core.ipynb #fff89529
+# %% ../../nbs/data/core.ipynb #b4f4ff8f
 def _stamp(time: Any) -> pd.Timestamp: # `NaT` where it is no time
     try: return pd.Timestamp(time)
     except (ValueError, TypeError, OverflowError): return pd.NaT
@@ -287,21 +287,24 @@ def _values(
     dtype_name(kinds.pop(), what)
     return found.to_numpy()[:, 0] if len(places) == 1 else found.to_numpy()
 
-def _frame_block(frame: pd.DataFrame, columns: Mapping, role: str, schema: Schema) -> np.ndarray:
+def _frame_block(frame: pd.DataFrame, columns: Mapping, role: str, schema: Schema, inferred: Schema) -> np.ndarray:
     "The block of a role, copied out of a frame"
-    fields, dtype = schema.of(role), schema.block(role)
-    found = frame.iloc[:, [i for f in fields for i in columns[role, f.name]]]
-    if not dtype.names and set(found.dtypes) == {dtype.base}:
-        return np.ascontiguousarray(found.to_numpy(copy=True)).reshape(len(frame), *dtype.shape)
+    fields, dtype, found = schema.of(role), schema.block(role), {f.name: f.dtype for f in inferred.of(role)}
+    if not dtype.names and all(found[f.name] == f.dtype for f in fields):
+        places = [i for f in fields for i in columns[role, f.name]]
+        return np.ascontiguousarray(frame.iloc[:, places].to_numpy(dtype.base, copy=True)).reshape(len(frame), *dtype.shape)
     values = {f.name: _values(frame, columns[role, f.name], f"{role} {f.name}") for f in fields}
     return schema.join(role, {f.name: values[f.name].reshape(len(frame), *f.shape) for f in fields})
 
-# %% ../../nbs/data/core.ipynb #f066204a
+# %% ../../nbs/data/core.ipynb #b503386f
+_NUMBERS = frozenset((bool, int, float, complex))
+
 def _is_masked(value: Any) -> bool:
     "Whether any value in nested lists is masked"
-    return any(map(_is_masked, value)) if isinstance(value, (list, tuple)) else np.ma.is_masked(value)
+    if not isinstance(value, (list, tuple)): return isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value)
+    return not set(map(type, value)) <= _NUMBERS and any(map(_is_masked, value))
 
-# %% ../../nbs/data/core.ipynb #4074a537
+# %% ../../nbs/data/core.ipynb #d3576b4e
 def _flag(
     value: Any, # An array, a column or a list of bool
     flag: str, # `terminated` or `truncated`
@@ -324,7 +327,7 @@ def _frame_flags(frame: pd.DataFrame, columns: Mapping) -> dict[str, np.ndarray]
     if len(flags) < len(shown): raise SchemaError(f"a flag is one column, got {[role for role, _ in shown]}")
     return {role: _flag(column, role, len(frame)) for role, column in flags.items()}
 
-# %% ../../nbs/data/core.ipynb #468ea2ea
+# %% ../../nbs/data/core.ipynb #4f2cb3b0
 def _unframed(value: Any, role: str) -> Any:
     "A frame as its fields by name, or as one array; anything else as it is"
     if not isinstance(value, pd.DataFrame): return value
@@ -346,8 +349,6 @@ def _flat(value: Any, role: str, path: str = "") -> dict[str, Any]:
     return leaves
 
 # %% ../../nbs/data/core.ipynb #fffcb27f
-_NUMBERS = frozenset((bool, int, float, complex))
-
 def _kinds(value: Any) -> set[type]:
     "The types of what stands in nested lists; an array of no dimensions counts as its number"
     if not isinstance(value, (list, tuple)): return {type(value[()] if isinstance(value, np.ndarray) and not value.ndim else value)}
@@ -355,20 +356,21 @@ def _kinds(value: Any) -> set[type]:
     return kinds if kinds <= _NUMBERS else set().union(*map(_kinds, value))
 
 # %% ../../nbs/data/core.ipynb #598bf8f6
-def _array(value: Any, dtype: Optional[str], what: str) -> np.ndarray:
+def _array(value: Any, dtype: np.dtype | str | None, what: str) -> np.ndarray:
     "A fresh array of numbers; of `dtype`, where one is given"
-    kinds = _kinds(value)
-    if any(issubclass(kind, np.ma.MaskedArray) for kind in kinds) and _is_masked(value):
+    if type(value) is np.ndarray and (dtype is None or value.dtype == dtype) and value.dtype.kind in "biufc": return value.copy()
+    plain = (kinds := _kinds(value)) <= _NUMBERS
+    if not plain and _is_masked(value):
         raise SchemaError(f"{what}: some values are masked; say what stands there: filled(nan), or filled(0) of whole numbers")
     if isinstance(own := getattr(value, "dtype", None), pd.api.extensions.ExtensionDtype): dtype_name(own, what)
     try: a = np.array(value)
     except ValueError: a = np.array(None)  # numpy's word for ragged
     if a.dtype.kind not in "biufc":
         raise SchemaError(f"{what}: expected numbers of one shape, got ragged or other values: {brief(value)}")
-    if not dtype:
-        if a.dtype.kind == "b" or any(hasattr(kind, "dtype") for kind in kinds): return a
+    if dtype is None:
+        if a.dtype.kind == "b" or not plain and any(hasattr(kind, "dtype") for kind in kinds): return a
         dtype = "float32"
-    return cast(a, dtype, what, loose=all(issubclass(kind, (*_NUMBERS, np.generic)) for kind in kinds))
+    return cast(a, dtype, what, loose=plain or all(issubclass(kind, (*_NUMBERS, np.generic)) for kind in kinds))
 
 # %% ../../nbs/data/core.ipynb #32b05121
 def _array_block(value: Any, role: str, schema: Schema) -> np.ndarray:
@@ -377,7 +379,7 @@ def _array_block(value: Any, role: str, schema: Schema) -> np.ndarray:
     if isinstance(value, (Mapping, tuple)):
         dtypes = {f.name: f.dtype for f in fields}
         return schema.join(role, {name: _array(v, dtypes.get(name), f"{role} {name}") for name, v in _flat(value, role).items()})
-    a = np.atleast_1d(_array(value, None if dtype.names else dtype.base.name, role))
+    a = np.atleast_1d(_array(value, None if dtype.names else dtype.base, role))
     if dtype.names: raise SchemaError(f"{role}: expected its fields {[f.name for f in fields]} by name, got one array")
     if {a.shape[1:], dtype.shape} == {(), (1,)}: a = a.reshape(len(a), *dtype.shape)  # one element is a scalar
     if a.shape[1:] != dtype.shape:
@@ -396,14 +398,14 @@ def _lift(value: Any) -> Any:
     if isinstance(value, tuple): return tuple(map(_lift, value))
     return value[None] if getattr(value, "ndim", 0) else [value]
 
-# %% ../../nbs/data/core.ipynb #e29a5d34
+# %% ../../nbs/data/core.ipynb #50d72411
 def _by_level(who: Any, error: type[DataIOError] = SchemaError) -> dict[str, Any]:
     "Identity by level; raises `error` for what is no mapping of names"
     if who is None: return {}
     if isinstance(who, Mapping) and all(isinstance(level, str) for level in who): return {plain_text(level): value for level, value in who.items()}
     raise error(f"who: expected identity levels by name, such as {{'vehicle': 'VB7'}}, got {brief(who)}")
 
-# %% ../../nbs/data/core.ipynb #b605ae30
+# %% ../../nbs/data/core.ipynb #ce977160
 def _identities(schema: Schema, who: Any) -> dict[str, str | int]:
     "Identity in plain values, in the order of the schema; raises `SchemaError` for other levels or kinds"
     if set(given := _by_level(who)) != set(schema.levels):
@@ -510,7 +512,7 @@ def _check_end(flag: str, flags: np.ndarray) -> None:
     raise SchemaError(f"step {i} is {flag}, and {len(flags) - 1 - i} steps follow; "
                       "nothing follows an end: split the frame there")
 
-# %% ../../nbs/data/core.ipynb #08e87975
+# %% ../../nbs/data/core.ipynb #adee9bf9
 def _number(first: Any, steps: int) -> Optional[int]:
     "The number of the first of some steps as a plain `int`, or `None` where they have none"
     if first is None or (number := whole(first, most=2**63 - 1 - steps)) is not None: return None if first is None else number
@@ -543,13 +545,13 @@ def _from_frame(frame: pd.DataFrame, schema: Optional[Schema], final_state: Any)
     who, start, zone, times = _who_and_when(frame.index)
     shown = {role for role, _ in columns}
     roles = [r for r in schema.roles if r not in FLAGS and (r != "nstate" or r in shown)]
-    blocks = {r: _frame_block(frame, columns, r, schema) for r in roles} | _frame_flags(frame, columns)
+    blocks = {r: _frame_block(frame, columns, r, schema, inferred) for r in roles} | _frame_flags(frame, columns)
     if "nstate" not in blocks:
         final = None if final_state is None else _array_block(_lift(final_state), "state", schema)
         blocks, times = _derive_nstate(blocks, times, final)
     return _sound(schema, who, start, zone, times, blocks, _first_number(frame, columns))
 
-# %% ../../nbs/data/core.ipynb #92718a24
+# %% ../../nbs/data/core.ipynb #6836d8fc
 def _check_lengths(found: Mapping[str, int], times: int) -> None: # `found`: steps of each role
     "Raise `SchemaError` where a role has another number of steps than there are time stamps"
     if not (ragged := {role: n for role, n in found.items() if n != times}): return
@@ -655,13 +657,17 @@ def concat(
     blocks = {r: np.concatenate([p.blocks[r] for p in parts]) for r in head.blocks}
     return replace(head, times=np.concatenate([p.times for p in parts]), blocks=blocks)
 
-# %% ../../nbs/data/core.ipynb #260fa872
+# %% ../../nbs/data/core.ipynb #85d2b2d2
+_FIXED = _NUMBERS | {str, type(None), pd.Timestamp}
+
 def _copy(value: Any) -> Any:
     "A value of a record, which nobody else can change"
-    if isinstance(value, np.generic) or not (hasattr(value, "dtype") or isinstance(value, (Mapping, list, tuple, pd.DataFrame))): return value
+    if type(value) in _FIXED or isinstance(value, np.generic): return value
+    if isinstance(value, (np.ndarray, pd.Series, pd.DataFrame)): return value.copy()
     if isinstance(value, Mapping): return {k: _copy(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)): return (tuple if isinstance(value, tuple) else list)(map(_copy, value))
-    return value.copy() if isinstance(value, (np.ndarray, pd.Series, pd.DataFrame)) else np.array(value)
+    if isinstance(value, tuple): return tuple(map(_copy, value))
+    if isinstance(value, list): return value[:] if set(map(type, value)) <= _FIXED else list(map(_copy, value))
+    return np.array(value) if hasattr(value, "dtype") else value
 
 # %% ../../nbs/data/core.ipynb #9385200d
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -702,7 +708,7 @@ def records(
                      terminated=episode.terminated[i], truncated=episode.truncated[i],
                      step=None if episode.first is None else episode.first + i)
 
-# %% ../../nbs/data/core.ipynb #26b169a2
+# %% ../../nbs/data/core.ipynb #104dc392
 @lru_cache(1024)
 def _is_zone(name: str) -> bool:
     "Whether times can be shown in a zone"
@@ -711,13 +717,12 @@ def _is_zone(name: str) -> bool:
 
 def _plain(e: Episode) -> Episode:
     "An episode with plain values in all that a log says of it; raises `SchemaError` for what cannot be stored"
-    n = len(e.times)
-    layout = {"times": np.dtype("int64"), **{role: e.schema.block(role) for role in e.schema.roles}}
-    for name, a in (("times", e.times), *((role, e.blocks.get(role)) for role in e.schema.roles)):
-        if not isinstance(a, np.ndarray) or np.ma.is_masked(a) or np.dtype((a.dtype, a.shape[1:])) != layout[name] or len(a) != n or not n:
-            raise SchemaError(f"{name}: expected an array of {n or 'some'} steps of {layout[name]}, got {brief(a)}")
-    if not (FIRST <= e.times.min() and e.times.max() <= LAST): _check_calendar(e.times, "us", SchemaError)
-    _check_order(e.times)
+    n, times = len(e.times), e.times
+    for name, a, dtype in (("times", times, np.dtype("int64")), *((role, e.blocks.get(role), e.schema.block(role)) for role in e.schema.roles)):
+        if not isinstance(a, np.ndarray) or _is_masked(a) or a.dtype != dtype.base or a.shape != (n, *dtype.shape) or not n:
+            raise SchemaError(f"{name}: expected an array of {n or 'some'} steps of {dtype}, got {brief(a)}")
+    if not (times[1:] > times[:-1]).all(): _check_order(times)
+    if not (FIRST <= times[0] and times[-1] <= LAST): _check_calendar(times, "us", SchemaError)
     start, offset, first = whole(e.start), whole(e.offset, 0, 2**63 - 1 - n), _number(e.first, n)
     if start is None or offset is None or not isinstance(e.zone, str) or not _is_zone(e.zone):
         raise SchemaError(f"expected a start in microseconds, an offset and the name of a zone, got {brief((e.start, e.offset, e.zone))}")

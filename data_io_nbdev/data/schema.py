@@ -159,7 +159,7 @@ def _identity(levels: Mapping | Sequence) -> tuple[tuple[str, str], ...]:
     if len(dict(out)) < len(out): raise SchemaError(f"identity levels repeat: {[name for name, _ in out]}")
     return tuple(out)
 
-# %% ../../nbs/data/schema.ipynb #72c3aa3b
+# %% ../../nbs/data/schema.ipynb #06ee43a0
 def _remedy(level: str, value: Any) -> str:
     "How to say who somebody was, where it came as something else"
     if pd.api.types.is_list_like(value): return "give one value"
@@ -326,14 +326,14 @@ def _split(fields: Sequence[Field], dtype: np.dtype, block: np.ndarray) -> dict[
     places = zip(fields, sizes, np.cumsum(sizes))
     return {f.name: block[..., end - n:end].reshape((*lead, *f.shape)) for f, n, end in places}
 
-# %% ../../nbs/data/schema.ipynb #27410631
+# %% ../../nbs/data/schema.ipynb #43335f38
 def may_cast(a: np.dtype, to: np.dtype) -> bool:
     "Whether values of a dtype can become another without loss, all of them or those that it can hold"
     return a.kind in "biu" or np.can_cast(a, to)
 
 def cast(
     a: np.ndarray, # Numbers
-    dtype: str, # To become
+    dtype: np.dtype | str, # To become
     what: str, # For the message
     loose: bool = False, # Floats round
 ) -> np.ndarray: # The same one where it has the dtype
@@ -344,10 +344,11 @@ def cast(
     if not (loose or may_cast(a.dtype, to)):
         raise SchemaError(f"{what}: expected {to}, got {a.dtype.name}; convert it with astype({to.name!r}), or declare a schema with {a.dtype.name}")
     part = a.real if a.dtype.kind == "c" and to.kind != "c" else a
-    with np.errstate(all="ignore"): out = part.astype(to)
     rounds = part.dtype.kind in "fc" and to.kind in "fc"
     with np.errstate(all="ignore"):
-        lost = np.isfinite(part) & ~np.isfinite(out) if rounds else (out != part) | (out.astype(part.dtype) != part)
+        out = part.astype(to)
+        lost = np.isinf(out) if rounds else (out != part) | (out.astype(part.dtype) != part)
+    if rounds and lost.any(): lost &= np.isfinite(part)
     if lost.any() or (part is not a and a.imag.any()): raise SchemaError(f"{what}: expected {to}, got values that it cannot hold: {brief(a)}")
     return out
 
@@ -365,7 +366,7 @@ def _join(role: str, fields: Sequence[Field], dtype: np.dtype, arrays: Mapping[s
     for name, part in _split(fields, dtype, out).items(): part[...] = arrays[name]
     return out
 
-# %% ../../nbs/data/schema.ipynb #ca9f99ee
+# %% ../../nbs/data/schema.ipynb #4b6da250
 def _is_missing(label: Any) -> bool: return bool(pd.api.types.is_scalar(label) and pd.isna(label))
 
 def _element(label: Any) -> Optional[int]: # `None` where it is no number
@@ -414,8 +415,8 @@ def _index_identity(index: pd.Index) -> dict[str, str]:
     kinds = {}
     for name in index.names:
         if name in RESERVED: continue
-        value = index[:1].get_level_values(name)
-        kinds[name] = "text" if not len(value) or _is_missing(value[0]) else kind_of(name, value[0])
+        level, codes = index.levels[i := index.names.index(name)], index.codes[i]
+        kinds[name] = kind_of(name, level[codes[0]]) if len(codes) and codes[0] >= 0 else "text"  # of what is missing there is no kind
     return kinds
 
 # %% ../../nbs/data/schema.ipynb #4a9328f3
