@@ -58,7 +58,7 @@ def _zone_name(tz: Any, first: pd.DatetimeIndex, error: type[DataIOError]) -> st
         except Exception: pass  # zoneinfo, dateutil and pytz each raise their own
     raise error(f"the time zone {tz!r} has no name to store; convert the times: tz_convert('Europe/Berlin')")
 
-# %% ../../nbs/data/core.ipynb #b4f4ff8f
+# %% ../../nbs/data/core.ipynb #1778a76b
 def _stamp(time: Any) -> pd.Timestamp: # `NaT` where it is no time
     try: return pd.Timestamp(time)
     except (ValueError, TypeError, OverflowError): return pd.NaT
@@ -296,7 +296,7 @@ def _frame_block(frame: pd.DataFrame, columns: Mapping, role: str, schema: Schem
     values = {f.name: _values(frame, columns[role, f.name], f"{role} {f.name}") for f in fields}
     return schema.join(role, {f.name: values[f.name].reshape(len(frame), *f.shape) for f in fields})
 
-# %% ../../nbs/data/core.ipynb #b503386f
+# %% ../../nbs/data/core.ipynb #8e512261
 _NUMBERS = frozenset((bool, int, float, complex))
 
 def _is_masked(value: Any) -> bool:
@@ -304,7 +304,7 @@ def _is_masked(value: Any) -> bool:
     if not isinstance(value, (list, tuple)): return isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value)
     return not set(map(type, value)) <= _NUMBERS and any(map(_is_masked, value))
 
-# %% ../../nbs/data/core.ipynb #d3576b4e
+# %% ../../nbs/data/core.ipynb #cf2cf49b
 def _flag(
     value: Any, # An array, a column or a list of bool
     flag: str, # `terminated` or `truncated`
@@ -314,9 +314,9 @@ def _flag(
     try: a = np.array(None if (masked := _is_masked(value)) else value)
     except ValueError: a = np.array(None)  # ragged
     if a.dtype == bool and a.shape == (steps,): return a
-    values = a.ravel().tolist()
-    how = ("say what it is where it is missing" if masked or pd.isna(a).any() else "convert it with astype(bool)" if a.dtype != bool and all(v in (0, 1) for v in values)
-           else "compare it with what means yes" if a.dtype != bool else "give one for each step")
+    if masked or pd.isna(a).any(): how = "say what it is where it is missing"
+    elif a.dtype == bool: how = "give one for each step"
+    else: how = "convert it with astype(bool)" if all(v in (0, 1) for v in a.ravel().tolist()) else "compare it with what means yes"
     raise SchemaError(f"{flag}: expected bool of shape {(steps,)}, got {a.dtype} of shape {a.shape}; {how}")
 
 # %% ../../nbs/data/core.ipynb #acc04804
@@ -327,7 +327,7 @@ def _frame_flags(frame: pd.DataFrame, columns: Mapping) -> dict[str, np.ndarray]
     if len(flags) < len(shown): raise SchemaError(f"a flag is one column, got {[role for role, _ in shown]}")
     return {role: _flag(column, role, len(frame)) for role, column in flags.items()}
 
-# %% ../../nbs/data/core.ipynb #4f2cb3b0
+# %% ../../nbs/data/core.ipynb #0526f26b
 def _unframed(value: Any, role: str) -> Any:
     "A frame as its fields by name, or as one array; anything else as it is"
     if not isinstance(value, pd.DataFrame): return value
@@ -398,14 +398,14 @@ def _lift(value: Any) -> Any:
     if isinstance(value, tuple): return tuple(map(_lift, value))
     return value[None] if getattr(value, "ndim", 0) else [value]
 
-# %% ../../nbs/data/core.ipynb #50d72411
+# %% ../../nbs/data/core.ipynb #5b190686
 def _by_level(who: Any, error: type[DataIOError] = SchemaError) -> dict[str, Any]:
     "Identity by level; raises `error` for what is no mapping of names"
     if who is None: return {}
     if isinstance(who, Mapping) and all(isinstance(level, str) for level in who): return {plain_text(level): value for level, value in who.items()}
     raise error(f"who: expected identity levels by name, such as {{'vehicle': 'VB7'}}, got {brief(who)}")
 
-# %% ../../nbs/data/core.ipynb #ce977160
+# %% ../../nbs/data/core.ipynb #4b6226f0
 def _identities(schema: Schema, who: Any) -> dict[str, str | int]:
     "Identity in plain values, in the order of the schema; raises `SchemaError` for other levels or kinds"
     if set(given := _by_level(who)) != set(schema.levels):
@@ -512,7 +512,7 @@ def _check_end(flag: str, flags: np.ndarray) -> None:
     raise SchemaError(f"step {i} is {flag}, and {len(flags) - 1 - i} steps follow; "
                       "nothing follows an end: split the frame there")
 
-# %% ../../nbs/data/core.ipynb #adee9bf9
+# %% ../../nbs/data/core.ipynb #91de0df4
 def _number(first: Any, steps: int) -> Optional[int]:
     "The number of the first of some steps as a plain `int`, or `None` where they have none"
     if first is None or (number := whole(first, most=2**63 - 1 - steps)) is not None: return None if first is None else number
@@ -551,7 +551,7 @@ def _from_frame(frame: pd.DataFrame, schema: Optional[Schema], final_state: Any)
         blocks, times = _derive_nstate(blocks, times, final)
     return _sound(schema, who, start, zone, times, blocks, _first_number(frame, columns))
 
-# %% ../../nbs/data/core.ipynb #6836d8fc
+# %% ../../nbs/data/core.ipynb #31b1eb65
 def _check_lengths(found: Mapping[str, int], times: int) -> None: # `found`: steps of each role
     "Raise `SchemaError` where a role has another number of steps than there are time stamps"
     if not (ragged := {role: n for role, n in found.items() if n != times}): return
@@ -657,7 +657,7 @@ def concat(
     blocks = {r: np.concatenate([p.blocks[r] for p in parts]) for r in head.blocks}
     return replace(head, times=np.concatenate([p.times for p in parts]), blocks=blocks)
 
-# %% ../../nbs/data/core.ipynb #85d2b2d2
+# %% ../../nbs/data/core.ipynb #48fba6ea
 _FIXED = _NUMBERS | {str, type(None), pd.Timestamp}
 
 def _copy(value: Any) -> Any:
@@ -708,7 +708,7 @@ def records(
                      terminated=episode.terminated[i], truncated=episode.truncated[i],
                      step=None if episode.first is None else episode.first + i)
 
-# %% ../../nbs/data/core.ipynb #104dc392
+# %% ../../nbs/data/core.ipynb #47f824cd
 @lru_cache(1024)
 def _is_zone(name: str) -> bool:
     "Whether times can be shown in a zone"

@@ -159,7 +159,7 @@ def _identity(levels: Mapping | Sequence) -> tuple[tuple[str, str], ...]:
     if len(dict(out)) < len(out): raise SchemaError(f"identity levels repeat: {[name for name, _ in out]}")
     return tuple(out)
 
-# %% ../../nbs/data/schema.ipynb #06ee43a0
+# %% ../../nbs/data/schema.ipynb #525bbbab
 def _remedy(level: str, value: Any) -> str:
     "How to say who somebody was, where it came as something else"
     if pd.api.types.is_list_like(value): return "give one value"
@@ -172,16 +172,16 @@ def _remedy(level: str, value: Any) -> str:
 
 def identity_value(level: str, value: Any, error: type[Exception] = SchemaError) -> str | int:
     "One identity value as a plain `str` or `int`; raises `error` for what is neither text nor a whole number of 64 bits"
-    if is_text(value): return plain_text(value)
+    if isinstance(value, str): return plain_text(value)
     if (n := whole(value)) is not None: return n
-    if isinstance(value, str): raise error(f"identity level {level!r}: {brief(value)} is not valid unicode")
     raise error(f"identity level {level!r}: expected text or a whole number of 64 bits, got {brief(value)} of type {type(value).__name__}; "
                 f"{_remedy(level, value)}")
 
 # %% ../../nbs/data/schema.ipynb #933dad3e
 def who_value(name: str, kind: str, value: Any) -> str | int:
-    "One identity value as a plain `str` or `int`; raises `SchemaError` for another kind"
+    "One identity value as a plain `str` or `int`; raises `SchemaError` for another kind, or what is not valid unicode"
     plain = identity_value(name, value)
+    if isinstance(plain, str) and not is_text(plain): raise SchemaError(f"identity level {name!r}: {brief(plain)} is not valid unicode")
     if isinstance(plain, str) == (kind == "text"): return plain
     raise SchemaError(f"identity level {name!r}: expected {kind}, got {brief(plain)} of type {type(value).__name__}")
 
@@ -326,7 +326,7 @@ def _split(fields: Sequence[Field], dtype: np.dtype, block: np.ndarray) -> dict[
     places = zip(fields, sizes, np.cumsum(sizes))
     return {f.name: block[..., end - n:end].reshape((*lead, *f.shape)) for f, n, end in places}
 
-# %% ../../nbs/data/schema.ipynb #43335f38
+# %% ../../nbs/data/schema.ipynb #cfca939e
 def may_cast(a: np.dtype, to: np.dtype) -> bool:
     "Whether values of a dtype can become another without loss, all of them or those that it can hold"
     return a.kind in "biu" or np.can_cast(a, to)
@@ -366,7 +366,7 @@ def _join(role: str, fields: Sequence[Field], dtype: np.dtype, arrays: Mapping[s
     for name, part in _split(fields, dtype, out).items(): part[...] = arrays[name]
     return out
 
-# %% ../../nbs/data/schema.ipynb #4b6da250
+# %% ../../nbs/data/schema.ipynb #02dc3183
 def _is_missing(label: Any) -> bool: return bool(pd.api.types.is_scalar(label) and pd.isna(label))
 
 def _element(label: Any) -> Optional[int]: # `None` where it is no number
