@@ -498,4 +498,4 @@ def test_a_vector_of_environments_has_the_rewards_of_one():
     assert Schema.from_env(envs).of("reward")[0].shape == ()
     envs.single_reward_space, envs.reward_space = Goals.reward_space, gymnasium.spaces.Box(-1, 1, (2, 2))
     assert Schema.from_env(envs).of("reward")[0].shape == (2,)
-    with pytest.raises(SchemaError, match="observation_space"): Schema.from_env(object())
+    with pytest.raises(SchemaError, match="expected Box"): Schema.from_env(object())

@@ -159,7 +159,7 @@ def _identity(levels: Mapping | Sequence) -> tuple[tuple[str, str], ...]:
     if len(dict(out)) < len(out): raise SchemaError(f"identity levels repeat: {[name for name, _ in out]}")
     return tuple(out)
 
-# %% ../../nbs/data/schema.ipynb #525bbbab
+# %% ../../nbs/data/schema.ipynb #e5c0aead
 def _remedy(level: str, value: Any) -> str:
     "How to say who somebody was, where it came as something else"
     if pd.api.types.is_list_like(value): return "give one value"
@@ -326,7 +326,7 @@ def _split(fields: Sequence[Field], dtype: np.dtype, block: np.ndarray) -> dict[
     places = zip(fields, sizes, np.cumsum(sizes))
     return {f.name: block[..., end - n:end].reshape((*lead, *f.shape)) for f, n, end in places}
 
-# %% ../../nbs/data/schema.ipynb #cfca939e
+# %% ../../nbs/data/schema.ipynb #3241358e
 def may_cast(a: np.dtype, to: np.dtype) -> bool:
     "Whether values of a dtype can become another without loss, all of them or those that it can hold"
     return a.kind in "biu" or np.can_cast(a, to)
@@ -366,7 +366,7 @@ def _join(role: str, fields: Sequence[Field], dtype: np.dtype, arrays: Mapping[s
     for name, part in _split(fields, dtype, out).items(): part[...] = arrays[name]
     return out
 
-# %% ../../nbs/data/schema.ipynb #02dc3183
+# %% ../../nbs/data/schema.ipynb #5529e835
 def _is_missing(label: Any) -> bool: return bool(pd.api.types.is_scalar(label) and pd.isna(label))
 
 def _element(label: Any) -> Optional[int]: # `None` where it is no number
@@ -470,9 +470,8 @@ def _from_env(env: Any, identity: Mapping | Sequence, units: Units) -> Schema:
     fields = []
     for role, name in {"state": "observation_space", "action": "action_space", "reward": "reward_space"}.items():
         space = _space(env, name)
-        if space is not None: fields += _leaves(space, role, "", units.get(role, {}))
-        elif role == "reward": fields.append(Field(role, role, unit=units.get(role, {}).get(role)))
-        else: raise SchemaError(f"expected a Gymnasium environment with an {name}, got {brief(env)}")
+        if role == "reward" and space is None: fields.append(Field(role, role, unit=units.get(role, {}).get(role)))
+        else: fields += _leaves(space, role, "", units.get(role, {}))
     return Schema(tuple(fields), identity, flags=tuple((flag, flag) for flag in FLAGS))
 
 # %% ../../nbs/data/schema.ipynb #88e1e959
