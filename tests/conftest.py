@@ -26,7 +26,7 @@ os.register_at_fork(after_in_child=end_in_time)
 
 
 @pytest.fixture
-def attack(record_property):
+def attack(record_property, no_cover):  # coverage's lock does not bear interrupts
     "`attack(name, trials, once)` calls `once(rng)` so many times, counts what goes wrong, and fails with the first of it"
     def run(name, trials, once):
         trials, wrong, began = max(1, round(trials * SOAK)), [], time.monotonic()
