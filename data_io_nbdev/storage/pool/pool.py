@@ -295,13 +295,13 @@ class PoolBackend(abc.ABC):
 
 # %% ../../../nbs/storage/pool/pool.ipynb #ff26c59e
 _LOCKS: weakref.WeakSet = weakref.WeakSet()
-_HANDLES: weakref.WeakSet = weakref.WeakSet()
+_HANDLES: weakref.WeakValueDictionary = weakref.WeakValueDictionary()  # by `id`: a dataclass of a user has no hash
 
 def forkable(
     handle: Any, # Has a method `_forked`
 ) -> None:
     "Have `_forked` called in every child that this process forks, for as long as the object lives"
-    _HANDLES.add(handle)
+    _HANDLES[id(handle)] = handle
 
 def forkable_lock() -> Any: # A `threading.RLock`
     "A lock that is free in a forked child, whoever held it in the parent"
@@ -310,7 +310,7 @@ def forkable_lock() -> Any: # A `threading.RLock`
 
 def _after_fork() -> None:
     for lock in list(_LOCKS): lock._at_fork_reinit()
-    for handle in list(_HANDLES): handle._forked()
+    for handle in list(_HANDLES.values()): handle._forked()
 
 if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=_after_fork)
 
