@@ -14,7 +14,6 @@ import secrets
 import shutil
 import time
 import uuid
-import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -30,7 +29,7 @@ __all__ = ['FORMAT', 'Entry', 'facts_text', 'parse_entry', 'Table', 'Lake', 'unr
            'flaws', 'open_lake']
 
 # %% ../../../nbs/storage/pool/delta.ipynb #9dde590d
-from ...errors import CorruptData, DataIOError, PoolUnavailable, QueryError, SchemaError, require
+from ...errors import CorruptData, DataIOError, PoolUnavailable, QueryError, SchemaError, require, tell
 from ...data.schema import Schema
 from .pool import Commit, Part, forkable_lock, plain_path, quoted, safe_url
 from .memory import replace_file, sync_folder
@@ -616,7 +615,7 @@ def _tidy(lake: Lake, number: int, checkpoint: Callable[[], None]) -> None:
         checkpoint()
     except BaseException as e:
         if not _failed(e): raise
-        warnings.warn(f"no checkpoint at commit {number} of {safe_url(lake.url)}: {said_by(lake, e)[0]}")
+        tell(f"no checkpoint at commit {number} of {safe_url(lake.url)}: {said_by(lake, e)[0]}")
 
 def _failed(e: BaseException) -> bool:
     "Whether something went wrong, in `deltalake` too, whose panics are no `Exception`; else somebody wants the process to stop"
