@@ -1,8 +1,12 @@
 """Time, order and remedies: what an error or a warning tells to do is done here, literally, and leads to what it promises."""
 import datetime as dt
+import importlib
+import pickle
 import re
+import tempfile
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from zoneinfo import ZoneInfo
 
 import numpy as np
@@ -10,11 +14,15 @@ import pandas as pd
 import pytest
 from dateutil import tz as dateutil_tz
 
+from data_io_nbdev import errors
 from data_io_nbdev.data.core import Episode, PoolQuery, Record, records, utc_us
-from data_io_nbdev.errors import EpisodeConflict, QueryError, SchemaError
+from data_io_nbdev.data.schema import Field, Schema
+from data_io_nbdev.errors import (ClosedError, EpisodeConflict, EpisodeNotFound, PoolNotFound, PoolUnavailable, QueryError, ReadOnly, SchemaError,
+                                  SnapshotNotFound)
 from data_io_nbdev.storage.buffer.memory import MemoryBuffer
 from data_io_nbdev.storage.pool.memory import MemoryPool
-from data_io_nbdev.testing import HARNESSES, drive, facts, facts_of
+from data_io_nbdev.storage.pool.pool import open_pool
+from data_io_nbdev.testing import HARNESSES, drive, facts, facts_of, python
 
 DAY = pd.Timedelta("1D")
 
@@ -428,3 +436,252 @@ def test_nor_where_records_are_stored(harness):
     with pytest.raises(EpisodeConflict, match="a new episode has its own episodestart.*NEXT_STEP.*leave it out"): pool.store(reset)
     for r in records(second): pool.store(r)
     assert facts_of(pool) == facts_of([first, second])
+
+
+# --- every other remedy, carried out ---
+
+FRAME, START = drive().to_frame(), drive().episodestart
+
+
+def level(name): return FRAME.index.get_level_values(name)
+
+
+# What is refused, with which words, and what these words say to do; that gives the episode, or whatever is asserted
+DATA = {
+    "a naive frame": (lambda: Episode.from_frame(FRAME.tz_localize(None, level="timestamp")), r"tz_localize\('UTC'\)",
+                      lambda: Episode.from_frame(FRAME.tz_localize(None, level="timestamp").tz_localize("UTC", level="timestamp"))),
+    "a naive start": (lambda: Episode.from_arrays(**arrays(drive(), episodestart=START.tz_localize(None))), r"tz_localize\('UTC'\)",
+                      lambda: Episode.from_arrays(**arrays(drive(), episodestart=START.tz_localize(None).tz_localize("UTC")))),
+    "naive text": (lambda: Episode.from_arrays(**arrays(drive(), episodestart="2026-01-01 00:00")), "'Z' at the end of a text",
+                   lambda: Episode.from_arrays(**arrays(drive(), episodestart="2026-01-01 00:00" + "Z"))),
+    "digits, floored": (lambda: Episode.from_arrays(**arrays(drive(), timestamp=drive().timestamp.as_unit("ns") + pd.Timedelta(1, "ns"))), r"floor\('us'\)",
+                        lambda: Episode.from_arrays(**arrays(drive(), timestamp=(drive().timestamp.as_unit("ns") + pd.Timedelta(1, "ns")).floor("us")))),
+    "digits, rounded": (lambda: Episode.from_frame(at(FRAME, timestamp=level("timestamp").as_unit("ns") - pd.Timedelta(1, "ns"))), r"round\('us'\)",
+                        lambda: Episode.from_frame(at(FRAME, timestamp=(level("timestamp").as_unit("ns") - pd.Timedelta(1, "ns")).round("us")))),
+    "a step in the year 10000": (lambda: Episode.from_arrays(**arrays(drive(7), timestamp=[*drive().timestamp, pd.Timestamp(253402300800, unit="s", tz="UTC")])),
+                                 "leave such steps out", lambda: Episode.from_arrays(**arrays(drive(7)[:6]))),
+    "a column of text": (lambda: Episode.from_frame(FRAME.astype({("action", "pedal", 0): str})), "convert it with astype, or leave",
+                         lambda: Episode.from_frame(FRAME.astype({("action", "pedal", 0): str}).astype({("action", "pedal", 0): "float32"}))),
+    "a note": (lambda: Episode.from_frame(pd.concat([FRAME, pd.DataFrame({("info", "note", 0): "x"}, FRAME.index)], axis=1)), "or leave the column out",
+               lambda: Episode.from_frame(pd.concat([FRAME, pd.DataFrame({("info", "note", 0): "x"}, FRAME.index)], axis=1).drop(columns=("info", "note", 0)))),
+    "another dtype": (lambda: Episode.from_arrays(**arrays(drive(), reward=drive().reward + 1e-12j)), "convert it with astype",
+                      lambda: Episode.from_arrays(**arrays(drive(), reward=(drive().reward + 0j).real.astype("float32")))),
+    "a field called 5": (lambda: Episode.from_frame(FRAME.rename(columns={"pedal": 5}, level=1)), "rename the column",
+                         lambda: Episode.from_frame(FRAME.rename(columns={"pedal": 5}, level=1).rename(columns={5: "pedal"}, level=1))),
+    "levels that JSON has no word for": (lambda: Episode.from_frame(FRAME.rename_axis(columns=[b"role", "name", "element"])), r"rename_axis\(columns=…\)",
+                                         lambda: Episode.from_frame(FRAME.rename_axis(columns=[b"role", "name", "element"]).rename_axis(columns=["role", "name", "element"]))),
+}
+
+
+@pytest.mark.parametrize("what", DATA)
+def test_data(what):
+    refused, words, remedy = DATA[what]
+    with pytest.raises(SchemaError, match=words): refused()
+    assert facts(remedy()) == facts(drive())
+
+
+def test_a_step_that_is_too_large():
+    "More than 2 GB do not go into a step; several steps take them"
+    field = lambda n: Schema([Field("state", "eye", (n,), "uint8"), Field("action", "a"), Field("reward", "r")])
+    for size in (2**31, 2**30):
+        with pytest.raises(SchemaError, match="more than 2 GB; store it as several steps"): field(size)
+    assert field(2**29)
+
+
+# Of a pool on any back-end: what is done, the error, its words, and the remedy, which is asserted to give something true
+def stored(pool, *items, **options): return [pool.store(item, **options) for item in items]
+
+
+OTHER, LOOSE = drive(seed=1), as_records(drive(4, linked=False))
+POOLS = {
+    "other steps, overwritten": (lambda p, h: stored(p, drive(), OTHER), EpisodeConflict, "overwrite=True replaces the whole episode with what came",
+                                 lambda p, h: stored(p, OTHER, overwrite=True) and facts_of(p) == facts_of([OTHER])),
+    "other steps, of another identity": (lambda p, h: stored(p, drive(), OTHER), EpisodeConflict, "or give one of them another identity",
+                                         lambda p, h: stored(p, OTHER.to_frame().rename({"anna": "bo"}, level="driver")) and sorted(map(len, p)) == [6, 6]),
+    "a numbered part too early": (lambda p, h: stored(p, drive(3, step=5), drive(9, step=5)[6:].to_frame()), EpisodeConflict, "a part is missing, send it first",
+                                  lambda p, h: stored(p, drive(9, step=5)[3:6].to_frame(), drive(9, step=5)[6:].to_frame()) and facts_of(p) == facts_of([drive(9, step=5)])),
+    "a part too early": (lambda p, h: stored(p, drive(3), drive(9)[6:].to_frame()), EpisodeConflict, "a part is missing, send it first",
+                         lambda p, h: stored(p, drive(9)[3:6].to_frame(), drive(9)[6:].to_frame()) and facts_of(p) == facts_of([drive(9)])),
+    "states that do not follow": (lambda p, h: stored(p, *LOOSE), EpisodeConflict, "number the steps of its episodes, from their first on: step=0, 1",
+                                  lambda p, h: p.delete(drive().id) and stored(p, *[replace(r, step=n) for n, r in enumerate(LOOSE)]) and list(map(len, p)) == [4]),
+    "a cut before its head": (lambda p, h: stored(p, drive(9)[:2], drive(9)[4:]), EpisodeConflict, "send what is missing first",
+                              lambda p, h: stored(p, drive(9)[2:4], drive(9)[4:]) and facts_of(p) == facts_of([drive(9)])),
+    "a cut, then the whole": (lambda p, h: stored(p, drive(9)[:2], drive(9)[4:]), EpisodeConflict, "or the whole episode",
+                              lambda p, h: stored(p, drive(9)) and facts_of(p) == facts_of([drive(9)])),
+    "after the end": (lambda p, h: stored(p, drive(3, end="truncated"), drive(9)[3:]), EpisodeConflict, "a new episode has its own episodestart",
+                      lambda p, h: stored(p, at(drive(9)[3:].to_frame(), episodestart=drive(9).timestamp[3])) and sorted(map(len, p)) == [3, 6]),
+    "a closed pool": (lambda p, h: (p.close(), len(p)), ClosedError, r"pool\.load\(\) opens it again", lambda p, h: p.load() or len(p) == 0),
+    "a closed buffer": (lambda p, h: closed(h.buffer(pool=p, batch_size=4)).sample(), ClosedError, r"buffer\.load\(\) opens it again",
+                        lambda p, h: stored(p.load() or p, drive()) and reloaded(closed(h.buffer(pool=p, batch_size=4))).sample()[0].shape == (4, 3)),
+    "a snapshot": (lambda p, h: p.snapshot().store(drive()), ReadOnly, "the pool that it was taken of writes",
+                   lambda p, h: stored(p, drive()) and list(p) == [drive()]),
+    "a pool for reading": (lambda p, h: stored(p, drive()) and h.open("r").store(drive(hour=1)), ReadOnly, r"open_pool\(url, mode='a'\) writes",
+                           lambda p, h: stored(written := open_pool(h.open("r").url, mode="a"), drive(hour=1)) and list(written) == [drive(), drive(hour=1)]),
+    "an unknown id": (lambda p, h: (p.store(drive()), p["0" * 32]), EpisodeNotFound, r"catalogue\(\) lists what there is",
+                      lambda p, h: [p[id] for id in p.catalogue().index] == [drive()]),
+    "to delete all": (lambda p, h: (p.store(drive()), p.delete()), QueryError, r"delete\(everything=True\) does it",
+                      lambda p, h: p.delete(everything=True) and len(p) == 0),
+    "to delete steps": (lambda p, h: (p.store(drive()), p.delete(PoolQuery(time=(START, None)))), QueryError, r"use start=\(from, to\)",
+                        lambda p, h: p.delete(PoolQuery(start=(START, None))) and len(p) == 0),
+    "to copy steps": (lambda p, h: (p.store(drive()), p.copy_to(MemoryPool(), PoolQuery(time=(START, None)))), QueryError, r"use start=\(from, to\)",
+                      lambda p, h: p.copy_to(MemoryPool(), PoolQuery(start=(START, None))) == [drive().id]),
+    "no pool there": (lambda p, h: h.fresh().open("r"), PoolNotFound, "mode='a' creates one",
+                      lambda p, h: stored(h.fresh().open("a"), drive())),
+    "how states are kept": (lambda p, h: h.buffer(pool=p, batch_size=4, states="thrice"), QueryError, "'auto', 'once' or 'twice'",
+                            lambda p, h: all(h.buffer(pool=p, batch_size=4, states=states) for states in ("auto", "once", "twice"))),
+}
+
+
+def closed(it): return it.close() or it
+def reloaded(it): return it.load() or it
+
+
+@pytest.mark.parametrize("what", POOLS)
+def test_pools(harness, what):
+    refused, error, words, remedy = POOLS[what]
+    pool = harness.open()
+    with pytest.raises(error, match=words): refused(pool, harness)
+    assert remedy(pool, harness)
+
+
+# Of one back-end or buffer, in a folder
+def saved(path, *items):
+    pool = MemoryPool(path)
+    pool.extend(items); pool.save()
+    return pool
+
+
+def theirs(folder):
+    "A pool whose file somebody else wrote since"
+    path = Path(tempfile.mkdtemp(dir=folder)) / "a.npz"
+    mine = filled(MemoryPool(path))
+    saved(path, drive(hour=1))
+    return mine
+
+
+def merged(folder):
+    mine = theirs(folder)
+    other = MemoryPool(mine.path)
+    mine.copy_to(other)
+    other.save()
+    return facts_of(MemoryPool(mine.path)) == facts_of([drive(), drive(hour=1)])
+
+
+def left_alone(folder):
+    mine = theirs(folder)
+    mine.save(folder / "b.npz")
+    return (list(MemoryPool(mine.path)), list(MemoryPool(folder / "b.npz"))) == ([drive(hour=1)], [drive()])
+
+
+def replaced(folder):
+    mine = theirs(folder)
+    mine.save(overwrite=True)
+    return list(MemoryPool(mine.path)) == [drive()]
+
+
+def foreign(folder):
+    "A lake to which another engine added rows"
+    deltalake = pytest.importorskip("deltalake")
+    pool = open_pool(folder / "lake")
+    pool.store(drive())
+    deltalake.write_deltalake(str(folder / "lake"), deltalake.DeltaTable(str(folder / "lake")).to_pyarrow_table(), mode="append")
+    return pool
+
+
+def table(folder):
+    "A Delta table that is no pool"
+    deltalake, e = pytest.importorskip("deltalake"), drive()
+    columns = {"when": e.timestamp, "speed": e.state[:, 0], "pedal": e.action[:, 0], "work": e.reward, "next speed": e.nstate[:, 0]}
+    path = tempfile.mkdtemp(dir=folder)
+    deltalake.write_deltalake(path, pytest.importorskip("pyarrow").Table.from_pandas(pd.DataFrame(columns)))
+    return path
+
+
+def taken_over(folder):
+    frame = pytest.importorskip("deltalake").DeltaTable(table(folder)).to_pyarrow_table().to_pandas()
+    frame.index = pd.MultiIndex.from_arrays([["VB7"] * 6, frame.when[:1].repeat(6), frame.pop("when")], names=["vehicle", "episodestart", "timestamp"])
+    frame.columns = pd.MultiIndex.from_tuples([("state", "speed"), ("action", "pedal"), ("reward", "work"), ("nstate", "speed")])
+    pool = open_pool(folder / "ours")
+    return np.array_equal(pool[pool.store(frame)].reward, drive().reward)
+
+
+def lake(folder): return open_pool(folder / "lake")
+def lake_buffer(folder, **options): return buffer_of("dask", "DaskBuffer")(pool=filled(lake(folder)), batch_size=4, **options)
+def filled(pool): return pool if stored(pool, drive()) else None
+def drawn(buffer): return buffer.sample()[0].shape == (4, 3)
+def blocked(folder): return (folder / "file").write_text("no folder") and folder / "file" / "cache"
+
+
+def buffer_of(module, name): return getattr(importlib.import_module(f"data_io_nbdev.storage.buffer.{module}"), name)
+
+
+def on_workers(folder, given):
+    with pytest.importorskip("distributed").Client(processes=False, n_workers=1, dashboard_address=None) as client:
+        return drawn(lake_buffer(folder, resident="cluster", **({"client": client} if given else {})))
+
+
+ARRIVES = """
+import pickle, sys
+try: print("there", len(pickle.loads(pickle.load(sys.stdin.buffer))))
+except Exception as e: print(type(e).__name__, e)
+"""
+
+
+def sent(pool):
+    "Whether a pool arrives in another process with what it has; raises what is raised there"
+    kind, _, said = python(ARRIVES, pickle.dumps(pool)).partition(" ")
+    if kind != "there": raise getattr(errors, kind)(said)
+    return int(said) == len(pool)
+
+
+PLACES = {
+    "no file yet": (lambda d: MemoryPool().save(), PoolUnavailable, r"save\(path\) says where", lambda d: MemoryPool().save(d / "a.npz") or (d / "a.npz").exists()),
+    "read-only": (lambda d: MemoryPool(saved(d / "a.npz", drive()).path, "r").save(), ReadOnly, r"save\(path\) writes a copy elsewhere",
+                  lambda d: MemoryPool(d / "a.npz", "r").save(d / "b.npz") or list(MemoryPool(d / "b.npz")) == [drive()]),
+    "nothing to read": (lambda d: MemoryPool(mode="r"), PoolNotFound, "give the path of a saved one",
+                        lambda d: list(MemoryPool(saved(d / "a.npz", drive()).path, mode="r")) == [drive()]),
+    "somebody else's file, opened": (lambda d: theirs(d).save(), PoolUnavailable, "open it and copy_to it", merged),
+    "somebody else's file, left": (lambda d: theirs(d).save(), PoolUnavailable, "choose another path",
+                                   left_alone),
+    "somebody else's file, replaced": (lambda d: theirs(d).save(), PoolUnavailable, "overwrite=True to replace it",
+                                       replaced),
+    "a folder": (lambda d: MemoryPool(d), PoolUnavailable, "give the path of a file", lambda d: saved(d / "a.npz", drive())),
+    "no folder": (lambda d: filled(MemoryPool()).save(d / "new" / "a.npz"), PoolUnavailable, r"see that its folder exists.*save again",
+                  lambda d: (d / "new").mkdir() or filled(MemoryPool()).save(d / "new" / "a.npz") or list(MemoryPool(d / "new" / "a.npz")) == [drive()]),
+    "no folder, elsewhere": (lambda d: filled(MemoryPool()).save(d / "new" / "a.npz"), PoolUnavailable, r"or save\(path\) elsewhere",
+                             lambda d: filled(MemoryPool()).save(d / "a.npz") or list(MemoryPool(d / "a.npz")) == [drive()]),
+    "another process's memory": (lambda d: sent(filled(MemoryPool())), PoolNotFound, r"save\(path\) it, and send the pool of that file, MemoryPool\(path\)",
+                                 lambda d: filled(MemoryPool()).save(d / "a.npz") or sent(MemoryPool(d / "a.npz"))),
+    "what was not saved": (lambda d: sent(filled(MemoryPool(d / "a.npz"))), SnapshotNotFound, r"save\(\) it first", lambda d: sent(saved(d / "b.npz", drive()))),
+    "a ring with a question": (lambda d: MemoryBuffer(batch_size=4, capacity=9, query=PoolQuery(vehicle="VB7")), QueryError, "take a query away",
+                               lambda d: filled_buffer(MemoryBuffer(batch_size=4, capacity=9))),
+    "a ring with a question, and a pool": (lambda d: MemoryBuffer(batch_size=4, capacity=9, query=PoolQuery(vehicle="VB7")), QueryError, "or give it a pool",
+                                           lambda d: filled_buffer(MemoryBuffer(pool=MemoryPool(), batch_size=4, capacity=9, query=PoolQuery(vehicle="VB7")))),
+    "no room": (lambda d: filled_buffer(MemoryBuffer(batch_size=4, capacity=10**16)), QueryError, "a smaller capacity= keeps fewer",
+                lambda d: filled_buffer(MemoryBuffer(batch_size=4, capacity=5))),
+    "seconds above 0": (lambda d: buffer_of("mongo", "MongoBuffer")(pool=MemoryPool(), batch_size=4, follow=0), QueryError, "seconds above 0, or None",
+                        lambda d: all(filled_buffer(buffer_of("mongo", "MongoBuffer")(pool=MemoryPool(), batch_size=4, follow=f)) for f in (0.5, None))),
+    "a cache in a file": (lambda d: drawn(lake_buffer(d, resident="mapped", cache=blocked(d))), PoolUnavailable, "cache= names another folder",
+                          lambda d: drawn(lake_buffer(d, resident="mapped", cache=d / "cache"))),
+    "no cache": (lambda d: drawn(lake_buffer(d, resident="mapped", cache=blocked(d))), PoolUnavailable, "and resident='memory' needs none",
+                 lambda d: drawn(lake_buffer(d, resident="memory"))),
+    "an unknown place for rows": (lambda d: lake_buffer(d, resident="moon"), QueryError, "resident is one of auto, memory, mapped, cluster",
+                                  lambda d: all(drawn(lake_buffer(d, resident=r, cache=d / "cache")) for r in ("auto", "memory", "mapped"))),
+    "no workers": (lambda d: lake_buffer(d, resident="cluster"), QueryError, "needs a distributed.Client: make one", lambda d: on_workers(d, given=False)),
+    "workers that are given": (lambda d: lake_buffer(d, resident="cluster"), QueryError, "or give it as client=", lambda d: on_workers(d, given=True)),
+    "no duration": (lambda d: filled(lake(d)).vacuum(older_than="a year"), QueryError, "a duration such as '365D'", lambda d: lake(d).vacuum(older_than="365D") == []),
+    "too late": (lambda d: filled(open_pool(d / "lake", grace="1us")), PoolUnavailable, "store them again", lambda d: filled(lake(d)) and list(lake(d)) == [drive()]),
+    "rows of another engine": (lambda d: list(foreign(d)), SchemaError, r"snapshot\(1\) reads what was there before", lambda d: list(lake(d).snapshot(1)) == [drive()]),
+    "another engine's table": (lambda d: open_pool(table(d)), SchemaError, "give it the index and columns of an episode", taken_over),
+    "a folder with other things": (lambda d: blocked(d) and open_pool(d), SchemaError, "name another folder", lambda d: filled(lake(d))),
+}
+
+
+def filled_buffer(buffer): return buffer.store(drive()) and drawn(buffer)
+
+
+@pytest.mark.parametrize("what", PLACES)
+def test_places(tmp_path, what):
+    refused, error, words, remedy = PLACES[what]
+    with pytest.raises(error, match=words): refused(tmp_path)
+    assert remedy(tmp_path)

@@ -242,7 +242,7 @@ def _parse_table(url: str, actions: Sequence[dict]) -> Table:
     except _BROKEN as e: raise CorruptData(f"commit 0 of the log of {url} is damaged: {e}") from e
     if found is None and not facts:
         raise SchemaError(f"{url} is a Delta table, but no pool of data_io_nbdev: its metadata lacks {_OURS!r}. It has the columns "
-                          f"{', '.join(map(str, names))}; read them as a frame, and store() that in a pool of its own")
+                          f"{', '.join(map(str, names))}; read them as a frame, give it the index and columns of an episode, and store() that in a pool of its own")
     if found and found > FORMAT:
         raise CorruptData(f"{url} has format {found}, which needs a newer data_io_nbdev; this one reads up to {FORMAT}")
     if found != 1 or type(about.get("id")) is not str:

@@ -188,11 +188,11 @@ def _check_joint(rest: Episode, last: Part, contiguous: bool) -> None:
         due = last.number + last.length
         if rest.first != due:
             raise EpisodeConflict(f"{rest} goes on with step number {rest.first}, and {due} is next: "
-                                  "a part is missing")
+                                  "a part is missing, send it first")
     elif not contiguous and last.linked and state_digest(rest.state[:1]) != last.tail:
         raise EpisodeConflict(f"{rest} goes on in another state than the last nstate that is stored: "
-                              "a part is missing, or else number the steps of machines whose next state "
-                              "is not the next step's state")
+                              "a part is missing, send it first; or where a machine's next state is not the next step's state, "
+                              "number the steps of its episodes, from their first on: step=0, 1, …")
 
 # %% ../../../nbs/storage/pool/pool.ipynb #4aa93b19
 def _forgotten(episode: Episode, first: Part) -> int:
@@ -628,7 +628,9 @@ def in_bulk(
 
 # %% ../../../nbs/storage/pool/pool.ipynb #536cff29
 def check_writable(pool: Pool) -> None:
-    if pool.mode == "r": raise ReadOnly(f"{pool!r} is read-only; open_pool(url, mode='a') writes")
+    if pool.mode == "r":
+        how = "open_pool(url, mode='a') writes" if pool._at is None else "a snapshot stays as it is, and the pool that it was taken of writes"
+        raise ReadOnly(f"{pool!r} is read-only; {how}")
 
 # %% ../../../nbs/storage/pool/pool.ipynb #50bf6b69
 class Plan(NamedTuple):
