@@ -328,6 +328,7 @@ class PoolHandle(PoolBackend):
         self._closed, self._idle = False, False  # idle: closed because its last buffer was done
         self._holders, self._guests, self._left = set(), set(), False  # buffers here, and on snapshots; all of them were done once
         self._index, self._lock = Index(), forkable_lock()
+        self._turn: tuple[float, Optional[int]] = (0, None)  # when it may commit again, so that others come to it; its last commit
         forkable(self)
 
     @property
@@ -677,7 +678,7 @@ _WAIT = 16  # Up to so many times what the winning attempt took
 def _commit(pool: Pool, decide: Callable[[int], Plan]) -> list[str]:
     "Make what `decide(version)` plans the next commit; decide again where somebody else was first, and it no longer stands"
     check_writable(pool)
-    due, mine = getattr(pool, "_turn", (0, None))  # when it may go on; its last commit
+    due, mine = pool._turn
     if (wait := due - time.monotonic()) > 0: time.sleep(min(wait, 0.5))
     staged, before, plan = None, None, None  # `staged` is written, and surely in no log
     try:
