@@ -94,6 +94,7 @@ def import_instead(source: str, module: str) -> str:
 
 def run(path: Path, limit: float, flags: list[str]) -> bool:
     "Run one notebook as nbdev does, within `limit` seconds; on failure print the cell and the traceback"
+    from coverage import Coverage
     from execnb.shell import CaptureShell
     from nbdev import test
     from nbdev.config import get_config
@@ -103,6 +104,8 @@ def run(path: Path, limit: float, flags: list[str]) -> bool:
         def begin(self):
             exps = [c.directives_["default_exp"][0] for c in self.nb.cells if "default_exp" in c.directives_]
             self.default = exps[0] if exps else None
+            # A page without a module is not measured: one of them interrupts itself, and coverage's lock does not bear that.
+            if not exps and (coverage := Coverage.current()): coverage.stop()
 
         def cell(self, cell):
             for directive in {"export", "exports", "exporti"} & cell.directives_.keys():

@@ -5,11 +5,14 @@
 # %% ../nbs/errors.ipynb #68911d09
 from __future__ import annotations
 import importlib
+import sys
+import warnings
 from types import ModuleType
 
 # %% auto #0
 __all__ = ['DataIOError', 'SchemaError', 'QueryError', 'EpisodeConflict', 'EpisodeNotFound', 'SnapshotNotFound', 'NotEnoughData',
-           'PoolNotFound', 'PoolUnavailable', 'ReadOnly', 'CorruptData', 'ClosedError', 'MissingExtra', 'require']
+           'PoolNotFound', 'PoolUnavailable', 'ReadOnly', 'CorruptData', 'ClosedError', 'MissingExtra', 'require',
+           'tell']
 
 # %% ../nbs/errors.ipynb #b02778c0
 class DataIOError(Exception):
@@ -66,3 +69,12 @@ def require(
         if (e.name or "").partition(".")[0] != module.partition(".")[0]: raise
         message = f"{module} is not installed; this needs: pip install 'data_io_nbdev[{extra}]'"
         raise MissingExtra(message, name=e.name) from e
+
+# %% ../nbs/errors.ipynb #148057fe
+def tell(
+    message: str, # What happened, and what to do
+) -> None:
+    "Warn, at the line outside this package that led here"
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == "data_io_nbdev": frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)

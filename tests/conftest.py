@@ -11,6 +11,7 @@ import zlib
 
 import numpy as np
 import pytest
+from coverage import Coverage
 
 SOAK, SEED = float(os.environ.get("SOAK", 1)), int(os.environ.get("ATTACK_SEED", 0))
 PATIENCE = 300  # seconds that a forked child may take at most; `timeout` in pytest.ini is what a test may
@@ -26,7 +27,16 @@ os.register_at_fork(after_in_child=end_in_time)
 
 
 @pytest.fixture
-def attack(record_property):
+def uncovered():
+    "Coverage stands aside: an interrupt would leave its lock held, and then everything waits. In a worker it runs twice"
+    stopped = []
+    while (coverage := Coverage.current()): coverage.stop(); stopped.append(coverage)
+    yield
+    for coverage in reversed(stopped): coverage.start()
+
+
+@pytest.fixture
+def attack(record_property, uncovered):
     "`attack(name, trials, once)` calls `once(rng)` so many times, counts what goes wrong, and fails with the first of it"
     def run(name, trials, once):
         trials, wrong, began = max(1, round(trials * SOAK)), [], time.monotonic()

@@ -627,6 +627,7 @@ def test_forked_rings(tmp_path, attack):
         late, done = os.pipe(), os.pipe()
         def child():
             signal.alarm(40)
+            for buffer in (mine, plain): buffer._rng, buffer._astray = np.random.default_rng(0), False  # a child's streams are its own
             if early := rng.integers(2): mine.refresh(); plain.refresh()
             os.write(done[1], b".")
             os.read(late[0], 1)

@@ -160,11 +160,14 @@ def test_kill(tmp_path, monkeypatch):
     monkeypatch.setattr(delta, "_INTERVAL", 8)
     seed = random.SystemRandom().randrange(10**6)
     rng, helper, hits = random.Random(seed), child("serve_kills", 8), []
+    began, pool = time.monotonic(), DaskPool(tmp_path / "pace")
+    for n in range(4): act(pool, n)
+    pace = (time.monotonic() - began) / 4  # of this machine, as it is now
     try:
         for round, kill in itertools.product(range(10), range(5)):
             path = tmp_path / f"lake{round}"
             if not kill: n = 0
-            delay = 10 ** rng.uniform(-3, -1.6 if round % 2 and not kill else -0.8)
+            delay = pace * 10 ** rng.uniform(-1, 0 if round % 2 and not kill else 1.2)
             where = f"seed {seed}, lake {round}, kill {kill} after {delay:.4f} s"
             print(json.dumps([str(path), n, delay]), file=helper.stdin, flush=True)
             assert helper.stdout.readline() == "killed\n", where

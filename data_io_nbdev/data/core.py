@@ -7,21 +7,20 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from functools import lru_cache
 from typing import Any, Optional, TypeVar
 import numpy as np
 import pandas as pd  # type: ignore
 
 # %% auto #0
-__all__ = ['FIRST', 'LAST', 'ItemT', 'from_us', 'utc_us', 'one_us', 'episode_id', 'same_steps', 'state_digest', 'Steps',
-           'Episode', 'conform', 'concat', 'Record', 'records', 'as_episode', 'PoolQuery', 'steps_in']
+__all__ = ['FIRST', 'LAST', 'RESET', 'ItemT', 'from_us', 'utc_us', 'one_us', 'episode_id', 'same_steps', 'state_digest', 'Steps',
+           'Episode', 'tell_gaps', 'conform', 'concat', 'Record', 'records', 'as_episode', 'PoolQuery', 'steps_in']
 
 # %% ../../nbs/data/core.ipynb #3570aca1
-from ..errors import DataIOError, QueryError, SchemaError
+from ..errors import DataIOError, QueryError, SchemaError, tell
 from .schema import (FLAGS, Field, Schema, brief, cast, columns_of, dtype_name, identity_value, is_text, is_time, kind_of,
                                        lazy, listed, may_cast, plain_text, who_value, whole)
 
@@ -49,14 +48,18 @@ def _check_calendar(times: np.ndarray | int, unit: str, error: type[DataIOError]
                         "Correct it, or leave such steps out")
 
 # %% ../../nbs/data/core.ipynb #9e9227a7
+_LOCAL = ("localtime", "posixrules", "posix", "right")  # what zoneinfo finds in a folder, and every machine has another
+
 def _zone_name(tz: Any, first: pd.DatetimeIndex, error: type[DataIOError]) -> str:
-    "The name that brings a time zone back, checked on the first of its times"
+    "The name that brings a time zone back on every machine, checked on the first of its times"
     offset = first[0].utcoffset()
-    for name in (str(tz), str(timezone(offset)) if tz.utcoffset(None) == offset else ""):  # named, or a fixed offset
+    named = getattr(tz, "key", None) or getattr(tz, "zone", None)  # zoneinfo's, pytz's
+    for name in (named, str(timezone(offset)) if tz.utcoffset(None) == offset else None):
+        if not isinstance(name, str) or name.partition("/")[0] in _LOCAL: continue
         try:
             if first.tz_convert(name)[0].utcoffset() == offset and name: return name
-        except Exception: pass  # zoneinfo, dateutil and pytz each raise their own
-    raise error(f"the time zone {tz!r} has no name to store; convert the times: tz_convert('Europe/Berlin')")
+        except Exception: pass  # each library raises its own
+    raise error(f"the time zone {tz!r} has no name that means the same on every machine; convert the times: tz_convert('Europe/Berlin')")
 
 # %% ../../nbs/data/core.ipynb #1778a76b
 def _stamp(time: Any) -> pd.Timestamp: # `NaT` where it is no time
@@ -82,27 +85,32 @@ def utc_us(
     error: type[DataIOError] = SchemaError, # What to raise
 ) -> tuple[np.ndarray, str]: # `(n,)` int64 microseconds since 1970-01-01T00:00Z, and the name of the zone
     "Exact UTC microseconds of timezone-aware times; raises `error` for naive, missing or finer ones"
+    us, index = _exact(times, error)
+    first = index[:1]
+    if not len(us) or not FIRST + _DAY <= us[0] <= LAST - _DAY:  # there zones cannot be asked
+        first = from_us(np.zeros(1)).tz_convert(index.tz)
+    return us, _zone_name(index.tz, first, error)
+
+def _exact(times: Any, error: type[DataIOError]) -> tuple[np.ndarray, pd.DatetimeIndex]:
+    "Exact UTC microseconds, and the times that they are of"
     index = _time_index(times, error)
+    if index.hasnans: raise error("a time is missing (NaT); every step needs its own")
     if index.tz is None:
         raise error(f"expected times with a zone, got the naive {index[:1].astype(str).tolist()}; "
                     "say where its clock hangs: tz_localize('UTC'), or 'Z' at the end of a text")
-    if index.hasnans: raise error("a time is missing (NaT); every step needs its own")
     _check_calendar(index.asi8, index.unit, error)
     us = index.as_unit("us")
     if (finer := us != index).any():
         raise error(f"digits below a microsecond in {index[finer][0].isoformat()}; "
                     "choose how to drop them: floor('us') or round('us')")
-    first = index[:1]
-    if not len(us) or not FIRST + _DAY <= us.asi8[0] <= LAST - _DAY:  # there zones cannot be asked
-        first = from_us(np.zeros(1)).tz_convert(index.tz)
-    return us.asi8, _zone_name(index.tz, first, error)
+    return us.asi8, index
 
 def one_us(
     time: Any, # Likewise, but one
     error: type[DataIOError] = SchemaError, # What to raise
 ) -> int:
     "Exact UTC microseconds of one time"
-    us, _ = utc_us(time, error)
+    us, _ = _exact(time, error)
     if len(us) != 1: raise error(f"expected one time, got {len(us)}: {brief(time)}")
     return int(us[0])
 
@@ -111,11 +119,14 @@ def _time_index(times: Any, error: type[DataIOError]) -> pd.DatetimeIndex:
     if isinstance(times, pd.DatetimeIndex): return times
     if np.ma.is_masked(times): raise error("some times are masked; every step needs its own: leave such steps out")
     try:
-        if getattr(getattr(times, "dtype", None), "kind", "") == "M":  # an array, a series: as it is
+        kind = getattr(getattr(times, "dtype", None), "kind", "")
+        if kind == "M":  # an array, a series: as it is
             return pd.DatetimeIndex(times if np.ndim(times) else np.atleast_1d(times))
         given = np.atleast_1d(np.asarray(None if isinstance(times, datetime) else times, object))
         if isinstance(times, datetime): given[0] = times
+        if kind == "m": given = np.atleast_1d(times).astype("m8[us]").astype(object)  # of nanoseconds numpy would make numbers
         if given.ndim != 1: raise ValueError("times stand in one row")
+        _check_numbers(given, error)
         far = [t for t in given if isinstance(t, pd.Timestamp) and not (1 < t.year < 9999 and abs(t.timestamp()) < 1e12)]
         for t in far: _check_calendar(t.asm8.view("int64"), t.unit, error)
         if far:  # pandas reads the clock of a Timestamp, and misreads the years 0 and 10000
@@ -124,6 +135,19 @@ def _time_index(times: Any, error: type[DataIOError]) -> pd.DatetimeIndex:
     except DataIOError: raise
     except (ValueError, TypeError, OverflowError, NotImplementedError) as e:
         raise error(f"expected times with a zone, got {brief(times, 200)}: {_unread(times, e)}") from e
+
+def _check_numbers(given: np.ndarray, error: type[DataIOError]) -> None: # `(n,)` of any objects
+    "Raise `error` for numbers and spans, which pandas takes for nanoseconds since 1970"
+    spans = [t for t in given if isinstance(t, (timedelta, np.timedelta64)) and t == t]
+    if spans: raise error(f"expected times with a zone, got {spans[0]!s}, a span of time; add it to when it began: start + t")
+    numbers = [t for t in given if isinstance(t, (int, float, np.number)) and not isinstance(t, bool) and t == t]
+    if not numbers: return
+    most = max(abs(float(t)) for t in numbers)
+    unit = next((unit for unit, least in {"ns": 1e17, "us": 1e14, "ms": 1e11, "s": 1e8}.items() if least <= most < 9e18), None)
+    since = f'pd.to_datetime(t, unit="{unit or "us"}", utc=True)' + ('.round("us")' if isinstance(numbers[0], (float, np.floating)) else "")
+    raise error(f"expected times with a zone, got the number {numbers[0]}; " + (
+        f"if it counts {unit} since 1970, as its size suggests: {since}" if unit else
+        f'if it counts seconds since a start: start + pd.to_timedelta(t, unit="s"); if microseconds since 1970: {since}'))
 
 # %% ../../nbs/data/core.ipynb #c3ea043c
 def episode_id(
@@ -212,16 +236,19 @@ class Steps:
 # %% ../../nbs/data/core.ipynb #fbba0c9f
 def _derive_nstate(blocks: dict, times: np.ndarray, final: Optional[np.ndarray]) -> tuple[dict, np.ndarray]:
     "Add `nstate` to blocks that lack it, dropping a last step that led nowhere known"
-    state, ended = blocks["state"], "terminated" in blocks and len(times) > 0 and blocks["terminated"][-1]
+    state, ended = blocks["state"], {flag for flag in FLAGS if flag in blocks and blocks[flag][-1:].any()}
     if final is not None: last = final.reshape(1, *state.shape[1:])
-    elif ended: last = state[-1:]
-    else:
-        last = state[:0]
-        warnings.warn("the last step was dropped: it has no nstate and did not terminate; "
-                      "give final_state to keep it", stacklevel=4)
+    elif "terminated" in ended: last = state[-1:]
+    else: last = state[:0]
     nstate = np.concatenate([state[1:], last])
-    blocks = {role: b[:len(nstate)] for role, b in blocks.items()}
-    return {**blocks, "nstate": nstate}, times[:len(nstate)]
+    if len(nstate) == len(state): return {**blocks, "nstate": nstate}, times
+    lost, keep = "it has no nstate and did not terminate", "give final_state to keep it: Episode.from_frame(frame, final_state=…)"
+    if not len(nstate): raise SchemaError(f"the only step leads nowhere: {lost}; give its nstate, or {keep[5:]}")
+    blocks = {role: b[:-1] for role, b in blocks.items()}
+    if "truncated" in ended: blocks["truncated"] = np.arange(len(nstate)) == len(nstate) - 1
+    moved = f" its truncated flag moved to step {len(nstate) - 1}, which is the last now;" if "truncated" in ended else ""
+    tell(f"the last step was dropped: {lost};{moved} {keep}")
+    return {**blocks, "nstate": nstate}, times[:-1]
 
 # %% ../../nbs/data/core.ipynb #ac5613b5
 def _only(index: pd.MultiIndex, level: str) -> pd.Index:
@@ -232,10 +259,10 @@ def _only(index: pd.MultiIndex, level: str) -> pd.Index:
         raise SchemaError(f"{level} is missing (NaN) in some rows; every step needs to say whose it is")
     values = index.levels[i][codes]
     if len(values) > 1:
-        if level == "episodestart": utc_us(values)  # raises for such a time
+        if level == "episodestart": _exact(values, SchemaError)  # raises for such a time
         by = [n for n in index.names if n != "timestamp"]
         raise SchemaError(f"expected one episode, got {len(codes)} values of {level}: {values[:3].tolist()}; "
-                          f"split it: [part for _, part in frame.groupby(level={by})]")
+                          f"split it: [part for _, part in frame.groupby(level={by}, dropna=False, sort=False)]")
     return values
 
 # %% ../../nbs/data/core.ipynb #3599958c
@@ -439,7 +466,7 @@ class Episode(Steps):
         final_state: Any = None, # `(*state)`, where the frame has no `nstate`: the state after the last step
     ) -> Episode:
         "An episode from a frame; raises `SchemaError` where it is not exactly one"
-        return _from_frame(frame, schema, final_state)
+        return _told(_from_frame(frame, schema, final_state))
 
     @staticmethod
     def from_arrays(*,
@@ -460,7 +487,7 @@ class Episode(Steps):
         "An episode from arrays, which are copied; raises `SchemaError` where they don't fit together"
         values = dict(state=state, action=action, reward=reward, nstate=nstate,
                       terminated=terminated, truncated=truncated, info=info)
-        return _from_arrays(values, timestamp, episodestart, who, step, final_state, schema)
+        return _told(_from_arrays(values, timestamp, episodestart, who, step, final_state, schema))
 
     def to_frame(self) -> pd.DataFrame: # As `from_frame` takes it, in the order of the schema
         "The episode as a frame"
@@ -499,18 +526,28 @@ def _check_order(times: np.ndarray) -> None:
     "Raise `SchemaError` where time stands still or moves backwards"
     back = np.flatnonzero(np.diff(times) <= 0)
     if not len(back): return
-    i = int(back[0])
-    what = "twice" if times[i] == times[i + 1] else "out of order"
-    raise SchemaError(f"time stamps must increase; step {i + 1} is {what}: {from_us(times[i + 1])} "
-                      f"after {from_us(times[i])}; sort the frame by timestamp and drop duplicates")
+    i, steps = int(back[0]), np.diff(times)
+    n, t, span, usual = i + 1, from_us(times[i]), int(-steps[i]), int(np.median(steps[steps > 0])) if (steps > 0).any() else 1
+    if not span:
+        raise SchemaError(f"time stamps must increase: steps {i} and {n} have the same, {t}. If one is a copy of the other, drop it: "
+                          "frame[~frame.reset_index().duplicated().to_numpy()]. If both happened, the clock is too coarse: add a microsecond for each, "
+                          "t + pd.to_timedelta(pd.Series(t).groupby(t).cumcount().to_numpy(), unit='us')")
+    raise SchemaError(f"time stamps must increase: step {n} is {_span(span)} before step {i}, {from_us(times[n])} after {t}. If the steps are in the order in "
+                      f"which they happened, the clock was set back there: add pd.Timedelta('{_span(span + usual)}') to the times from step {n} on, or make those steps an "
+                      "episode of their own, with an episodestart of its own. If not, sort the frame: frame.sort_index(level='timestamp')")
+
+def _span(us: int) -> str: return str(timedelta(microseconds=int(us)))
 
 # %% ../../nbs/data/core.ipynb #0bb9975a
+RESET = ("an environment that resets itself (Gymnasium's AutoresetMode.NEXT_STEP) logs the reset as the step behind an end: "
+         "that is no step of either episode, leave it out")
+
 def _check_end(flag: str, flags: np.ndarray) -> None:
     "Raise `SchemaError` where steps follow one that is flagged"
     if not flags[:-1].any(): return
     i = int(np.argmax(flags))
     raise SchemaError(f"step {i} is {flag}, and {len(flags) - 1 - i} steps follow; "
-                      "nothing follows an end: split the frame there")
+                      f"nothing follows an end: split the frame there, each part with its own episodestart; {RESET}")
 
 # %% ../../nbs/data/core.ipynb #91de0df4
 def _number(first: Any, steps: int) -> Optional[int]:
@@ -518,12 +555,43 @@ def _number(first: Any, steps: int) -> Optional[int]:
     if first is None or (number := whole(first, most=2**63 - 1 - steps)) is not None: return None if first is None else number
     raise SchemaError(f"steps are numbered by whole numbers of 64 bits, got {brief(first)} for the first of {steps}")
 
+# %% ../../nbs/data/core.ipynb #4db090b9
+def _check_start(start: int, times: np.ndarray) -> None:
+    "Raise `SchemaError` where an episode starts after its first step"
+    if start > times[0]:
+        raise SchemaError(f"episodestart {from_us(start)} is {_span(start - times[0])} after the first step, {from_us(times[0])}; "
+                          "an episode starts with its first step or before it: give the first time stamp as episodestart")
+
+# %% ../../nbs/data/core.ipynb #23f79909
+def tell_gaps(
+    episode: Episode, # New steps
+    before: Optional[int] = None, # UTC microseconds of the step before them; by default they begin the episode
+) -> None:
+    "Warn where more than a day passes between an episode's start and its first step, or between two steps"
+    since = episode.start if before is None else before
+    if episode.times[-1] - since <= _DAY: return
+    times, step = np.append(since, episode.times), episode.step
+    late = np.flatnonzero(np.diff(times) > _DAY)
+    if not len(late): return
+    i = int(late[0])
+    a, b = (from_us(t, episode.zone).isoformat() for t in times[i:i + 2])
+    whence = f"step {step[i - 1]}" if i else "the step before" if before is not None else "episodestart"
+    tell(f"{episode}: {_span(times[i + 1] - times[i])} pass between {whence}, {a}, and step {step[i]}, {b}{', and more elsewhere' * (len(late) > 1)}; "
+         "was the clock right, and is this one episode? start=(from, to) asks for its episodestart")
+
+# %% ../../nbs/data/core.ipynb #64279110
+def _told(e: Episode) -> Episode:
+    "An episode whose spans were told; one that is numbered from the middle is a later part"
+    tell_gaps(e, int(e.times[0]) if e.first else None)
+    return e
+
 # %% ../../nbs/data/core.ipynb #556382f0
 def _sound(schema: Schema, who: Mapping, start: int, zone: str, times: np.ndarray, blocks: dict,
            first: Optional[int]) -> Episode:
     "An episode of checked parts; `blocks` may lack flags, which are then all false"
     if not len(times): raise SchemaError("an episode has at least one step, got none")
     _check_order(times)
+    _check_start(start, times)
     for flag in FLAGS: _check_end(flag, blocks.setdefault(flag, np.zeros(len(times), bool)))
     for role in schema.roles:
         n = len(blocks[role])
@@ -693,8 +761,7 @@ class Record:
         "The record as an episode of one step"
         lifted = {r: _lift(getattr(self, r)) for r in ("state", "action", "reward", "nstate", "info")}
         flags = {flag: [value if (n := whole(value := getattr(self, flag), 0, 1)) is None else bool(n)] for flag in FLAGS}  # one 0 or 1 is clear
-        return Episode.from_arrays(**lifted, **flags, who=self.who, episodestart=self.episodestart,
-                                   timestamp=[self.timestamp], step=self.step, schema=schema)
+        return _from_arrays({**lifted, **flags}, [self.timestamp], self.episodestart, self.who, self.step, None, schema)
 
 # %% ../../nbs/data/core.ipynb #3b4c8b81
 def records(
@@ -727,6 +794,7 @@ def _plain(e: Episode) -> Episode:
     if start is None or offset is None or not isinstance(e.zone, str) or not _is_zone(e.zone):
         raise SchemaError(f"expected a start in microseconds, an offset and the name of a zone, got {brief((e.start, e.offset, e.zone))}")
     if not FIRST <= start <= LAST: _check_calendar(start, "us", SchemaError)
+    _check_start(start, times)
     who = _identities(e.schema, e.who)
     values = (start, offset, first, e.zone, *who.items())
     given = (e.start, e.offset, e.first, e.zone, *e.who.items())
@@ -741,7 +809,7 @@ def as_episode(
     schema: Optional[Schema] = None, # To follow; by default the item's own
 ) -> Episode:
     "What a pool or buffer takes, as an `Episode`; raises `SchemaError` for anything else"
-    if isinstance(item, pd.DataFrame): return Episode.from_frame(item, schema)
+    if isinstance(item, pd.DataFrame): return _from_frame(item, schema, None)
     if isinstance(item, Record): return item.to_episode(schema)
     if isinstance(item, Episode): return conform(_plain(item), schema) if schema else _plain(item)
     raise SchemaError(f"expected a DataFrame, an Episode or a Record, got {type(item).__name__}")

@@ -133,7 +133,7 @@ def _shape(shape: Any, itemsize: int, what: str) -> tuple[int, ...]:
     dims = tuple(map(operator.index, dims))
     if any(n < 1 for n in dims): raise SchemaError(f"{what}: every dimension of {brief(dims)} must be positive")
     if math.prod(dims) * itemsize > _STEP:
-        raise SchemaError(f"{what}: a step of shape {brief(dims)} has more than 2 GB; store it in smaller fields, or as several steps")
+        raise SchemaError(f"{what}: a step of shape {brief(dims)} has more than 2 GB; store it as several steps")
     return () if dims == (1,) else dims  # a frame cannot tell one element from a scalar
 
 # %% ../../nbs/data/schema.ipynb #fdab1feb
@@ -213,7 +213,7 @@ def _labels(what: str, labels: Any, sizes: Sequence[int]) -> tuple:
     plain = (label is None or isinstance(label, (bool, float)) or is_text(label) or is_whole(label) for label in labels)
     if len(labels) in sizes and all(plain): return labels
     raise SchemaError(f"{what}: expected {' or '.join(map(str, sizes))} labels each, of text, numbers or None, got {brief(labels)}; "
-                      "rename the frame's columns")
+                      "rename the frame's columns: rename(columns=…), or their levels: rename_axis(columns=…)")
 
 # %% ../../nbs/data/schema.ipynb #335e6ab5
 @dataclass(frozen=True)

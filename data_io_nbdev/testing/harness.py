@@ -511,6 +511,8 @@ BAD_FRAMES: dict[str, Callable[[pd.DataFrame], Any]] = {
     "None in identity": lambda f: f.rename({"anna": None}, level="driver"),
     "number in identity": lambda f: f.rename({"anna": 7}, level="driver"),
     "missing timestamp": lambda f: _index(f, "timestamp", lambda t: t.where(np.arange(len(f)) != 2)),
+    "numbers as stamps": lambda f: _index(f, "timestamp", lambda t: t.dt.as_unit("us").astype("int64")),
+    "start after the first step": lambda f: _index(f, "episodestart", lambda t: t + pd.Timedelta("1s")),
     "missing level": lambda f: f.droplevel("driver"),
     "unknown level": lambda f: f.rename_axis(index={"driver": "pilot"}),
     "an end in the middle": lambda f: pd.concat(

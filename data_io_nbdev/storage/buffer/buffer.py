@@ -350,7 +350,8 @@ def _has_loaded(buffer: Buffer) -> bool: return hasattr(buffer, "_view") and boo
 def _check_storable(buffer: Buffer, item: Any) -> None:
     "What cannot be drawn here is not stored here: raise for it before anything is committed"
     if hasattr(buffer, "_finalizer"): _check_open(buffer)
-    if _has_loaded(buffer) and buffer._view.rows is None: buffer.query.check(as_episode(item, buffer.pool.schema).schema)
+    if _has_loaded(buffer) and buffer._view.rows is None:  # a frame's schema only: storing it tells what is to be told
+        buffer.query.check(Schema.from_frame(item) if isinstance(item, pd.DataFrame) else as_episode(item, buffer.pool.schema).schema)
 
 # %% ../../../nbs/storage/buffer/buffer.ipynb #2d4033fe
 def _draw(buffer: Buffer, n: Optional[int]) -> Batch:

@@ -15,7 +15,6 @@ import stat
 import tempfile
 import threading
 import time
-import warnings
 import weakref
 import zlib
 from collections.abc import Callable, Sequence
@@ -31,7 +30,7 @@ except ImportError: fcntl = None  # type: ignore  # Windows
 __all__ = ['file_array', 'still', 'move_out', 'cache_key', 'Cache']
 
 # %% ../../../nbs/storage/buffer/mapped.ipynb #47e97051
-from ...errors import PoolUnavailable
+from ...errors import PoolUnavailable, tell
 from ...data.schema import Schema
 from ...data.core import PoolQuery
 from ..pool.pool import Part
@@ -346,7 +345,7 @@ def _keep(cache: Cache, key: str, rows: Rows) -> Rows:
             kept = _settle(cache, key, rows, site.folder)
             _make_space(cache, 0, key)
     except OSError as e:
-        if kept is None: warnings.warn(f"rows could not be kept in the cache at {str(cache.folder)!r}, so the next process reads them again: {e}")
+        if kept is None: tell(f"rows could not be kept in the cache at {str(cache.folder)!r}, so the next process reads them again: {e}")
     finally: site.close()
     return rows if kept is None else kept
 

@@ -14,7 +14,6 @@ import secrets
 import shutil
 import time
 import uuid
-import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -30,7 +29,7 @@ __all__ = ['FORMAT', 'Entry', 'facts_text', 'parse_entry', 'Table', 'Lake', 'unr
            'flaws', 'open_lake']
 
 # %% ../../../nbs/storage/pool/delta.ipynb #9dde590d
-from ...errors import CorruptData, DataIOError, PoolUnavailable, QueryError, SchemaError, require
+from ...errors import CorruptData, DataIOError, PoolUnavailable, QueryError, SchemaError, require, tell
 from ...data.schema import Schema
 from ...data.core import FIRST, LAST
 from .pool import Commit, Part, forkable_lock, plain_path, quoted, safe_url
@@ -242,7 +241,7 @@ def _parse_table(url: str, actions: Sequence[dict]) -> Table:
     except _BROKEN as e: raise CorruptData(f"commit 0 of the log of {url} is damaged: {e}") from e
     if found is None and not facts:
         raise SchemaError(f"{url} is a Delta table, but no pool of data_io_nbdev: its metadata lacks {_OURS!r}. It has the columns "
-                          f"{', '.join(map(str, names))}; read them as a frame, and store() that in a pool of its own")
+                          f"{', '.join(map(str, names))}; read them as a frame, give it the index and columns of an episode, and store() that in a pool of its own")
     if found and found > FORMAT:
         raise CorruptData(f"{url} has format {found}, which needs a newer data_io_nbdev; this one reads up to {FORMAT}")
     if found != 1 or type(about.get("id")) is not str:
@@ -615,7 +614,7 @@ def _tidy(lake: Lake, number: int, checkpoint: Callable[[], None]) -> None:
         checkpoint()
     except BaseException as e:
         if not _failed(e): raise
-        warnings.warn(f"no checkpoint at commit {number} of {safe_url(lake.url)}: {said_by(lake, e)[0]}")
+        tell(f"no checkpoint at commit {number} of {safe_url(lake.url)}: {said_by(lake, e)[0]}")
 
 def _failed(e: BaseException) -> bool:
     "Whether something went wrong, in `deltalake` too, whose panics are no `Exception`; else somebody wants the process to stop"

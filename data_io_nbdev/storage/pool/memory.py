@@ -263,7 +263,7 @@ _NAMED: weakref.WeakValueDictionary[str, MemoryPool] = weakref.WeakValueDictiona
 def _same(url: str, mode: str, at: Optional[int]) -> MemoryPool:
     "The pool of this process that a pickled handle meant"
     if url not in _NAMED:
-        raise PoolNotFound(f"{url} lives in the memory of another process; give the pool a path and save it")
+        raise PoolNotFound(f"{url} lives in the memory of another process; save(path) it, and send the pool of that file, MemoryPool(path)")
     pool = _NAMED[url]
     return pool if mode == "a" else view(pool, at)
 
@@ -410,7 +410,7 @@ def _replace_saved(pool: MemoryPool, target: Path, overwrite: bool) -> int:
         found = _there(target)
         if not found or overwrite or _token(target) in tokens.get(target, ()): return found
         raise PoolUnavailable(f"{str(target)!r} was written by somebody else; open it and copy_to it, "
-                              "choose another path, or overwrite=True")
+                              "choose another path, or overwrite=True to replace it")
     def write(f: Any) -> None:
         nonlocal last
         last = _hold_lent(pool, lambda: _write_pool(pool, f, token))

@@ -39,8 +39,8 @@ __all__ = ['BACKENDS', 'Part', 'part_of', 'Commit', 'in_one_step', 'Index', 'new
 from ...errors import (ClosedError, CorruptData, DataIOError, EpisodeConflict, EpisodeNotFound, NotEnoughData,
                                   PoolNotFound, PoolUnavailable, QueryError, ReadOnly, SnapshotNotFound)
 from ...data.schema import Schema, brief, listed
-from ...data.core import (Episode, PoolQuery, as_episode, concat, from_us, same_steps, state_digest,
-                                     steps_in)
+from ...data.core import (RESET, Episode, PoolQuery, as_episode, concat, from_us, same_steps, state_digest,
+                                     steps_in, tell_gaps)
 
 # %% ../../../nbs/storage/pool/pool.ipynb #28f4479a
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def _check_same(mine: Episode, theirs: Episode) -> None:
     i = min(int(np.argmin(same)) for same in columns.values() if not same.all())
     roles = " and ".join(role for role, same in columns.items() if not same[i])
     raise EpisodeConflict(f"{mine} is stored with another {roles} at step {theirs.step[i]} "
-                          f"({from_us(theirs.times[i])}); overwrite=True replaces the whole episode, "
+                          f"({from_us(theirs.times[i])}); overwrite=True replaces the whole episode with what came, "
                           "or give one of them another identity")
 
 # %% ../../../nbs/storage/pool/pool.ipynb #ce816f09
@@ -183,16 +183,16 @@ def _check_joint(rest: Episode, last: Part, contiguous: bool) -> None:
     "Raise `EpisodeConflict` where new steps cannot follow the last stored part"
     if last.ended:
         raise EpisodeConflict(f"{rest} goes on after a step that ended it; "
-                              "a new episode has its own episodestart")
+                              f"a new episode has its own episodestart; {RESET}")
     if None not in (rest.first, last.number):
         due = last.number + last.length
         if rest.first != due:
             raise EpisodeConflict(f"{rest} goes on with step number {rest.first}, and {due} is next: "
-                                  "a part is missing")
+                                  "a part is missing, send it first")
     elif not contiguous and last.linked and state_digest(rest.state[:1]) != last.tail:
         raise EpisodeConflict(f"{rest} goes on in another state than the last nstate that is stored: "
-                              "a part is missing, or else number the steps of machines whose next state "
-                              "is not the next step's state")
+                              "a part is missing, send it first; or where a machine's next state is not the next step's state, "
+                              "number the steps of its episodes, from their first on: step=0, 1, …")
 
 # %% ../../../nbs/storage/pool/pool.ipynb #4aa93b19
 def _forgotten(episode: Episode, first: Part) -> int:
@@ -211,8 +211,9 @@ def _known(episode: Episode, stored: Sequence[Part], read: Callable[[Part], Epis
             theirs = read(part)
             skip = int(np.searchsorted(theirs.times, begin))
             if theirs.times[min(skip, part.length - 1)] != begin or begin < part.begin:
-                raise EpisodeConflict(f"{episode} begins at {from_us(begin)}, where no step is stored; "
-                                      "a part begins at a stored step or behind the last")
+                raise EpisodeConflict(f"{episode} begins at {from_us(begin)}, where no step is stored, and {from_us(stored[-1].end)} is the last; "
+                                      "a part begins at a stored step or behind the last: where the clock was set back, correct it, "
+                                      "or begin an episode of its own, with its own episodestart")
         n = min(part.length - skip, len(episode) - done)
         mine = episode[done:done + n]
         if n < part.length or mine.digest != part.digest:
@@ -295,13 +296,13 @@ class PoolBackend(abc.ABC):
 
 # %% ../../../nbs/storage/pool/pool.ipynb #ff26c59e
 _LOCKS: weakref.WeakSet = weakref.WeakSet()
-_HANDLES: weakref.WeakSet = weakref.WeakSet()
+_HANDLES: weakref.WeakValueDictionary = weakref.WeakValueDictionary()  # by `id`: a dataclass of a user has no hash
 
 def forkable(
     handle: Any, # Has a method `_forked`
 ) -> None:
     "Have `_forked` called in every child that this process forks, for as long as the object lives"
-    _HANDLES.add(handle)
+    _HANDLES[id(handle)] = handle
 
 def forkable_lock() -> Any: # A `threading.RLock`
     "A lock that is free in a forked child, whoever held it in the parent"
@@ -310,7 +311,7 @@ def forkable_lock() -> Any: # A `threading.RLock`
 
 def _after_fork() -> None:
     for lock in list(_LOCKS): lock._at_fork_reinit()
-    for handle in list(_HANDLES): handle._forked()
+    for handle in list(_HANDLES.values()): handle._forked()
 
 if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=_after_fork)
 
@@ -327,6 +328,7 @@ class PoolHandle(PoolBackend):
         self._closed, self._idle = False, False  # idle: closed because its last buffer was done
         self._holders, self._guests, self._left = set(), set(), False  # buffers here, and on snapshots; all of them were done once
         self._index, self._lock = Index(), forkable_lock()
+        self._turn: tuple[float, Optional[int]] = (0, None)  # when it may commit again, so that others come to it; its last commit
         forkable(self)
 
     @property
@@ -632,7 +634,9 @@ def in_bulk(
 
 # %% ../../../nbs/storage/pool/pool.ipynb #536cff29
 def check_writable(pool: Pool) -> None:
-    if pool.mode == "r": raise ReadOnly(f"{pool!r} is read-only; open_pool(url, mode='a') writes")
+    if pool.mode == "r":
+        how = "open_pool(url, mode='a') writes" if pool._at is None else "a snapshot stays as it is, and the pool that it was taken of writes"
+        raise ReadOnly(f"{pool!r} is read-only; {how}")
 
 # %% ../../../nbs/storage/pool/pool.ipynb #50bf6b69
 class Plan(NamedTuple):
@@ -679,7 +683,7 @@ _WAIT = 16  # Up to so many times what the winning attempt took
 def _commit(pool: Pool, decide: Callable[[int], Plan]) -> list[str]:
     "Make what `decide(version)` plans the next commit; decide again where somebody else was first, and it no longer stands"
     check_writable(pool)
-    due, mine = getattr(pool, "_turn", (0, None))  # when it may go on; its last commit
+    due, mine = pool._turn
     if (wait := due - time.monotonic()) > 0: time.sleep(min(wait, 0.5))
     staged, before, plan = None, None, None  # `staged` is written, and surely in no log
     try:
@@ -714,6 +718,7 @@ class _Extend:
     def __init__(self, pool: Pool, items: list, overwrite: bool):
         self.pool, self.items, self.overwrite = pool, items, overwrite
         self.episodes, self.schema = [], None  # the items under the pool's schema, once it is known
+        self.told = {i for i, item in enumerate(items) if isinstance(item, Episode)}  # whose gaps were told, these when they were made
 
     def __call__(self, version: int) -> Plan:
         self._convert(self.pool._schema(version))
@@ -724,7 +729,7 @@ class _Extend:
         def read(part: Part) -> Episode:
             if part.version: return self.pool._read_one(part)
             return next(e for planned, e in put if planned is part)
-        for e in self.episodes:
+        for i, e in enumerate(self.episodes):
             stored = [] if e.id in hide else there.get(e.id, [])
             if self.overwrite and stored and e.id not in mine and not _is_whole(e, stored, read):
                 hide[e.id] = None
@@ -732,15 +737,19 @@ class _Extend:
             if e.id in mine: stored = stored + mine[e.id]
             if (rest := new_steps(e, stored, read)) is None: continue
             part = part_of(rest, stored[-1] if stored else None)
-            put.append((part, rest if rest.offset == part.offset else replace(rest, offset=part.offset)))
+            if rest.offset != part.offset: rest = replace(rest, offset=part.offset)
+            if i not in self.told: tell_gaps(rest, stored[-1].end if stored else None)
+            self.told.add(i)
+            put.append((part, rest))
             mine.setdefault(e.id, []).append(part)
         return Plan(put, list(hide), self.schema, [e.id for e in self.episodes])
 
     def _convert(self, schema: Optional[Schema]) -> None:
         "Bring the items under the pool's schema; the very first item makes it"
         if not self.items or (self.episodes and schema in (None, self.schema)): return
-        self.schema = schema or as_episode(self.items[0]).schema
-        self.episodes = [as_episode(item, self.schema) for item in self.items]
+        first = [] if schema else [as_episode(self.items[0])]
+        self.schema = schema or first[0].schema
+        self.episodes = first + [as_episode(item, self.schema) for item in self.items[len(first):]]
 
 # %% ../../../nbs/storage/pool/pool.ipynb #fd216145
 def _is_whole(episode: Episode, stored: Sequence[Part], read: Callable[[Part], Episode]) -> bool:
