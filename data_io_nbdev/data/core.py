@@ -19,9 +19,8 @@ __all__ = ['FIRST', 'LAST', 'ItemT', 'from_us', 'utc_us', 'one_us', 'episode_id'
            'Episode', 'conform', 'concat', 'Record', 'records', 'as_episode', 'PoolQuery', 'steps_in']
 
 # %% ../../nbs/data/core.ipynb #3570aca1
-from ..errors import DataIOError, QueryError, SchemaError
+from ..errors import DataIOError, QueryError, SchemaError, at_the_door
 from .schema import FLAGS, Field, Schema, brief, columns_of, is_text, is_time, is_whole, lazy, who_value
-
 
 # %% ../../nbs/data/core.ipynb #7034b8b9
 _DAY = 86_400_000_000
@@ -336,6 +335,13 @@ def _infer(values: Mapping[str, Any], who: Mapping) -> Schema:
             fields.append(Field(role, name or role, a.shape[1:], a.dtype.name))
     return Schema(tuple(fields), {name: str if isinstance(v, str) else int for name, v in who.items()})
 
+# %% ../../nbs/data/core.ipynb #fc997067
+def _by_level(who: Any) -> Mapping[str, Any]:
+    "An identity as it was given; raises `SchemaError` unless each value is said to be of a level"
+    if who is None: return {}
+    if isinstance(who, Mapping) and all(isinstance(level, str) for level in who): return who
+    raise SchemaError(f"who: expected identity levels by name, such as {{'vehicle': 'VB7'}}, got {brief(who)}")
+
 # %% ../../nbs/data/core.ipynb #38fc2ec4
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Episode(Steps):
@@ -351,7 +357,7 @@ class Episode(Steps):
         final_state: Any = None, # `(*state)`, where the frame has no `nstate`: the state after the last step
     ) -> Episode:
         "An episode from a frame; raises `SchemaError` where it is not exactly one"
-        return _from_frame(frame, schema, final_state)
+        with at_the_door: return _from_frame(frame, schema, final_state)
 
     @staticmethod
     def from_arrays(*,
@@ -372,7 +378,7 @@ class Episode(Steps):
         "An episode from arrays, which are copied; raises `SchemaError` where they don't fit together"
         values = dict(state=state, action=action, reward=reward, nstate=nstate,
                       terminated=terminated, truncated=truncated, info=info)
-        return _from_arrays(values, timestamp, episodestart, who or {}, step, final_state, schema)
+        with at_the_door: return _from_arrays(values, timestamp, episodestart, _by_level(who), step, final_state, schema)
 
     def to_frame(self) -> pd.DataFrame: # As `from_frame` takes it, in the order of the schema
         "The episode as a frame"
@@ -579,7 +585,7 @@ class Record:
         "The record as an episode of one step"
         lifted = {r: _lift(getattr(self, r), schema is not None) for r in ("state", "action", "reward", "nstate", "info")}
         flags = dict(terminated=[bool(self.terminated)], truncated=[bool(self.truncated)])
-        return Episode.from_arrays(**lifted, **flags, who=self.who, episodestart=self.episodestart,
+        with at_the_door: return Episode.from_arrays(**lifted, **flags, who=self.who, episodestart=self.episodestart,
                                    timestamp=[self.timestamp], step=self.step, schema=schema)
 
 # %% ../../nbs/data/core.ipynb #bc1d745f
@@ -637,16 +643,17 @@ class PoolQuery:
         who: Optional[Mapping[str, Any]] = None, # Identity levels by name, where one is called like these
         **levels: Any, # Identity levels: one value, or several of which any will do
     ):
-        who = {} if who is None else who
-        if not isinstance(who, Mapping) or not all(isinstance(level, str) for level in who):
-            raise QueryError(f"who: expected identity levels by name, got {brief(who)}")
-        both = set(who) & set(levels)
-        if both: raise QueryError(f"{', '.join(both)} is asked for twice, by name and in who")
-        put = lambda name, value: object.__setattr__(self, name, value)
-        put("who", tuple(sorted((k, _choices(k, v)) for k, v in {**who, **levels}.items())))
-        put("start", _time_range("start", start)); put("time", _time_range("time", time))
-        put("length", _range("length", length, lambda n: n if is_whole(n) else None))
-        put("ids", None if ids is None else _ids(ids))
+        with at_the_door:
+            who = {} if who is None else who
+            if not isinstance(who, Mapping) or not all(isinstance(level, str) for level in who):
+                raise QueryError(f"who: expected identity levels by name, got {brief(who)}")
+            both = set(who) & set(levels)
+            if both: raise QueryError(f"{', '.join(both)} is asked for twice, by name and in who")
+            put = lambda name, value: object.__setattr__(self, name, value)
+            put("who", tuple(sorted((k, _choices(k, v)) for k, v in {**who, **levels}.items())))
+            put("start", _time_range("start", start)); put("time", _time_range("time", time))
+            put("length", _range("length", length, lambda n: n if is_whole(n) else None))
+            put("ids", None if ids is None else _ids(ids))
 
     def __repr__(self) -> str: return f"PoolQuery({', '.join(f'{k}={v!r}' for k, v in _as_dict(self).items())})"
 
@@ -659,7 +666,7 @@ class PoolQuery:
         text: str, # As written by `to_json`
     ) -> PoolQuery: # Equal to the one that was written
         "Read a query back; raises `QueryError` for a newer format or for text that is no query"
-        return _query_from_json(text)
+        with at_the_door: return _query_from_json(text)
 
     def check(self,
         schema: Schema, # Of the pool that is asked
