@@ -27,11 +27,22 @@ _HOME = {name: module for module, names in {
 
 __all__ = [name for name in _HOME if not name.startswith(("Dask", "Mongo"))]  # what `import *` gives needs no extra
 
+# %% ../nbs/names.ipynb #7ec8a92e
+class _Absent(type):
+    "A class whose driver is not installed"
+    def __call__(cls, *args, **kwargs): raise cls._why.with_traceback(None)
+
+def _absent(name: str, error: ImportError) -> type:
+    "What stands for a class that cannot be imported"
+    def refuse(*args, **kwargs): raise error.with_traceback(None)
+    return _Absent(name, (), dict(__doc__=str(error), _why=error, from_url=classmethod(refuse), __init_subclass__=classmethod(refuse)))
+
 # %% ../nbs/names.ipynb #9b74a0dd
 def __getattr__(name: str):
     "A public name, from the module that has it"
     if name not in _HOME: raise AttributeError(f"module 'data_io_nbdev' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"data_io_nbdev.{_HOME[name]}"), name)
+    try: return getattr(importlib.import_module(f"data_io_nbdev.{_HOME[name]}"), name)
+    except ImportError as e: return _absent(name, e)
 
 def __dir__(): return sorted([*globals(), *_HOME])
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-from types import ModuleType
+from types import ModuleType, TracebackType
+from typing import Optional
 
 # %% auto #0
-__all__ = ['DataIOError', 'SchemaError', 'QueryError', 'EpisodeConflict', 'EpisodeNotFound', 'SnapshotNotFound', 'NotEnoughData',
-           'PoolNotFound', 'PoolUnavailable', 'ReadOnly', 'CorruptData', 'ClosedError', 'MissingExtra', 'require',
-           'tell']
+__all__ = ['at_the_door', 'DataIOError', 'SchemaError', 'QueryError', 'EpisodeConflict', 'EpisodeNotFound', 'SnapshotNotFound',
+           'NotEnoughData', 'PoolNotFound', 'PoolUnavailable', 'ReadOnly', 'CorruptData', 'ClosedError', 'MissingExtra',
+           'require', 'tell']
 
 # %% ../nbs/errors.ipynb #b02778c0
 class DataIOError(Exception):
@@ -58,6 +59,16 @@ class ClosedError(DataIOError, RuntimeError):
 class MissingExtra(DataIOError, ImportError):
     "An optional dependency that is not installed"
 
+# %% ../nbs/errors.ipynb #85666305
+class _Door:
+    "A context that its method is seen to raise errors from"
+    def __enter__(self) -> None: pass
+    def __exit__(self, kind: Optional[type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]) -> None:
+        if trace and isinstance(error, DataIOError) and not isinstance(error, CorruptData):
+            trace.tb_next, error.__suppress_context__, error.__cause__ = None, True, None
+
+at_the_door = _Door()
+
 # %% ../nbs/errors.ipynb #b0a25b35
 def require(
     module: str, # Dotted name to import, for example `"dask.dataframe"`
@@ -68,7 +79,7 @@ def require(
     except ModuleNotFoundError as e:
         if (e.name or "").partition(".")[0] != module.partition(".")[0]: raise
         message = f"{module} is not installed; this needs: pip install 'data_io_nbdev[{extra}]'"
-        raise MissingExtra(message, name=e.name) from e
+        raise MissingExtra(message, name=e.name) from None
 
 # %% ../nbs/errors.ipynb #148057fe
 def tell(

@@ -20,7 +20,7 @@ __all__ = ['FIRST', 'LAST', 'RESET', 'ItemT', 'from_us', 'utc_us', 'one_us', 'ep
            'Episode', 'tell_gaps', 'conform', 'concat', 'Record', 'records', 'as_episode', 'PoolQuery', 'steps_in']
 
 # %% ../../nbs/data/core.ipynb #3570aca1
-from ..errors import DataIOError, QueryError, SchemaError, tell
+from ..errors import DataIOError, QueryError, SchemaError, at_the_door, tell
 from .schema import (FLAGS, Field, Schema, brief, cast, columns_of, dtype_name, identity_value, is_text, is_time, kind_of,
                                        lazy, listed, may_cast, plain_text, who_value, whole)
 
@@ -466,7 +466,7 @@ class Episode(Steps):
         final_state: Any = None, # `(*state)`, where the frame has no `nstate`: the state after the last step
     ) -> Episode:
         "An episode from a frame; raises `SchemaError` where it is not exactly one"
-        return _told(_from_frame(frame, schema, final_state))
+        with at_the_door: return _told(_from_frame(frame, schema, final_state))
 
     @staticmethod
     def from_arrays(*,
@@ -487,7 +487,7 @@ class Episode(Steps):
         "An episode from arrays, which are copied; raises `SchemaError` where they don't fit together"
         values = dict(state=state, action=action, reward=reward, nstate=nstate,
                       terminated=terminated, truncated=truncated, info=info)
-        return _told(_from_arrays(values, timestamp, episodestart, who, step, final_state, schema))
+        with at_the_door: return _told(_from_arrays(values, timestamp, episodestart, who, step, final_state, schema))
 
     def to_frame(self) -> pd.DataFrame: # As `from_frame` takes it, in the order of the schema
         "The episode as a frame"
@@ -761,7 +761,7 @@ class Record:
         "The record as an episode of one step"
         lifted = {r: _lift(getattr(self, r)) for r in ("state", "action", "reward", "nstate", "info")}
         flags = {flag: [value if (n := whole(value := getattr(self, flag), 0, 1)) is None else bool(n)] for flag in FLAGS}  # one 0 or 1 is clear
-        return _from_arrays({**lifted, **flags}, [self.timestamp], self.episodestart, self.who, self.step, None, schema)
+        with at_the_door: return _from_arrays({**lifted, **flags}, [self.timestamp], self.episodestart, self.who, self.step, None, schema)
 
 # %% ../../nbs/data/core.ipynb #3b4c8b81
 def records(
@@ -832,14 +832,15 @@ class PoolQuery:
         who: Optional[Mapping[str, Any]] = None, # Identity levels by name, where one is called like these
         **levels: Any, # Identity levels: one value, or several in anything like a list, of which any will do
     ):
-        who = _by_level(who, QueryError)
-        both = set(who) & set(levels)
-        if both: raise QueryError(f"{', '.join(both)} is asked for twice, by name and in who")
-        put = lambda name, value: object.__setattr__(self, name, value)
-        put("who", tuple(sorted((k, _choices(k, v)) for k, v in {**who, **levels}.items())))
-        put("start", _time_range("start", start)); put("time", _time_range("time", time))
-        put("length", _range("length", length, whole))
-        put("ids", None if ids is None else _ids(ids))
+        with at_the_door:
+            who = _by_level(who, QueryError)
+            both = set(who) & set(levels)
+            if both: raise QueryError(f"{', '.join(both)} is asked for twice, by name and in who")
+            put = lambda name, value: object.__setattr__(self, name, value)
+            put("who", tuple(sorted((k, _choices(k, v)) for k, v in {**who, **levels}.items())))
+            put("start", _time_range("start", start)); put("time", _time_range("time", time))
+            put("length", _range("length", length, whole))
+            put("ids", None if ids is None else _ids(ids))
 
     def __repr__(self) -> str: return f"PoolQuery({', '.join(f'{k}={v!r}' for k, v in _as_dict(self).items())})"
 
@@ -852,7 +853,7 @@ class PoolQuery:
         text: str, # As written by `to_json`
     ) -> PoolQuery: # Equal to the one that was written
         "Read a query back; raises `QueryError` for a newer format or for text that is no query"
-        return _query_from_json(text)
+        with at_the_door: return _query_from_json(text)
 
     def check(self,
         schema: Schema, # Of the pool that is asked

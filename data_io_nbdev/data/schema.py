@@ -23,7 +23,7 @@ __all__ = ['ROLES', 'FLAGS', 'KINDS', 'RESERVED', 'Units', 'lazy', 'brief', 'is_
            'columns_of', 'is_time']
 
 # %% ../../nbs/data/schema.ipynb #03cefeaf
-from ..errors import SchemaError, require
+from ..errors import SchemaError, at_the_door, require
 
 # %% ../../nbs/data/schema.ipynb #25759bd0
 _T = TypeVar("T")
@@ -287,7 +287,7 @@ class Schema:
         units: Optional[Units] = None, # `{"state": {"velocity": "m/s"}}`; otherwise `frame.attrs["units"]`
     ) -> Schema: # In the order in which the columns appear
         "The schema that a frame implies; raises `SchemaError` for a frame that is no episode"
-        return _from_frame(frame, frame.attrs.get("units", {}) if units is None else units)
+        with at_the_door: return _from_frame(frame, frame.attrs.get("units", {}) if units is None else units)
 
     @staticmethod
     def from_env(
@@ -296,7 +296,7 @@ class Schema:
         units: Optional[Units] = None, # `{"state": {"arm.angle": "rad"}}`
     ) -> Schema: # With the environment's `reward_space`, by default a `float32` scalar
         "The schema of an environment's spaces; raises `SchemaError` for a space without a fixed size"
-        return _from_env(env, identity, units or {})
+        with at_the_door: return _from_env(env, identity, units or {})
 
     def check(self,
         other: Schema, # What came
@@ -314,7 +314,7 @@ class Schema:
         text: str, # As written by `to_json`
     ) -> Schema: # Equal to the one that was written
         "Read a schema back; raises `SchemaError` for a newer format or for text that is no schema"
-        return _from_json(text)
+        with at_the_door: return _from_json(text)
 
     def _repr_markdown_(self) -> str: return _table(self)
 

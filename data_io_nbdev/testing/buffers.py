@@ -18,10 +18,6 @@ from dataclasses import dataclass
 from typing import Any, Optional
 import numpy as np
 import pandas as pd  # type: ignore
-import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
 # %% auto #0
 __all__ = ['filled', 'BatchesOfBuffers', 'TracedBatches', 'RowsOfBuffers', 'Refreshing', 'RowsOfQueries', 'Rings', 'chi_square',
@@ -42,6 +38,12 @@ from ..storage.buffer.memory import MemoryBuffer
 from .harness import (BAD_FRAMES, HOURS, PARTS, Harness, at_once, batch_facts, bits,
                                            by_start, draws, drive, examples, facts_of, histories, python, rows,
                                            steps_of, trace, unchanged)
+
+# %% ../../nbs/testing/buffers.ipynb #a6aca3fa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
 # %% ../../nbs/testing/buffers.ipynb #eadf411d
 def filled(

@@ -25,15 +25,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Optional
 import numpy as np
 import pandas as pd  # type: ignore
-import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 # %% auto #0
-__all__ = ['HARNESSES', 'DRIVE', 'ODD', 'CLASHING', 'SHAPES', 'DTYPES', 'ZONES', 'HOURS', 'BAD_FRAMES', 'PARTS', 'Harness',
-           'MemoryHarness', 'LakeHarness', 'MongoHarness', 'drive', 'bits', 'facts', 'facts_of', 'by_start', 'stored',
-           'unchanged', 'odd_numbers', 'schemas', 'episodes', 'histories', 'examples', 'questions', 'answer', 'at_once',
-           'lose_races', 'python', 'trace', 'batch_facts', 'draws', 'rows', 'steps_of']
+__all__ = ['pytest', 'HARNESSES', 'ODD', 'CLASHING', 'SHAPES', 'DTYPES', 'ZONES', 'HOURS', 'BAD_FRAMES', 'PARTS', 'Harness',
+           'MemoryHarness', 'LakeHarness', 'MongoHarness', 'stored', 'unchanged', 'odd_numbers', 'schemas', 'episodes',
+           'histories', 'examples', 'questions', 'answer', 'at_once', 'lose_races', 'python', 'trace', 'batch_facts',
+           'draws', 'rows', 'steps_of']
 
 # %% ../../nbs/testing/harness.ipynb #1608bbae
 from ..errors import DataIOError, PoolUnavailable, require
@@ -43,7 +40,16 @@ from ..storage.pool.pool import Commit, Pool, open_pool
 from ..storage.pool.memory import MemoryPool
 from ..storage.buffer.buffer import Batch, Buffer
 from ..storage.buffer.memory import MemoryBuffer
+from .drives import DRIVE, bits, by_start, drive, facts, facts_of
 from .server import shared_server
+
+# %% ../../nbs/testing/harness.ipynb #9ac0d77a
+pytest = require("pytest", "test")
+require("hypothesis", "test")
+
+# %% ../../nbs/testing/harness.ipynb #515a1ffe
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 # %% ../../nbs/testing/harness.ipynb #6432442c
 class Harness(abc.ABC):
@@ -283,51 +289,6 @@ def _lake_values(array: Any, dtype: str) -> np.ndarray:
     kind = str(array.type)
     if kind == "binary": return np.frombuffer(b"".join(array.to_pylist()), dtype)
     return (array.flatten() if kind.startswith("list") else array).to_numpy(zero_copy_only=False)
-
-# %% ../../nbs/testing/harness.ipynb #1d345cee
-DRIVE = Schema([Field("state", "velocity", (2,), unit="m/s"), Field("state", "slope"),
-                Field("action", "pedal"), Field("action", "brake"),
-                Field("reward", "work", unit="kJ")], identity=["vehicle", "driver"])
-
-def drive(
-    steps: int = 6, # How many
-    hour: float = 0, # When it starts, after 2026-01-01 in UTC
-    vehicle: str = "VB7",
-    driver: str = "anna",
-    seed: int = 0, # Of the numbers in it
-    end: Optional[str] = None, # `terminated` or `truncated`: what its last step is
-    step: Optional[int] = None, # The number of its first step
-    linked: bool = True, # Whether each `nstate` is the next state
-) -> Episode: # State (steps, 3), action (steps, 2), reward (steps,)
-    "An episode of one step a second"
-    rng = np.random.default_rng([seed, int(hour * 60), *vehicle.encode(), *driver.encode()])
-    start = pd.Timestamp("2026-01-01", tz="UTC") + pd.Timedelta(hours=hour)
-    # As many for each, so that a longer drive begins like a shorter one
-    numbers = lambda *shape: rng.standard_normal((2 * 100, *shape)).astype("float32")[:2 * steps]
-    state, action, reward = numbers(3), numbers(2), numbers()
-    nstate = state[1:steps + 1] if linked else state[steps:]
-    return Episode.from_arrays(
-        state=state[:steps], nstate=nstate, action=action[:steps], reward=reward[:steps], step=step,
-        timestamp=start + pd.to_timedelta(np.arange(steps), unit="s"), who={"vehicle": vehicle, "driver": driver},
-        **({end: np.arange(steps) == steps - 1} if end else {}), schema=DRIVE)
-
-# %% ../../nbs/testing/harness.ipynb #19251415
-def bits(
-    array: np.ndarray, # Any, also structured
-) -> tuple: # Shape, dtype and a hash
-    "What an array holds, in a value that compares bit for bit"
-    if array.dtype.names: return tuple((name, *bits(array[name])) for name in array.dtype.names)
-    return array.shape, array.dtype.str, hashlib.sha1(np.ascontiguousarray(array).tobytes()).hexdigest()[:12]
-
-def facts(episode: Episode) -> dict:
-    "Everything that an episode says"
-    head = {name: getattr(episode, name) for name in ("id", "start", "zone", "first", "offset")}
-    return {**head, "who": dict(episode.who), "steps": len(episode), "times": bits(episode.times),
-            **{role: bits(block) for role, block in episode.blocks.items()}}
-
-def facts_of(episodes: Iterable[Episode]) -> list[dict]: return [facts(e) for e in episodes]
-
-def by_start(episodes: Iterable[Episode]) -> list[Episode]: return sorted(episodes, key=lambda e: (e.start, e.id))
 
 # %% ../../nbs/testing/harness.ipynb #b5137dd0
 def stored(harness: Harness, pool: Pool) -> tuple: # Version, commit numbers, and the bits of every step

@@ -15,10 +15,6 @@ from dataclasses import replace
 from typing import Optional
 import numpy as np
 import pandas as pd  # type: ignore
-import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
 # %% auto #0
 __all__ = ['SEEDS', 'CUTS', 'RoundTrip', 'Spellings', 'Queries', 'Choices', 'Catalogue', 'InParts', 'InGeneratedParts',
@@ -34,6 +30,12 @@ from ..storage.pool.memory import MemoryPool
 from .harness import (BAD_FRAMES, DRIVE, HOURS, Harness, answer, at_once, bits, by_start,
                                            drive, episodes, examples, facts, facts_of, histories, lose_races,
                                            python, questions, stored, unchanged)
+
+# %% ../../nbs/testing/pools.ipynb #e4a84030
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
 # %% ../../nbs/testing/pools.ipynb #c377cfe7
 class RoundTrip:

@@ -33,6 +33,9 @@ def _command(folder: Path, port: int) -> list[str]:
                 "--debug-addr=-", "--telemetry=disable", "--log-level=ERROR"]
     raise PoolUnavailable("no MongoDB server: set MONGODB_URI, or put mongod on the PATH, or install Go and call make test, which builds FerretDB")
 
+# A shell becomes the server, and leaves a child that kills it where a pipe ends: when we close that, or are gone, for whatever reason
+_TIED = ("sh", "-c", 'exec 3<&0; (cat <&3; kill -9 $$) >/dev/null 2>&1 & exec "$@" 3<&- </dev/null', "sh") if os.name == "posix" else ()
+
 class MongoServer:
     "A server of one's own; it can be killed, and started again on the same folder and port"
     def __init__(self,
@@ -46,19 +49,24 @@ class MongoServer:
     def start(self, timeout: float = 30) -> None:
         "Returns when it answers"
         self.folder.mkdir(parents=True, exist_ok=True)
+        command = [*_TIED, *_command(self.folder, self.port), *self.options]
         with open(self.folder / "server.log", "ab") as log:
-            self.process = subprocess.Popen([*_command(self.folder, self.port), *self.options], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        until = time.monotonic() + timeout
-        while self.process.poll() is None and time.monotonic() < until:
-            try: return socket.create_connection(("127.0.0.1", self.port), 1).close()
-            except OSError: time.sleep(0.01)
-        self.kill()
-        raise PoolUnavailable(f"the server does not answer: {(self.folder / 'server.log').read_text(errors='replace')[-2000:]}")
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True)
+        try:
+            until = time.monotonic() + timeout
+            while self.process.poll() is None and time.monotonic() < until:
+                try: return socket.create_connection(("127.0.0.1", self.port), 1).close()
+                except OSError: time.sleep(0.01)
+            raise PoolUnavailable(f"the server does not answer: {(self.folder / 'server.log').read_text(errors='replace')[-2000:]}")
+        except BaseException:
+            self.kill()
+            raise
 
     def kill(self) -> None:
         "`kill -9`"
         if self.process is None: return
-        self.process.kill()
+        self.process.stdin.close()
+        if not _TIED: self.process.kill()
         self.process.wait()
         self.process = None
 
@@ -72,8 +80,9 @@ def mongo_server(
         return
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         server = MongoServer(folder or name)
-        server.start()
-        try: yield server.url
+        try:
+            server.start()
+            yield server.url
         finally: server.kill()
 
 @lru_cache(1)

@@ -23,7 +23,7 @@ import pandas as pd  # type: ignore
 __all__ = ['Batch', 'make_batch', 'Buffer', 'choose']
 
 # %% ../../../nbs/storage/buffer/buffer.ipynb #bc09b2f9
-from ...errors import ClosedError, NotEnoughData, QueryError, SnapshotNotFound
+from ...errors import ClosedError, NotEnoughData, QueryError, SnapshotNotFound, at_the_door
 from ...data.schema import Schema, brief, is_whole
 from ...data.core import Episode, ItemT, PoolQuery, as_episode
 from ..pool.pool import Pool, forkable, forkable_lock
@@ -177,8 +177,9 @@ class Buffer(abc.ABC, Generic[ItemT]):
 
     def __post_init__(self):
         """Use a weakref finalizer to make sure that the pool is closed when the object is destroyed"""
-        _check_options(self)
-        _set_up(self)
+        with at_the_door:
+            _check_options(self)
+            _set_up(self)
 
     @abc.abstractmethod
     def load(self):
@@ -196,22 +197,23 @@ class Buffer(abc.ABC, Generic[ItemT]):
         """
         Deposit an item (record/episode) into the pool; once loaded, the buffer has its rows at once
         """
-        _check_storable(self, episode)
-        id = self.pool.store(episode)
-        if _has_loaded(self): self.refresh()
-        return id
+        with at_the_door:
+            _check_storable(self, episode)
+            id = self.pool.store(episode)
+            if _has_loaded(self): self.refresh()
+            return id
 
     def find(self, query: PoolQuery):
         """
         find items by query, id or ids
         """
-        return self.pool.find(query)
+        with at_the_door: return self.pool.find(query)
 
     def save(self, path=None, overwrite=False):
         """
         save the pool, with all that it holds, to one file that MemoryPool opens
         """
-        self.pool.save(path, overwrite)
+        with at_the_door: self.pool.save(path, overwrite)
 
     @abc.abstractmethod
     def sample(self) -> Tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -221,17 +223,17 @@ class Buffer(abc.ABC, Generic[ItemT]):
 
     def refresh(self) -> int: # How many rows are new
         "Take in what others have committed since: new rows go to the end, hidden episodes are drawn no more"
-        return _refresh(self)
+        with at_the_door: return _refresh(self)
 
     def state_dict(self) -> dict[str, Any]: # Plain JSON values
         "What is needed to go on, bit for bit: query, versions, sampler and generator"
-        return _state_dict(self)
+        with at_the_door: return _state_dict(self)
 
     def load_state_dict(self,
         state: dict[str, Any], # From `state_dict`, of a buffer on this pool, or on the pool that it was saved from
     ) -> None:
         "Go on where a buffer stopped; raises `SnapshotNotFound` where the pool does not hold its versions"
-        _load_state(self, state)
+        with at_the_door: _load_state(self, state)
 
     @property
     def nbytes(self) -> int: # Of the rows
@@ -362,7 +364,7 @@ def _draw(buffer: Buffer, n: Optional[int]) -> Batch:
     if not view.versions: view = _loaded(buffer)
     with buffer._lock:
         if buffer._astray: _go_own_way(buffer)
-        if not view.rows: raise NotEnoughData(f"no step to draw: nothing in {buffer.pool!r} matches {buffer.query!r}")
+        if not view.rows: raise NotEnoughData(_emptiness(buffer, view))
         if buffer.sampler.in_one_step: return buffer._batch(n, view.rows)
         before = buffer._rng.bit_generator.state, copy.deepcopy(buffer.sampler.state_dict())
         try: return buffer._batch(n, view.rows)
@@ -370,6 +372,11 @@ def _draw(buffer: Buffer, n: Optional[int]) -> Batch:
             buffer._rng.bit_generator.state = before[0]
             buffer.sampler.load_state_dict(before[1])
             raise
+
+def _emptiness(buffer: Buffer, view: View) -> str:
+    there = "" if buffer._own else f" of {buffer.pool!r}"
+    what = f"version {view.versions[-1][1]}{there} has no step" + ("" if buffer.query == PoolQuery() else f" that matches {buffer.query!r}")
+    return f"this buffer is empty, there is no step to draw: {what}; store() an episode, or refresh() once others did"
 
 def choose(buffer: Buffer, n: int, rows: Rows) -> Draw:
     "What the sampler wants next"

@@ -14,14 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Optional
+from typing import Any, ClassVar, Optional
 import numpy as np
 
 # %% auto #0
 __all__ = ['in_parallel', 'LakeHome', 'DaskBuffer']
 
 # %% ../../../nbs/storage/buffer/dask.ipynb #2bc9a2d3
-from ...errors import CorruptData, PoolUnavailable, QueryError, require
+from ...errors import CorruptData, DataIOError, PoolUnavailable, QueryError, at_the_door, require
 from ...data.schema import Schema
 from ...data.core import Episode
 from ..pool.pool import Part, Pool, in_bulk
@@ -192,15 +192,16 @@ class DaskBuffer(Buffer[Episode]):
     client: Any = None  # A `distributed.Client`; by default the current one, if there is one
     progress: bool = True  # Show a bar when loading takes longer than two seconds
     prefetch: int = 32  # Batches that travel together from a cluster
+    _STAYS: ClassVar[frozenset[str]] = frozenset({"client"})  # where a buffer arrives, its client is the current one
 
     def __post_init__(self):
-        _check_home(self)
+        with at_the_door: _check_home(self)
         self._ahead = LookAhead(self.prefetch)
         super().__post_init__()
 
     def load(self) -> None:
         "Read the pool's matching episodes, as they are now"
-        self._load()
+        with at_the_door: self._load()
 
     def close(self) -> None:
         "Let go of the rows and of the pool; closing twice is harmless"
@@ -211,7 +212,9 @@ class DaskBuffer(Buffer[Episode]):
         n: Optional[int] = None, # Items in the batch; by default `batch_size`
     ) -> Batch: # `(state, action, reward, nstate)`: `(n, *state)`, `(n, *action)`, `(n,)`, `(n, *state)`
         "The sampler's next batch; raises `NotEnoughData` where there is nothing to draw"
-        return self._draw(n)
+        try: return self._draw(n)
+        except DataIOError:
+            with at_the_door: raise
 
     def _home(self) -> Home: return LakeHome(self)
     def _batch(self, n: int, rows: Rows) -> Batch:

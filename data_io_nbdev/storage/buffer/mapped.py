@@ -33,7 +33,7 @@ __all__ = ['file_array', 'still', 'move_out', 'cache_key', 'Cache']
 from ...errors import PoolUnavailable, tell
 from ...data.schema import Schema
 from ...data.core import PoolQuery
-from ..pool.pool import Part
+from ..pool.pool import Part, plain_path
 from .rows import Rows, Run, register, row_dtype
 
 # %% ../../../nbs/storage/buffer/mapped.ipynb #2011b55c
@@ -119,7 +119,7 @@ class Cache:
         folder: Optional[str | os.PathLike] = None, # By default `data_io_nbdev` in the user's cache folder
         limit: Optional[int] = None, # Bytes; by default half of what the disk has for it
     ):
-        self.folder, self.limit = Path(folder or _users_folder()).absolute(), limit
+        self.folder, self.limit = Path(plain_path(folder or _users_folder())).absolute(), limit
 
     def private(self, n: int, dtype: np.dtype) -> np.ndarray:
         "Room that nobody else sees, as long as nobody forks; raises `PoolUnavailable` where there is none"

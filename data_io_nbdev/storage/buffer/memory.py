@@ -11,6 +11,7 @@ from typing import Optional
 __all__ = ['MemoryBuffer']
 
 # %% ../../../nbs/storage/buffer/memory.ipynb #a6ca2784
+from ...errors import DataIOError, at_the_door
 from ...data.core import Episode
 from ..pool.pool import Pool
 from .buffer import Batch, Buffer
@@ -23,7 +24,7 @@ class MemoryBuffer(Buffer[Episode]):
 
     def load(self) -> None:
         "Read the pool's matching episodes, as they are now"
-        self._load()
+        with at_the_door: self._load()
 
     def close(self) -> None:
         "Let go of the rows and of the pool; closing twice is harmless"
@@ -33,4 +34,6 @@ class MemoryBuffer(Buffer[Episode]):
         n: Optional[int] = None, # Items in the batch; by default `batch_size`
     ) -> Batch: # `(state, action, reward, nstate)`: `(n, *state)`, `(n, *action)`, `(n,)`, `(n, *state)`
         "The sampler's next batch; raises `NotEnoughData` where there is nothing to draw"
-        return self._draw(n)
+        try: return self._draw(n)
+        except DataIOError:
+            with at_the_door: raise

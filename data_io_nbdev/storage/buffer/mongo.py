@@ -15,7 +15,7 @@ from typing import Any, Optional
 __all__ = ['WatchedHome', 'MongoBuffer']
 
 # %% ../../../nbs/storage/buffer/mongo.ipynb #94455fd8
-from ...errors import DataIOError, QueryError, require
+from ...errors import DataIOError, QueryError, at_the_door, require
 from ...data.core import Episode
 from ..pool.pool import Part, Pool
 from .view import Home, View
@@ -66,7 +66,7 @@ class MongoBuffer(Buffer[Episode]):
 
     def load(self) -> None:
         "Read the pool's matching episodes, as they are now, and follow it from then on"
-        self._load()
+        with at_the_door: self._load()
         if self.follow is None: return
         self._stop.set()
         self._stop = threading.Event()
@@ -81,6 +81,8 @@ class MongoBuffer(Buffer[Episode]):
         n: Optional[int] = None, # Items in the batch; by default `batch_size`
     ) -> Batch: # `(state, action, reward, nstate)`: `(n, *state)`, `(n, *action)`, `(n,)`, `(n, *state)`
         "The sampler's next batch; raises `NotEnoughData` where there is nothing to draw"
-        return self._draw(n)
+        try: return self._draw(n)
+        except DataIOError:
+            with at_the_door: raise
 
     def _home(self) -> Home: return WatchedHome(self.progress)

@@ -22,13 +22,12 @@ import pandas as pd  # type: ignore
 __all__ = ['windows', 'read_window', 'write_files', 'files_of', 'DaskPool', 'part_now', 'living']
 
 # %% ../../../nbs/storage/pool/dask.ipynb #f298789c
-from ...errors import CorruptData, DataIOError, PoolNotFound, PoolUnavailable, QueryError, SchemaError, SnapshotNotFound
+from ...errors import CorruptData, DataIOError, PoolNotFound, PoolUnavailable, QueryError, SchemaError, SnapshotNotFound, at_the_door
 from ...data.schema import Schema
 from ...data.core import Episode
 from .pool import Commit, Index, Part, Pool, check_writable, damage_line, damages, in_bulk, safe_url
 from .parquet import File, Rows, parquet_bytes, read_episodes
 from .delta import Entry, Lake, flaws, open_lake, said_by, unreachable
-
 
 # %% ../../../nbs/storage/pool/dask.ipynb #d3bbb2fe
 _WINDOW = 4 << 20  # Bytes of steps that are read at once
@@ -122,11 +121,12 @@ class DaskPool(Pool):
         storage_options: Optional[dict[str, str]] = None, # Of the object store; by default from the environment
         grace: str | pd.Timedelta = "24h", # How long a writer may take before `repair` counts its files as left behind
     ):
-        self.lake, self.grace = open_lake(os.fspath(url), storage_options), pd.Timedelta(grace).total_seconds()
-        self._layout = SimpleNamespace(now=_Layout())  # shared with snapshots
-        super().__init__(safe_url(self.lake.url), mode)
-        with _reachable(self):
-            if not self.lake.check() and mode == "r": raise PoolNotFound(f"no pool at {self.url!r}; mode='a' creates one")
+        with at_the_door:
+            self.lake, self.grace = open_lake(url, storage_options), pd.Timedelta(grace).total_seconds()
+            self._layout = SimpleNamespace(now=_Layout())  # shared with snapshots
+            super().__init__(safe_url(self.lake.url), mode)
+            with _reachable(self):
+                if not self.lake.check() and mode == "r": raise PoolNotFound(f"no pool at {self.url!r}; mode='a' creates one")
 
     def _head(self) -> int:
         with _reachable(self): return max(0, self.lake.head())
@@ -152,20 +152,20 @@ class DaskPool(Pool):
 
     def verify(self) -> list[str]: # Empty when sound
         "Read every step of every version, and every byte of every file; one line for each damaged part"
-        return _verify(self)
+        with at_the_door: return _verify(self)
 
     def compact(self,
         size: int = _FILE, # Bytes of steps in a file, about
     ) -> int: # How many files were rewritten
         "Make large files of small ones, in the order of subject and time; every version reads as before"
-        return _compact(self, size)
+        with at_the_door: return _compact(self, size)
 
     def vacuum(self,
         older_than: str | pd.Timedelta, # For example `"365D"`: versions that nobody saw as the newest since then
         dry_run: bool = True, # Only say what it would remove
     ) -> list[str]: # One line for each file that is, or would be, removed
         "Give up old versions, and remove the files that only they need; reading them raises `SnapshotNotFound` from then on"
-        return _vacuum(self, older_than, dry_run)
+        with at_the_door: return _vacuum(self, older_than, dry_run)
 
 # %% ../../../nbs/storage/pool/dask.ipynb #cd27b291
 @contextmanager

@@ -32,7 +32,7 @@ __all__ = ['FORMAT', 'Entry', 'facts_text', 'parse_entry', 'Table', 'Lake', 'unr
 from ...errors import CorruptData, DataIOError, PoolUnavailable, QueryError, SchemaError, require, tell
 from ...data.schema import Schema
 from ...data.core import FIRST, LAST
-from .pool import Commit, Part, forkable_lock, plain_path, quoted, safe_url
+from .pool import Commit, Part, forkable_lock, path_text, plain_path, quoted, safe_url
 from .memory import replace_file, sync_folder
 from .parquet import Column, File, columns_of, is_made_for, open_parquet, whole_table
 
@@ -592,7 +592,15 @@ def _made(lake: Lake) -> dict:
     "What entry 0 says of the table; raises `SchemaError` where that is no pool"
     return next(a["metaData"] for a in lake.actions(0) if "metaData" in a) if lake.table else {}
 
+def _misread(path: str) -> str:
+    "What other readers take for something else in the name of a folder"
+    found = re.search(r"%[0-9A-Fa-f]{2}|[\x00-\x1f\x7f]" + (r"|\\" if os.sep == "/" else ""), path)
+    return found[0] if found else ""
+
 def _create(lake: LocalLake, schema: Schema) -> None:
+    if sign := _misread(lake.url):
+        tell(f"{lake.url!r}: other readers, and checkpoints, take {sign!r} in a path for something else and will not find this table; "
+             "name the folder without it")
     about = {"id": str(uuid.uuid4()), "format": {"provider": "parquet", "options": {}}, "partitionColumns": [],
              "createdTime": time.time_ns() // 1_000_000}
     ours, facts = _birth(schema)
@@ -711,7 +719,7 @@ class RemoteLake(Lake):
         except (DataIOError, FileNotFoundError): raise
         except (OSError, deltalake.exceptions.DeltaError) as e:
             said, cause = said_by(self, e)
-            raise PoolUnavailable(f"{safe_url(self.url)}: {said}") from cause
+            raise PoolUnavailable(f"{safe_url(self.url)}: {said}{'' if self._delta else _where_it_is(self.url)}") from cause
 
     def head(self) -> int:
         with self._lock, self._asked():
@@ -769,6 +777,15 @@ class RemoteLake(Lake):
 
     def each(self, what: Callable[[int], Any], numbers: range) -> Iterable[Any]:
         with ThreadPoolExecutor(16) as workers: return list(workers.map(what, numbers))
+
+# %% ../../../nbs/storage/pool/delta.ipynb #558351c9
+_SAYS = {"s3": "AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, and AWS_ALLOW_HTTP for http://",
+         "gs": "GOOGLE_APPLICATION_CREDENTIALS", "az": "AZURE_STORAGE_ACCOUNT_NAME, AZURE_STORAGE_ACCOUNT_KEY"}
+
+def _where_it_is(url: str) -> str:
+    "What says where a store is, and who may read it"
+    scheme = url.partition("://")[0].lower()
+    return f"; it is found by storage_options, or in the environment by {_SAYS.get(scheme, _SAYS['s3'] if scheme == 's3a' else _SAYS['az'])}"
 
 # %% ../../../nbs/storage/pool/delta.ipynb #36152a92
 def _store(url: str, options: Optional[dict[str, str]]) -> Any:
@@ -860,12 +877,14 @@ def _seen(lines: Iterable[dict]) -> list[tuple]:
 
 # %% ../../../nbs/storage/pool/delta.ipynb #b5d09007
 def open_lake(
-    url: str, # A path, or a URL
+    url: str | os.PathLike, # A path, or a URL
     options: Optional[dict[str, str]] = None, # Of the object store
 ) -> Lake:
     "Where a URL points to"
-    path = url.partition("://")[2] if url.startswith(("delta://", "file://")) else url
-    if "://" not in path: return LocalLake(os.path.abspath(plain_path(path)))
+    url = path_text(url)
+    path = url.removeprefix("delta://")
+    if "://" not in path: return LocalLake(os.path.abspath(plain_path(url)))
+    if path.lower().startswith("file:"): return LocalLake(os.path.abspath(plain_path(path)))
     if safe_url(path) == path: return RemoteLake(path, options)
     raise QueryError(f"{safe_url(url)!r}: a lake's URL holds no secrets, because it travels; give keys as storage_options, "
                      "or in the environment")

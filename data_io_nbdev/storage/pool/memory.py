@@ -27,10 +27,10 @@ import numpy as np
 __all__ = ['FORMAT', 'episode_of', 'sync_folder', 'replace_file', 'Kept', 'MemoryPool', 'lending', 'forgetting']
 
 # %% ../../../nbs/storage/pool/memory.ipynb #890a161c
-from ...errors import CorruptData, DataIOError, PoolNotFound, PoolUnavailable, ReadOnly, SnapshotNotFound
+from ...errors import CorruptData, DataIOError, PoolNotFound, PoolUnavailable, ReadOnly, SnapshotNotFound, at_the_door
 from ...data.schema import Schema, who_value
 from ...data.core import Episode, from_us
-from .pool import Commit, Part, Pool, forkable_lock, in_one_step, view
+from .pool import Commit, Part, Pool, forkable_lock, in_one_step, plain_path, view
 
 # %% ../../../nbs/storage/pool/memory.ipynb #989210b7
 FORMAT = 2
@@ -286,7 +286,7 @@ class MemoryPool(Pool):
         mode: str = "a", # `"r"`: the file must exist, and stays as it is
         name: Optional[str] = None, # By which this process finds the pool again, as `memory://name`
     ):
-        self.path = None if path is None else Path(path).absolute()
+        self.path = None if path is None else Path(plain_path(path)).absolute()
         super().__init__(str(self.path) if self.path else f"memory://{name or secrets.token_hex(8)}", mode)
         self._log: dict[int, Commit] = {}
         self._shared = dict(last=0, oldest=0, saved=0, tokens={})  # with snapshots, which must see it change
@@ -328,7 +328,7 @@ class MemoryPool(Pool):
         overwrite: bool = False, # Replace a file that holds other experience
     ) -> None:
         "Write every version to one file, in one step; raises `PoolUnavailable` rather than lose another's work"
-        _save(self, self.path if path is None else Path(path).absolute(), overwrite)
+        with at_the_door: _save(self, self.path if path is None else Path(plain_path(path)).absolute(), overwrite)
 
     @classmethod
     def from_url(cls, url: str, mode: str = "a", **options: Any) -> MemoryPool:

@@ -27,7 +27,7 @@ __all__ = ['FORMAT', 'seal', 'sealed', 'is_intact', 'Place', 'level_field', 'ent
            'layout', 'most_bytes', 'unpack', 'MongoPool', 'filters']
 
 # %% ../../../nbs/storage/pool/mongo.ipynb #b286b347
-from ...errors import CorruptData, DataIOError, PoolNotFound, PoolUnavailable, QueryError, SchemaError, require
+from ...errors import CorruptData, DataIOError, PoolNotFound, PoolUnavailable, QueryError, SchemaError, at_the_door, require
 from ...data.schema import Schema, brief, is_text, is_whole
 from ...data.core import Episode, PoolQuery
 from .pool import Commit, Index, Part, Pool, damages, in_bulk, quoted, safe_url, secret_option
@@ -139,7 +139,8 @@ def pack(
     parts: Sequence[tuple[Part, Episode]], # Of one schema
 ) -> list[bytes]: # Pieces, in order
     "Steps as Arrow IPC"
-    table = pa.concat_tables(to_table(part, episode, without=_WHO) for part, episode in parts).combine_chunks()
+    table = pa.concat_tables(to_table(part, episode, without=_WHO) for part, episode in parts)
+    if len(parts) > 1: table = table.combine_chunks()  # a large part stays in pieces, whose offsets count to 2 GB
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer: writer.write_table(table)
     content = sink.getvalue().to_pybytes()
@@ -189,7 +190,7 @@ def most_bytes(
 ) -> int:
     "What a chunk may take"
     nbytes, step = max(part.nbytes, _CHUNK), max(1, part.nbytes // part.length)
-    each = 5 * (nbytes // step) + 1024  # offsets and validity of every row, padding, and the description
+    each = 5 * (nbytes // step) + 1024 * (1 + (nbytes >> 26))  # offsets and validity of every row, padding, and the description
     return nbytes + sum(each + 8 * len(name) for name in columns.names) + (64 << 10)
 
 def unpack(
@@ -222,9 +223,10 @@ class MongoPool(Pool):
         timeout: float = 10, # Seconds after which a server counts as away
         grace: str | pd.Timedelta = "24h", # How long a writer may take before `repair` counts its steps as left behind
     ):
-        self._link, self.grace = _Link(url, database, collection, timeout), pd.Timedelta(grace)
-        super().__init__(self._link.shown, mode)
-        if not _reachable(self, _check_ours) and mode == "r": raise PoolNotFound(f"no pool at {self.url!r}; mode='a' creates one")
+        with at_the_door:
+            self._link, self.grace = _Link(url, database, collection, timeout), pd.Timedelta(grace)
+            super().__init__(self._link.shown, mode)
+            if not _reachable(self, _check_ours) and mode == "r": raise PoolNotFound(f"no pool at {self.url!r}; mode='a' creates one")
 
     def _head(self) -> int: return _reachable(self, lambda pool: pool._link.head())
 
@@ -257,7 +259,7 @@ class MongoPool(Pool):
 
     def verify(self) -> list[str]: # Empty when sound
         "Read every commit, every entry and every step of every version; one line for each damaged part, `CorruptData` for a damaged log"
-        return _verify(self)
+        with at_the_door: return _verify(self)
 
 # %% ../../../nbs/storage/pool/mongo.ipynb #f5b97798
 def _with_password(url: str) -> str:
@@ -387,6 +389,7 @@ def _reachable(pool: MongoPool, call: Callable, *args: Any) -> Any:
     except pymongo.errors.PyMongoError as e:
         why = {13: "the user has not the right to do this", 18: "wrong user or password"}.get(getattr(e, "code", None), "")
         said, cause = quoted(e, pool._link._address)
+        said = re.sub(r"(?s) \(configured timeouts: [^)]*\)|, Timeout: .*", "", said)  # each server with what it said is enough
         errors = cause and (getattr(e, "details", None) or {}).get("writeErrors") or [{"errmsg": said[:500]}]
         raise PoolUnavailable(f"{pool.url!r}: {why + ': ' if why else ''}{errors[0]['errmsg']}") from cause
     except DataIOError: raise

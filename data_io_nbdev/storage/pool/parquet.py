@@ -108,7 +108,8 @@ def to_table(
 ) -> Any: # A `pyarrow.Table`, one row a step
     "Steps as the table has them"
     columns = [c for c in columns_of(episode.schema) if c.role not in without]
-    length = max(1, _SLICE * len(episode) // episode.nbytes)
+    each = episode.nbytes // len(episode) + sum(len(who.encode()) for who in part.who if isinstance(who, str))
+    length = max(1, _SLICE // each)
     cuts = [slice(a, min(a + length, len(episode))) for a in range(0, len(episode), length)]
     return pa.concat_tables(_slice_table(columns, part, episode, cut) for cut in cuts)
 
@@ -263,8 +264,11 @@ def is_made_for(
 # %% ../../../nbs/storage/pool/parquet.ipynb #788874b4
 def _from_arrow(column: Column, array: Any) -> np.ndarray: # `(rows, *shape)`
     "The values of a column that are not null"
+    pieces = [_values(column, piece) for piece in (array.chunks if isinstance(array, pa.ChunkedArray) else [array])]
+    return np.concatenate(pieces) if len(pieces) > 1 else pieces[0]  # as one Arrow array they might be more than its offsets count
+
+def _values(column: Column, array: Any) -> np.ndarray:
     f = column.field
-    array = array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
     if array.null_count: array = array.drop_null()
     if pa.types.is_list(column.type): values = array.flatten().to_numpy(zero_copy_only=False)
     elif pa.types.is_binary(column.type):
@@ -301,7 +305,7 @@ def read_episodes(
     parts: Sequence[tuple[Part, int]], # Each with its first row in the file; rows in order, without a gap
 ) -> list[Episode]: # As many
     "The steps of neighbouring parts"
-    begin, columns = parts[0][1], [c.name for c in _needed(schema)]
+    begin, columns = parts[0][1], _needed(schema)
     table = _rows(file, columns, begin, begin + sum(p.length for p, _ in parts), sum(p.nbytes for p, _ in parts))
     return episodes_of(table, schema, [p for p, _ in parts])
 
@@ -311,7 +315,7 @@ def whole_table(
 ) -> Any: # A `pyarrow.Table`
     "Every column of a file, as it was given to be written"
     layout = _layout(columns_of(schema))
-    return file.read(layout.names, use_threads=False).cast(layout)
+    return _groups(file, range(file.num_row_groups), layout.names).cast(layout)
 
 def _needed(schema: Schema) -> list[Column]: return [c for c in columns_of(schema) if c.role in schema.roles or c.role == "timestamp"]
 
@@ -325,7 +329,7 @@ def episodes_of(
     if len(table) != ends[-1]: raise ValueError(f"it has {len(table)} rows, and {ends[-1]} are expected")
     found: dict[str, dict] = {}
     for c in columns: found.setdefault(c.role, {})[c.field.name if c.field else ""] = _from_arrow(c, table[c.name])
-    null = table[next(c.name for c in columns if c.role == "nstate")].combine_chunks().is_null().to_numpy(zero_copy_only=False)
+    null = table[next(c.name for c in columns if c.role == "nstate")].is_null().to_numpy()
     times = found.pop("timestamp")[""].view("int64")
     states = _state_blocks(schema, found, ends, null)
     rest = {r: v[""] if r in FLAGS else schema.join(r, v) for r, v in found.items() if r not in ("state", "nstate")}
@@ -337,19 +341,25 @@ def episodes_of(
         episodes.append(episode)
     return episodes
 
-def _rows(file: Any, columns: list[str], begin: int, end: int, nbytes: int) -> Any:
+def _rows(file: Any, columns: list[Column], begin: int, end: int, nbytes: int) -> Any:
     "Rows of a file that are so many bytes of steps, reading the row groups that they are in"
     meta = file.metadata
     ends = np.cumsum([0, *(meta.row_group(i).num_rows for i in range(meta.num_row_groups))])
     if end > ends[-1]: raise ValueError(f"it has {ends[-1]} rows, and {end} are expected")
     first, last = np.searchsorted(ends, begin, side="right") - 1, np.searchsorted(ends, end)
     _check_size(meta, range(first, last), columns, int(ends[last] - ends[first]), nbytes, end - begin)
-    return file.read_row_groups(range(first, last), columns, use_threads=False).slice(begin - ends[first], end - begin)
+    return _groups(file, range(first, last), [c.name for c in columns]).slice(begin - ends[first], end - begin)
 
-def _check_size(meta: Any, groups: Iterable[int], columns: list[str], rows: int, nbytes: int, wanted: int) -> None:
+def _groups(file: Any, groups: Iterable[int], columns: list[str]) -> Any:
+    "Row groups, some at a time: unpacking takes a multiple of their size, and the offsets of lists count to 2 GB"
+    size = lambda i: file.metadata.row_group(i).total_byte_size
+    return pa.concat_tables([file.read_row_groups(some, columns, use_threads=False) for some in in_bulk(groups, size, _SLICE)])
+
+def _check_size(meta: Any, groups: Iterable[int], columns: list[Column], rows: int, nbytes: int, wanted: int) -> None:
     "Raise `ValueError` where row groups would unpack to more than a log says that `wanted` rows have, `nbytes`"
     most = nbytes + 2 * max(_GROUP, nbytes // wanted)  # of the first and the last group little may be wanted
-    chunks = (c for i in groups for c in map(meta.row_group(i).column, range(meta.num_columns)))
-    declared = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.partition(".")[0] in columns)
+    chunks = ((c.path_in_schema.partition(".")[0], c) for i in groups for c in map(meta.row_group(i).column, range(meta.num_columns)))
+    widths = {c.name: {"int8": 4, "int16": 2}.get(c.field.dtype if c.field else "", 1) for c in columns}  # Parquet's least number has four bytes
+    declared = sum(c.total_uncompressed_size // widths[name] for name, c in chunks if name in widths)
     if rows * (nbytes // wanted) > most or declared > 2 * most + (1 << 16) * len(columns):
         raise ValueError(f"it says that {rows} rows unpack to {declared} bytes, and the log says {nbytes} for {wanted}")

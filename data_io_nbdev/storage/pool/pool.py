@@ -25,6 +25,7 @@ from operator import methodcaller
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Optional
 from urllib.parse import quote, quote_plus, unquote, unquote_plus
+from urllib.request import url2pathname
 from fastcore.basics import patch
 import numpy as np
 import pandas as pd  # type: ignore
@@ -32,12 +33,12 @@ import pandas as pd  # type: ignore
 # %% auto #0
 __all__ = ['BACKENDS', 'Part', 'part_of', 'Commit', 'in_one_step', 'Index', 'new_steps', 'matches', 'PoolBackend', 'forkable',
            'forkable_lock', 'PoolHandle', 'PoolIndex', 'PoolReader', 'Pool', 'in_bulk', 'check_writable', 'Plan',
-           'view', 'unlike', 'damage', 'damages', 'damage_line', 'Backend', 'backend', 'open_pool', 'plain_path',
-           'secret_option', 'safe_url', 'quoted']
+           'view', 'unlike', 'damage', 'damages', 'damage_line', 'Backend', 'backend', 'open_pool', 'path_text',
+           'plain_path', 'secret_option', 'safe_url', 'quoted']
 
 # %% ../../../nbs/storage/pool/pool.ipynb #b6a8678c
 from ...errors import (ClosedError, CorruptData, DataIOError, EpisodeConflict, EpisodeNotFound, NotEnoughData,
-                                  PoolNotFound, PoolUnavailable, QueryError, ReadOnly, SnapshotNotFound)
+                                  PoolNotFound, PoolUnavailable, QueryError, ReadOnly, SnapshotNotFound, at_the_door)
 from ...data.schema import Schema, brief, listed
 from ...data.core import (RESET, Episode, PoolQuery, as_episode, concat, from_us, same_steps, state_digest,
                                      steps_in, tell_gaps)
@@ -493,29 +494,32 @@ class PoolReader(PoolIndex):
     @property
     def schema(self) -> Optional[Schema]:
         "What every episode here fits; `None` in an empty pool"
-        return self._newest(self._schema)
+        with at_the_door: return self._newest(self._schema)
 
     def find(self,
         query: Any = None, # A `PoolQuery`, an id, or ids; by default everything
     ) -> Iterator[Episode]: # By `episodestart`, then id; cut to the query's time range
         "The episodes asked for, as they are now: the iterator keeps its version while others write"
-        asked = _as_query(query)  # once: an iterator over ids would be empty the second time
-        query, found = self._newest(lambda version: self._ask(asked, version))
+        with at_the_door:
+            asked = _as_query(query)  # once: an iterator over ids would be empty the second time
+            query, found = self._newest(lambda version: self._ask(asked, version))
         return (episode[steps_in(episode.times, query)] for episode in self._episodes(found))
 
     def count(self,
         query: Any = None, # A `PoolQuery`, an id, or ids; by default everything
     ) -> int:
         "How many episodes `find` would give"
-        asked = _as_query(query)
-        return self._newest(lambda version: len(self._ask(asked, version)[1]) if query is not None else self._count(version))
+        with at_the_door:
+            asked = _as_query(query)
+            return self._newest(lambda version: len(self._ask(asked, version)[1]) if query is not None else self._count(version))
 
     def catalogue(self,
         query: Any = None, # A `PoolQuery`, an id, or ids; by default everything
     ) -> pd.DataFrame: # Indexed by id, ordered by `episodestart`, then id
         "Who, when and how long, of the episodes asked for; never cut to the query's time range"
-        asked = _as_query(query)
-        return self._newest(lambda version: _catalogue(self._ask(asked, version)[1], self._schema(version)))
+        with at_the_door:
+            asked = _as_query(query)
+            return self._newest(lambda version: _catalogue(self._ask(asked, version)[1], self._schema(version)))
 
     def sample(self,
         n: int, # How many
@@ -523,13 +527,16 @@ class PoolReader(PoolIndex):
         seed: Optional[int] = None, # Makes the choice reproducible
     ) -> list[Episode]: # In random order, cut to the query's time range
         "Whole episodes at random, none twice; raises `NotEnoughData` where fewer match"
-        asked = _as_query(query)  # once: an iterator over ids would be empty the second time
-        query, found = self._newest(lambda version: self._ask(asked, version))
+        with at_the_door:
+            asked = _as_query(query)
+            query, found = self._newest(lambda version: self._ask(asked, version))
         if not 0 < n <= len(found): raise NotEnoughData(f"asked for {n} episodes, and {len(found)} match")
         chosen = [found[i] for i in np.random.default_rng(seed).choice(len(found), n, replace=False)]
         return [episode[steps_in(episode.times, query)] for episode in self._episodes(chosen)]
 
-    def __getitem__(self, id: str) -> Episode: return next(self.find(id))
+    def __getitem__(self, id: str) -> Episode:
+        with at_the_door: return next(self.find(id))
+
     def __iter__(self) -> Iterator[Episode]: return self.find()
     def __len__(self) -> int: return self.count()
     def __contains__(self, id: Any) -> bool: return self._newest(lambda version: bool(self._parts(id, version)))
@@ -566,27 +573,27 @@ class Pool(PoolReader):
         overwrite: bool = False, # Replace the whole episode where it is stored with other steps
     ) -> str: # The episode's id
         "Store an episode, or a part of one; when this returns, it is stored"
-        return self.extend([item], overwrite)[0]
+        with at_the_door: return self.extend([item], overwrite)[0]
 
     def extend(self,
         items: Iterable[Any], # Frames, `Episode`s or `Record`s
         overwrite: bool = False, # Replace whole episodes that are stored with other steps
     ) -> list[str]: # Their ids, in order
         "Store many in one commit: all of them, or none"
-        return _commit(self, _Extend(self, list(items), overwrite))
+        with at_the_door: return _commit(self, _Extend(self, list(items), overwrite))
 
     def delete(self,
         query: Any = None, # A `PoolQuery` without a time range, an id, or ids
         everything: bool = False, # Say so to delete all there is
     ) -> list[str]: # Ids of the deleted episodes
         "Hide episodes from the next version on; older snapshots still show them"
-        return _commit(self, _Delete(self, query, everything))
+        with at_the_door: return _commit(self, _Delete(self, query, everything))
 
     def snapshot(self,
         version: Optional[int] = None, # By default the newest
     ) -> Pool: # Read-only; shares the connection
         "The pool as it was at a version, whatever others write; raises `SnapshotNotFound`"
-        return _snapshot(self, version)
+        with at_the_door: return _snapshot(self, version)
 
     def copy_to(self,
         other: Pool, # Any back-end
@@ -594,26 +601,28 @@ class Pool(PoolReader):
         progress: Callable[[Iterable], Iterable] = iter, # Wraps the list of parts to be copied, as `tqdm` does
     ) -> list[str]: # Ids of the episodes that `other` holds now
         "Copy episodes, their ids, times and digests unchanged, and read them back; begun again, it goes on where it stopped"
-        return _copy(self, other, query, progress)
+        with at_the_door: return _copy(self, other, query, progress)
 
     def verify(self) -> list[str]: # Empty when sound
         "Compare every step of every version with what the log says of it; one line for each damaged part"
-        return _verify(self)
+        with at_the_door: return _verify(self)
 
     def repair(self,
         dry_run: bool = True, # Only say what it would drop
     ) -> list[str]: # One line for each thing that is, or would be, dropped
         "Drop what a writer that died left behind and no commit names"
-        if not dry_run: check_writable(self)
-        return self._repair(self.version, dry_run)
+        with at_the_door:
+            if not dry_run: check_writable(self)
+            return self._repair(self.version, dry_run)
 
     def save(self,
         path: str | os.PathLike, # Of the file
         overwrite: bool = False, # Replace a file that holds other experience
     ) -> None:
         "Copy every episode to one file that `MemoryPool` opens, in one step"
-        self.copy_to(copy := backend("memory")())
-        copy.save(path, overwrite)
+        with at_the_door:
+            self.copy_to(copy := backend("memory")())
+            copy.save(path, overwrite)
 
 # %% ../../../nbs/storage/pool/pool.ipynb #0d68ece3
 def in_bulk(
@@ -851,7 +860,7 @@ class Backend(NamedTuple):
 BACKENDS: dict[str, Backend] = {"memory": Backend("data_io_nbdev.storage.pool.memory:MemoryPool"),
                                 "delta": Backend("data_io_nbdev.storage.pool.dask:DaskPool", "dask"),
                                 "mongodb": Backend("data_io_nbdev.storage.pool.mongo:MongoPool", "mongo")}
-_STORES = {"mongodb+srv": "mongodb", **dict.fromkeys(("file", "s3", "s3a", "gs", "az", "abfs", "abfss"), "delta")}  # where a lake can be
+_STORES = {"mongodb+srv": "mongodb", "file": "file", **dict.fromkeys(("s3", "s3a", "gs", "az", "abfs", "abfss"), "delta")}  # where a lake can be
 
 def backend(scheme: str) -> type[Pool]:
     "The pool class of a scheme; raises `QueryError` for an unknown one, `MissingExtra` for a missing driver"
@@ -866,22 +875,38 @@ def open_pool(
     **options: Any, # For the back-end
 ) -> Pool:
     "A pool by its URL; raises `PoolNotFound` where `mode='r'` finds none"
-    url = os.fsdecode(url)
-    if scheme := re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", url):
-        return backend(_STORES.get(scheme[1], scheme[1])).from_url(url, mode, **options)
-    path = Path(plain_path(url))
-    if mode == "r" and not path.exists(): raise PoolNotFound(f"no pool at {str(path.absolute())!r}; mode='a' creates one")
-    return backend("delta" if _is_folder(path) else "memory").from_url(url, mode, **options)
+    with at_the_door:
+        url = path_text(url)
+        scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", url)
+        store = scheme and _STORES.get(scheme[1].lower(), scheme[1])
+        if store and store != "file": return backend(store).from_url(url, mode, **options)
+        path = Path(plain_path(url))
+        if mode == "r" and not path.exists(): raise PoolNotFound(f"no pool at {str(path.absolute())!r}; mode='a' creates one")
+        return backend("delta" if _is_folder(path) else "memory").from_url(str(path), mode, **options)
 
 def _is_folder(path: Path) -> bool: return path.is_dir() or not (path.is_file() or path.suffix == ".npz")
 
+def path_text(
+    path: Any, # Text, bytes, or with `__fspath__`
+) -> str:
+    "A path or a URL as text; raises `QueryError` for what is neither"
+    try: return os.fsdecode(path)
+    except TypeError: raise QueryError(f"expected a path or a URL, got a {type(path).__name__}") from None
+
 def plain_path(
-    path: str,
-) -> str: # The same
-    "A path; raises `QueryError` for what looks like a URL instead"
-    if not _URL.match(path): return path
-    raise QueryError(f"{safe_url(path)!r} is neither a path nor a URL, which begins with its scheme: mongodb://host/database; "
-                     "a folder of that name is written ./name")
+    path: str | os.PathLike, # Or the URL of a file or folder
+) -> str: # As the system understands it
+    "A path: `~` is the user's home, and a URL is unescaped; raises `QueryError` for what looks like another URL"
+    path = path_text(path)
+    url = re.match(r"(?i)file:(?://(?:localhost)?(?=/)|(?=/(?!/)))|delta://", path)
+    literal = path[url.end():] if url else path
+    if _URL.match(literal):
+        raise QueryError(f"{safe_url(path)!r} is neither a path nor a URL, which begins with its scheme: mongodb://host/database, or "
+                         "file:///folder, without a host; a folder of that name is written ./name")
+    plain = os.path.expanduser(url2pathname(literal) if url else literal)
+    if url and os.path.exists(literal) and not os.path.exists(plain):
+        raise QueryError(f"{path!r} means {plain!r}, where nothing is. There is {literal!r}, which an earlier version made: rename it, or open it by its path")
+    return plain
 
 # %% ../../../nbs/storage/pool/pool.ipynb #04b25ced
 _URL = re.compile(r"(?s)(?![A-Z]:[\\/](?!/))(?:[^/\\]*://|(?![/\\.]).*(?::|%3A).*@|\s*//.*:.*@|[^/\\.][^?]*\?.*=)", re.I)
@@ -936,7 +961,11 @@ def quoted(
     if any(piece in text.lower() for piece in _pieces(given) for text in said):
         return f"{type(error).__name__}, which is not quoted: it may repeat what must not be shown", None
     shown = [re.sub(r"(?s)\b[A-Za-z][\w+.-]*://.*", lambda found: safe_url(found[0]), text) for text in said]
-    return shown[0], error if shown == said else None
+    return _one_line(shown[0]), error if shown == said else None
+
+def _one_line(text: str) -> str:
+    "What a library laid out for a terminal, without its colours and arrows"
+    return " ".join(re.sub(r"\s*(\x1b\[[0-9;]*m)?↳(\x1b\[0m)?", ":", text).split())
 
 def _pieces(hidden: Iterable[str]) -> set[str]:
     "Secrets and the words in them, in small letters, as they are, unescaped, and escaped"
