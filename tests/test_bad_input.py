@@ -29,7 +29,7 @@ class World:
         (folder / "text.npz").write_text("this is no pool")
         (folder / "nothing.npz").write_bytes(b"")
         with zipfile.ZipFile(self.path) as old, zipfile.ZipFile(folder / "newer.npz", "w") as new:
-            for name in old.namelist(): new.writestr(name, old.read(name).replace(b'"format": 2', b'"format": 3', 1))
+            for name in old.namelist(): new.writestr(name, old.read(name).replace(b'"format": 2', b'"format": 4', 1))
 
     def look(self):
         "Everything there is, in values that compare"

@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ from data_io_nbdev.storage.pool.dask import DaskPool
 from data_io_nbdev.storage.pool.memory import MemoryPool
 from data_io_nbdev.storage.pool.mongo import MongoPool
 from data_io_nbdev.storage.pool.pool import open_pool, part_of
-from data_io_nbdev.testing import HARNESSES, draws, drive, facts_of, python
+from data_io_nbdev.testing import HARNESSES, at_once, draws, drive, facts_of, python
 
 
 @pytest.fixture(params=sorted(HARNESSES))
@@ -444,3 +445,161 @@ def test_a_folder_that_others_read(tmp_path, name):
         pool.store(drive())
         delta._checkpoint(pool.lake, 1)
     assert deltalake.DeltaTable(str(tmp_path / name)).version() == 1
+
+
+# --- units that are given later ---
+
+def unitless(hour=0, **more) -> Episode:
+    "A drive of which nobody said the units"
+    episode = drive(hour=hour, **more)
+    fields = {role: episode.fields(role) for role in ("state", "action", "reward", "nstate")}
+    return Episode.from_arrays(**fields, timestamp=episode.timestamp, episodestart=episode.episodestart, who=episode.who)
+
+
+def unit_of(schema, *names): return [f.unit for name in names for f in schema.fields if f.name == name]
+
+
+def again(harness, pool):
+    "The pool, opened once more, from storage"
+    if type(pool) is MemoryPool: pool.save()
+    return harness.open()
+
+
+def test_units_given_later(harness):
+    "In one commit; what is there has them from then on, snapshots from before do not, and other units are refused"
+    pool = harness.open()
+    pool.extend([unitless(h) for h in range(3)])
+    steps, old, past, query = facts_of(pool), pool.schema, pool.snapshot(), PoolQuery(vehicle="VB7", time=("2026-01-01T00:00:02Z", None))
+    new = pool.set_units({"velocity": "m/s", "reward": {"work": "kJ"}})
+    assert pool.version == 2 and new == pool.schema and unit_of(new, "velocity", "work", "pedal") == ["m/s", "kJ", None]
+    for each in (pool, again(harness, pool), pickle.loads(pickle.dumps(pool)) if pool.durable else pool):
+        assert each.schema == new and each.snapshot(2).schema == new and each.version == 2 and each.verify() == []
+        assert facts_of(each) == steps and len(each.catalogue()) == 3
+        found = [*each, *each.find(query), *each.sample(2, seed=1), each[unitless().id]]
+        assert {e.schema for e in found} == {new} and found[0].to_frame().attrs["units"]["state"] == {"velocity": "m/s"}
+        assert each.snapshot(1).schema == old and {e.schema for e in each.snapshot(1)} == {old} and facts_of(each.snapshot(1)) == steps
+        assert unit_of(harness.buffer(pool=each.snapshot(2), batch_size=4).sample().schema, "velocity") == ["m/s"]
+    assert past.schema == old and {e.schema for e in past} == {old}
+    with pytest.raises(SchemaError, match="velocity.*m/s"): pool.store(Episode.from_frame(units_of(unitless(5), "km/h")))
+    pool = harness.open()
+    pool.store(Episode.from_frame(units_of(unitless(5), "m/s")))
+    pool.store(unitless(6))
+    assert pool.store(unitless(6)) and pool.version == 4 and {e.schema for e in pool} == {new} and again(harness, pool).schema == new
+
+
+def units_of(episode, unit):
+    frame = episode.to_frame()
+    frame.attrs["units"] = {"state": {"velocity": unit}}
+    return frame
+
+
+def test_units_again(harness):
+    "Twice is no commit; a second one adds; several opened pools see it, whoever wrote last"
+    pool = harness.open()
+    pool.store(unitless())
+    first = pool.set_units({"velocity": "m/s"})
+    assert pool.set_units({"velocity": "m/s"}) == first == pool.set_units({}) and pool.version == 2
+    beside = harness.beside(pool)
+    assert beside.schema == first
+    pool.store(unitless(1))
+    second = beside.set_units({"action": {"pedal": "%"}, "velocity": "m/s"})
+    assert beside.version == 4 and pool.schema == second and unit_of(second, "velocity", "pedal") == ["m/s", "%"]
+    pool.delete(unitless(1).id)
+    for each in (pool, again(harness, pool)):
+        assert [unit_of(each.snapshot(v).schema, "velocity", "pedal") for v in (1, 2, 3, 4, 5)] == [[None, None], ["m/s", None], ["m/s", None], ["m/s", "%"], ["m/s", "%"]]
+        assert each.verify() == [] and len(each) == 1 and each.repair() == []
+
+
+@pytest.mark.parametrize("units, match", [
+    ({"velocity": "km/h"}, "was stored so, and cannot be made km/h"), ({"sped": "m/s"}, "no field 'sped'.*state velocity"), ({"slope": ""}, "a unit is text"),
+    ({"slope": 7}, "a unit is text"), ("m/s", "units are {'speed'"), ({"nstate": {"slope": "1"}}, "no field 'slope'"), (None, "units are"), ({7: "m"}, "no field 7"),
+    ({"slope": "1", "velocity": "km/h"}, "cannot be made")], ids=str)
+def test_units_that_cannot_be_given(harness, units, match):
+    "Nothing is committed, and nothing changes"
+    pool = harness.open()
+    pool.store(drive())
+    with pytest.raises(SchemaError, match=match): pool.set_units(units)
+    assert pool.version == 1 and pool.schema == drive().schema
+
+
+def test_units_of_nothing(harness):
+    pool = harness.open()
+    with pytest.raises(SchemaError, match="is empty and has no field"): pool.set_units({"velocity": "m/s"})
+    pool.store(drive())
+    with pytest.raises(ReadOnly): pool.snapshot().set_units({"slope": "1"})
+    if pool.durable:
+        with pytest.raises(ReadOnly): harness.open("r").set_units({"slope": "1"})
+    assert pool.version == 1
+
+
+def test_a_name_of_two_roles():
+    pool = MemoryPool()
+    pool.store(Episode.from_arrays(state={"x": [1.0]}, action={"x": [1.0]}, reward={"x": [1.0]}, nstate={"x": [1.0]}, timestamp=["2026-01-01T00:00Z"]))
+    with pytest.raises(SchemaError, match=r"state and action and reward.*\{'state': \{'x': 'm'\}\}"): pool.set_units({"x": "m"})
+    assert [f.unit for f in pool.set_units({"state": {"x": "m"}, "reward": {"x": "s"}}).fields] == ["m", None, "s"]
+
+
+def test_units_against_writers(harness):
+    "Whoever comes second is checked against the first: another unit is refused, the same one is no commit, a store goes on"
+    pool = harness.open()
+    pool.store(unitless())
+    def ask(i): return outcome(lambda: harness.beside(pool).set_units({"velocity": "m/s" if i % 2 else "km/h"}))
+    outcomes = at_once(*(partial(ask, i) for i in range(6)), *(partial(outcome, partial(pool.store, unitless(i))) for i in (6, 7)))
+    unit = unit_of(pool.schema, "velocity")[0]
+    assert sorted(outcomes[:6]) == ["SchemaError"] * 3 + ["done"] * 3 and outcomes[6:] == ["done"] * 2 and unit in ("m/s", "km/h")
+    assert pool.version == 4 and len(pool) == 3 and again(harness, pool).schema == pool.schema and pool.verify() == []
+
+
+def outcome(call) -> str:
+    try: call()
+    except DataIOError as e: return type(e).__name__
+    return "done"
+
+
+def test_units_go_where_the_episodes_go(harness, tmp_path):
+    "A copy, a saved file, a compacted lake and a buffer that travels have them"
+    pool = harness.open()
+    pool.extend([unitless(h) for h in range(3)])
+    buffer = harness.buffer(pool=pool, batch_size=4, seed=1)
+    before, state = draws(buffer, 2), buffer.state_dict()
+    new = pool.set_units({"velocity": "m/s"})
+    pool.save(tmp_path / "saved.npz", overwrite=True)
+    pool.copy_to(copied := MemoryPool())
+    assert MemoryPool(tmp_path / "saved.npz").schema == copied.schema == new
+    if isinstance(pool, DaskPool):
+        for h in range(3, 6): pool.store(unitless(h))
+        assert pool.compact() and pool.vacuum("0s", dry_run=False) and again(harness, pool).schema == new
+        return
+    buffer.load_state_dict(state)
+    fresh = draws(buffer, 2)
+    again_ = harness.buffer(pool=pool, batch_size=4, seed=1)
+    assert draws(again_, 2) == before and fresh != before and buffer.refresh() == 0
+
+
+def test_units_are_of_the_newest_format(tmp_path, monkeypatch):
+    "A log without them is as it was; one that gives some is refused by name where it cannot be understood"
+    from data_io_nbdev.errors import CorruptData
+    for harness in (HARNESSES[name](tmp_path / name) for name in sorted(HARNESSES) if (tmp_path / name).mkdir() is None):
+        pool = harness.open()
+        pool.store(unitless())
+        module = {MemoryPool: memory, DaskPool: delta, MongoPool: mongo}[type(pool)]
+        with monkeypatch.context() as older:
+            older.setattr(module, "NEWEST", module.FORMAT)
+            assert len(again(harness, pool)) == 1
+        pool.set_units({"velocity": "m/s"})
+        pool.store(unitless(1))
+        if type(pool) is MemoryPool: pool.save()
+        pool.close()
+        with monkeypatch.context() as older:
+            older.setattr(module, "NEWEST", module.FORMAT)
+            with pytest.raises(CorruptData, match="has format 3, which needs a newer data_io_nbdev; this one reads up to 2"): list(harness.open("r"))
+        assert len(harness.open("r")) == 2
+
+
+def test_a_back_end_that_keeps_no_units():
+    "It says so, before anything is committed"
+    class Plain(MemoryPool): gives_units = False
+    pool = Plain()
+    pool.store(unitless())
+    with pytest.raises(QueryError, match="Plain does not keep units"): pool.set_units({"velocity": "m/s"})
+    assert pool.version == 1

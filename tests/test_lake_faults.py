@@ -700,10 +700,10 @@ class TestStrangers:
             for mode in "ar":
                 with pytest.raises(CorruptData, match="newer"): DaskPool(path, mode)
         lines = actions(path, 2)
-        body = lines[0]["commitInfo"]["data_io_nbdev"].partition(" ")[2].replace('"format":2', '"format":3').replace('"files"', '"shelves"')
+        body = lines[0]["commitInfo"]["data_io_nbdev"].partition(" ")[2].replace('"format":2', '"format":4').replace('"files"', '"shelves"')
         lines[0]["commitInfo"]["data_io_nbdev"] = f"{zlib.crc32(body.encode()):08x} {body}"
         with bytes_of(entry(path, 2), "\n".join(map(json.dumps, lines)).encode()):
-            with pytest.raises(CorruptData, match="commit 2 has format 3, which needs a newer"): list(DaskPool(path))
+            with pytest.raises(CorruptData, match="commit 2 has format 4, which needs a newer"): list(DaskPool(path))
             with pytest.raises(CorruptData, match="newer"): DaskPool(path).store(drive(hour=5))
             assert facts_of(DaskPool(path).snapshot(1)) == facts_of([drive()])
         assert len(DaskPool(path)) == 2

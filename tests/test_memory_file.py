@@ -19,7 +19,7 @@ import pytest
 
 from data_io_nbdev import MemoryPool, open_pool
 from data_io_nbdev.errors import CorruptData, DataIOError, PoolUnavailable, ReadOnly
-from data_io_nbdev.storage.pool.memory import FORMAT
+from data_io_nbdev.storage.pool.memory import FORMAT, NEWEST
 from data_io_nbdev.testing import drive, facts_of, python
 
 DATA = Path(__file__).parent / "data"
@@ -277,10 +277,10 @@ class TestDamage:
     def test_newer_format(self, path):
         "A format of the future is refused by name, and left alone"
         fill(MemoryPool(path)).close()
-        self.rewrite(path, lambda m: m.update({"log.json": m["log.json"].replace(b'"format": %d' % FORMAT, b'"format": %d' % (FORMAT + 1), 1)}))
+        self.rewrite(path, lambda m: m.update({"log.json": m["log.json"].replace(b'"format": %d' % FORMAT, b'"format": %d' % (NEWEST + 1), 1)}))
         before = path.read_bytes()
         for mode in "ra":
-            with pytest.raises(CorruptData, match=f"format {FORMAT + 1}"): MemoryPool(path, mode)
+            with pytest.raises(CorruptData, match=f"format {NEWEST + 1}"): MemoryPool(path, mode)
         with pytest.raises(DataIOError): fill(MemoryPool()).save(path)
         assert path.read_bytes() == before
 

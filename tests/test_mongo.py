@@ -233,8 +233,8 @@ def test_nothing(harness):
 
 def test_a_newer_format(harness, pool):
     pool.store(drive()); pool.store(drive(hour=1))
-    harness.of("log").update_one({"_id": 2}, {"$set": {"data_io_nbdev": 3}})
-    with pytest.raises(CorruptData, match="commit 2 has format 3, which needs a newer"): len(harness.open())
+    harness.of("log").update_one({"_id": 2}, {"$set": {"data_io_nbdev": 4}})
+    with pytest.raises(CorruptData, match="commit 2 has format 4, which needs a newer"): len(harness.open())
     assert facts_of(harness.open().snapshot(1)) == facts_of([drive()])
 
 

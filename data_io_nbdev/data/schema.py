@@ -20,7 +20,7 @@ import pandas as pd  # type: ignore
 # %% auto #0
 __all__ = ['ROLES', 'FLAGS', 'KINDS', 'RESERVED', 'Units', 'lazy', 'brief', 'is_text', 'plain_text', 'whole', 'is_whole',
            'listed', 'Field', 'dtype_name', 'identity_value', 'who_value', 'kind_of', 'Schema', 'may_cast', 'cast',
-           'columns_of', 'is_time']
+           'columns_of', 'is_time', 'with_units']
 
 # %% ../../nbs/data/schema.ipynb #03cefeaf
 from ..errors import SchemaError, at_the_door, require
@@ -486,6 +486,25 @@ def _differences(expected: Schema, got: Schema) -> list[str]:
     if dict(expected.identity) != dict(got.identity):
         wrong.append(f"expected identity {dict(expected.identity)}, got {dict(got.identity)}")
     return sorted(wrong)
+
+# %% ../../nbs/data/schema.ipynb #4c021f42
+def with_units(
+    schema: Schema,
+    units: Any, # `{"speed": "m/s"}`, or by role: `{"state": {"speed": "m/s"}}`
+) -> Schema: # The same fields
+    "Units for fields that have none; raises `SchemaError` for a field that is not there, or has another unit"
+    if not isinstance(units, Mapping): raise SchemaError(f"units are {{'speed': 'm/s'}}, or by role {{'state': {{'speed': 'm/s'}}}}, got {brief(units)}")
+    new: dict[tuple[str, str], str] = {}
+    for key, value in units.items():
+        roles, names = ((key,), value) if isinstance(value, Mapping) else (ROLES, {key: value})
+        for name, unit in names.items():
+            found = [f for f in schema.fields if f.name == name and f.role in roles]
+            if not found: raise SchemaError(f"no field {brief(name)} to give a unit to; there are {', '.join(f'{f.role} {f.name}' for f in schema.fields)}")
+            if len(found) > 1: raise SchemaError(f"{name} is a field of {' and '.join(f.role for f in found)}; say which: {{{found[0].role!r}: {{{name!r}: {brief(unit)}}}}}")
+            if not is_text(unit) or not unit: raise SchemaError(f"{found[0].role} {name}: a unit is text, got {brief(unit)}")
+            if found[0].unit not in (None, "", unit): raise SchemaError(f"{found[0]} was stored so, and cannot be made {unit}; convert the values")
+            new[found[0].role, found[0].name] = unit
+    return replace(schema, fields=tuple(replace(f, unit=new.get((f.role, f.name), f.unit)) for f in schema.fields))
 
 # %% ../../nbs/data/schema.ipynb #7cc461e3
 def _to_json(schema: Schema) -> str:

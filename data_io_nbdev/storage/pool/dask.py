@@ -114,6 +114,7 @@ def files_of(parts: Iterable[Part]) -> tuple[File, ...]:
 class DaskPool(Pool):
     "Episodes in a Delta Lake table, in a folder or in an object store"
     durable: ClassVar[bool] = True
+    gives_units: ClassVar[bool] = True
 
     def __init__(self,
         url: str | os.PathLike, # A folder, or `s3://…`, `gs://…`, `abfss://…`; it need not exist yet
@@ -419,7 +420,7 @@ def _verify(pool: DaskPool) -> list[str]:
             found = list(damages(pool, parts))
             if not found and (wrong := _file_damage(pool, parts[0])): found = [damage_line(part, wrong) for part in parts]
             lines += found
-        return [*lines, *(flaws(pool.lake, pool.version, pool._index.schema) if pool.version else ())]
+        return [*lines, *(flaws(pool.lake, pool.version, pool._index.schema_at(1)) if pool.version else ())]
 
 def _file_damage(pool: DaskPool, part: Part) -> str:
     "What is wrong with the file of a part as a whole; empty when it is sound"

@@ -25,8 +25,8 @@ from urllib.parse import unquote
 import numpy as np
 
 # %% auto #0
-__all__ = ['FORMAT', 'Entry', 'facts_text', 'parse_entry', 'Table', 'Lake', 'unreachable', 'LocalLake', 'said_by', 'RemoteLake',
-           'flaws', 'open_lake']
+__all__ = ['FORMAT', 'NEWEST', 'Entry', 'facts_text', 'parse_entry', 'Table', 'Lake', 'unreachable', 'LocalLake', 'said_by',
+           'RemoteLake', 'flaws', 'open_lake']
 
 # %% ../../../nbs/storage/pool/delta.ipynb #9dde590d
 from ...errors import CorruptData, DataIOError, PoolUnavailable, QueryError, SchemaError, require, tell
@@ -43,7 +43,7 @@ deltalake = require("deltalake", "dask")
 for module in ("pyarrow.fs", "deltalake.fs", "deltalake.transaction", "deltalake.exceptions"): require(module, "dask")
 
 # %% ../../../nbs/storage/pool/delta.ipynb #83b01819
-FORMAT = 2  # 1 did not say where an entry belongs
+FORMAT, NEWEST = 2, 3  # 1 did not say where an entry belongs; 3 is an entry that gives units
 
 class Entry(NamedTuple):
     "A commit, and the files that come and go with it"
@@ -80,9 +80,10 @@ def facts_text(
     "What a pool knows of an entry, and where that belongs, as its `commitInfo` holds it"
     commit, place = entry.commit, {file.path: i for i, file in enumerate(entry.files)}
     def plain(p: Part) -> list: return [*(getattr(p, name) for name in _PART), place[p.where[0].path], p.where[1]]
-    return _sealed(dict(format=FORMAT, table=table_id, number=commit.number, since=entry.since, token=commit.token,
+    said = commit.schema if commit.number == 1 else commit.units
+    return _sealed(dict(format=NEWEST if commit.units else FORMAT, table=table_id, number=commit.number, since=entry.since, token=commit.token,
                         time=entry.time, files=entry.files, gone=entry.gone, put=[plain(p) for p in commit.put], move=[plain(p) for p in commit.move], hide=commit.hide,
-                        oldest=commit.oldest, schema=commit.schema and commit.schema.to_json() if commit.number == 1 else None))
+                        oldest=commit.oldest, schema=said and said.to_json()))
 
 # %% ../../../nbs/storage/pool/delta.ipynb #b4535617
 _STRANGE = re.compile(r"[\0\\]|^[A-Za-z][A-Za-z0-9+.-]*:|^_|(^|/)([./]|$)")  # URLs, drives, hidden and upper folders, no name
@@ -126,8 +127,8 @@ def _unsealed(text: str) -> dict:
 def _parse_facts(number: int, text: str, table_id: str) -> Entry:
     "An entry from its facts; raises `ValueError` where they are damaged, or belong elsewhere"
     d = _unsealed(text)
-    if d["format"] > FORMAT:
-        raise CorruptData(f"commit {number} has format {d['format']}, which needs a newer data_io_nbdev; this one reads up to {FORMAT}")
+    if d["format"] > NEWEST:
+        raise CorruptData(f"commit {number} has format {d['format']}, which needs a newer data_io_nbdev; this one reads up to {NEWEST}")
     if d["format"] > 1:
         if d.get("number") != number: raise ValueError(f"it is commit {d.get('number')}")
         if table_id and d.get("table") != table_id: raise ValueError(f"it belongs to table {d.get('table')}, and this is {table_id}")
@@ -139,7 +140,8 @@ def _parse_facts(number: int, text: str, table_id: str) -> Entry:
     if {*map(type, (token, *hide))} != {str} or {*map(type, numbers)} != {int}: raise ValueError("it is none of ours")
     try: schema = Schema.from_json(d["schema"]) if "schema" in d else None
     except SchemaError as e: raise ValueError(f"its schema is none: {e}") from e
-    commit = Commit(number, token, put, hide, schema, move, numbers[0])
+    first, units = (schema, None) if number == 1 else (None, schema)
+    commit = Commit(number, token, put, hide, first, move, numbers[0], units)
     return Entry(commit, files, tuple(map(_as_file, d.get("gone", ()))), numbers[1], d["format"], numbers[2])
 
 # %% ../../../nbs/storage/pool/delta.ipynb #bf24fcb5
@@ -573,7 +575,7 @@ def _link(lake: LocalLake, number: int, lines: Iterable[dict]) -> bool:
 # %% ../../../nbs/storage/pool/delta.ipynb #1eb2aae1
 def _lines(entry: Entry, schema: Schema, facts: str) -> Iterator[dict]:
     "An entry as Delta Lake's actions"
-    kind = "WRITE" if entry.commit.put else "DELETE" if entry.commit.hide else "OPTIMIZE" if entry.commit.move else "VACUUM END"
+    kind = "WRITE" if entry.commit.put else "DELETE" if entry.commit.hide else "OPTIMIZE" if entry.commit.move else "CHANGE COLUMN" if entry.commit.units else "VACUUM END"
     yield {"commitInfo": {"timestamp": entry.time, "operation": kind, "operationParameters": {}, "engineInfo": "data_io_nbdev", _FACTS: facts}}
     for add in _adds(entry, schema): yield {"add": add}
     for f in entry.gone:

@@ -20,11 +20,11 @@ from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, ClassVar, Optional
 import numpy as np
 
 # %% auto #0
-__all__ = ['FORMAT', 'episode_of', 'sync_folder', 'replace_file', 'Kept', 'MemoryPool', 'lending', 'forgetting']
+__all__ = ['FORMAT', 'NEWEST', 'episode_of', 'sync_folder', 'replace_file', 'Kept', 'MemoryPool', 'lending', 'forgetting']
 
 # %% ../../../nbs/storage/pool/memory.ipynb #890a161c
 from ...errors import CorruptData, DataIOError, PoolNotFound, PoolUnavailable, ReadOnly, SnapshotNotFound, at_the_door
@@ -33,7 +33,7 @@ from ...data.core import Episode, from_us
 from .pool import Commit, Part, Pool, forkable_lock, in_one_step, plain_path, view
 
 # %% ../../../nbs/storage/pool/memory.ipynb #989210b7
-FORMAT = 2
+FORMAT, NEWEST = 2, 3  # the newest is a log in which fields are given units
 _SAYS = ("id", "who", "start", "zone", "offset", "length", "begin", "end", "number", "digest", "reward", "nbytes", "ended", "linked",
          "tail", "born")  # of a part, which goes without `where`, its place, and `version`, its commit's number
 _NAMES = {name: {"reward": "return", "nbytes": "bytes"}.get(name, name) for name in _SAYS}  # attribute to the log's word for it
@@ -46,9 +46,9 @@ def _log_json(commits: Iterable[Commit], schema: Optional[Schema], last: int, ho
               members: dict[str, int]) -> str: # `members`: the CRC of each array's file
     "The log as JSON, sealed"
     def plain(p: Part) -> dict: return {word: getattr(p, name) for name, word in _NAMES.items()}
-    log = [dict(number=c.number, token=c.token, hide=c.hide, put=[plain(p) for p in c.put]) for c in commits]
-    fields = schema and json.loads(schema.to_json())
-    return _seal(json.dumps(dict(format=FORMAT, token=token, last=last, horizon=horizon, schema=fields, commits=log, members=members)))
+    def fields(schema: Optional[Schema]) -> Optional[dict]: return schema and json.loads(schema.to_json())
+    log = [dict(number=c.number, token=c.token, hide=c.hide, put=[plain(p) for p in c.put], **({"units": fields(c.units)} if c.units else {})) for c in commits]
+    return _seal(json.dumps(dict(format=NEWEST if any("units" in c for c in log) else FORMAT, token=token, last=last, horizon=horizon, schema=fields(schema), commits=log, members=members)))
 
 # %% ../../../nbs/storage/pool/memory.ipynb #ea9942e2
 def _possible(p: Part, schema: Schema, width: int) -> bool: # `width`: bytes of one step
@@ -92,8 +92,8 @@ def _check_zones(parts: Iterable[Part]) -> None:
 def _parse_log(text: str) -> tuple[dict[int, Commit], Optional[Schema], dict]:
     "The commits by number, the schema, and the log as it stands; raises `CorruptData` for a newer format or another's work"
     format = int(found[1]) if (found := re.match(r'\{"format": (\d{1,9})\b', text)) else 0
-    if format > FORMAT:
-        raise CorruptData(f"it has format {format}, which needs a newer data_io_nbdev; this one reads up to {FORMAT}")
+    if format > NEWEST:
+        raise CorruptData(f"it has format {format}, which needs a newer data_io_nbdev; this one reads up to {NEWEST}")
     if not format: raise CorruptData("its log does not begin with its format")
     if format > 1 and text != _seal(text[:-len(_seal("}"))] + "}"): raise CorruptData("its log is not what was written, by its sha256")
     try: return _as_commits(json.loads(text))
@@ -105,14 +105,16 @@ def _as_commits(d: dict) -> tuple[dict[int, Commit], Optional[Schema], dict]:
     last, horizon = d["last"], d["horizon"]
     if not (type(last) is type(horizon) is int and 0 <= horizon <= last < 1 << 63 and type(d["token"]) is str):
         raise CorruptData(f"it ends at version {last!r:.40}, begins at {horizon!r:.40} and has the token {d['token']!r:.40}")
-    schema = None if d["schema"] is None else Schema.from_json(json.dumps(d["schema"]))
+    def fields(said: Optional[dict]) -> Optional[Schema]: return None if said is None else Schema.from_json(json.dumps(said))
+    schema = fields(d["schema"])
     width, place = 8 + sum(schema.block(role).itemsize for role in schema.roles) if schema else 0, count()
     def part(said: dict, version: int) -> Part:
         facts = {name: said[word] for name, word in _NAMES.items()}
         p = Part(**{**facts, "who": tuple(facts["who"])}, version=version, where=next(place))
         if schema and len(said) == len(_NAMES) and _possible(p, schema, width): return p
         raise CorruptData(f"its commit {version} puts what is no part: {said!r:.300}")
-    commits = [Commit(c["number"], c["token"], tuple(part(said, c["number"]) for said in c["put"]), tuple(c["hide"])) for c in d["commits"]]
+    commits = [Commit(c["number"], c["token"], tuple(part(said, c["number"]) for said in c["put"]), tuple(c["hide"]),
+                      units=fields(c.get("units"))) for c in d["commits"]]
     if not all(type(c.number) is int and all(type(text) is str for text in (c.token, *c.hide)) for c in commits):
         raise CorruptData("its commits are not numbered, or have no token, or end what is no episode")
     _check_order(commits, last, horizon)
@@ -280,6 +282,7 @@ class Kept:
 # %% ../../../nbs/storage/pool/memory.ipynb #6c041cea
 class MemoryPool(Pool):
     "Episodes in memory; with a path, also in a file that `save` replaces in one step"
+    gives_units: ClassVar[bool] = True
 
     def __init__(self,
         path: Optional[str | os.PathLike] = None, # A file to open, and to save to; it need not exist yet
@@ -379,7 +382,7 @@ def _write_pool(pool: MemoryPool, f: Any, token: str) -> int: # `f`: an open bin
     "Write every version, and say which was the last"
     with pool._lock:
         last, horizon = pool._head(), pool._oldest()
-        commits, schema = list(pool._changes(0, last)), pool._catch_up(last).schema
+        commits, schema = list(pool._changes(0, last)), pool._catch_up(last).schema_at(0)
     file = zipfile.ZipFile(f, "w", zipfile.ZIP_STORED)
     try:
         if schema: _write_steps(file, schema, [p for c in commits for p in c.put], pool._read_one)

@@ -23,8 +23,8 @@ from fastcore.basics import chunked
 import pandas as pd  # type: ignore
 
 # %% auto #0
-__all__ = ['FORMAT', 'seal', 'sealed', 'is_intact', 'Place', 'level_field', 'entry_of', 'part_from', 'pack', 'unpacked_size',
-           'layout', 'most_bytes', 'unpack', 'MongoPool', 'filters']
+__all__ = ['FORMAT', 'NEWEST', 'seal', 'sealed', 'is_intact', 'Place', 'level_field', 'entry_of', 'part_from', 'pack',
+           'unpacked_size', 'layout', 'most_bytes', 'unpack', 'MongoPool', 'filters']
 
 # %% ../../../nbs/storage/pool/mongo.ipynb #b286b347
 from ...errors import CorruptData, DataIOError, PoolNotFound, PoolUnavailable, QueryError, SchemaError, at_the_door, require
@@ -61,7 +61,7 @@ def is_intact(
     except (TypeError, ValueError, RecursionError): return False
 
 # %% ../../../nbs/storage/pool/mongo.ipynb #41a1a10c
-FORMAT = 2
+FORMAT, NEWEST = 2, 3  # the newest is a commit that gives units, or comes after one
 _FACTS = ("id", "who", "start", "zone", "offset", "length", "begin", "end", "number", "digest", "reward", "nbytes",
           "ended", "linked", "tail", "born")
 _KINDS = {"id": (str,), "who": (list,), "zone": (str,), "number": (int, type(None)), "digest": (str,), "reward": (float, int), "ended": (bool,),
@@ -214,6 +214,7 @@ def unpack(
 class MongoPool(Pool):
     "Episodes in a database that speaks the MongoDB protocol"
     durable: ClassVar[bool] = True
+    gives_units: ClassVar[bool] = True
 
     def __init__(self,
         url: str, # `mongodb://host/database.collection`, with any option that `pymongo` knows
@@ -232,7 +233,7 @@ class MongoPool(Pool):
 
     def _changes(self, after: int, upto: int) -> Iterator[Commit]: return _changes(self, after, upto)
 
-    def _schema(self, version: int) -> Optional[Schema]: return self._link.schema or _reachable(self, _schema, version) if version else None
+    def _schema(self, version: int) -> Optional[Schema]: return self._link.schema_at(version) or _reachable(self, _schema, version) if version else None
 
     def _stored(self, ids: Iterable[str], version: int) -> dict[str, list[Part]]: return _reachable(self, _stored, set(ids), version)
 
@@ -309,7 +310,8 @@ class _Link:
         self.collection = collection or said["collection"] or "experience"
         self.shown = _shown(url, self.database, self.collection)
         # each of these is right by itself, and changes with one assignment
-        self.seen, self.schema = 0, None  # the newest commit; the schema, once there is one
+        self.seen, self.schemas = 0, {}  # the newest commit; the schema, once there is one, by the commit that gave the last units, else 0
+        self.units = 0, 0  # the newest commit that was looked into, and which was the last one up to it that gave units
         self.counted = 0, 0  # a version, and how many episodes it has
         self.asked = None, -60, 0  # the server's time, and that of two clocks here
         self.late = -1, ()  # a version, and commits behind it, which somebody learned of who came too late
@@ -338,7 +340,14 @@ class _Link:
     def learn(self, logged: dict) -> None: # A document of the log
         "Take note of a commit, as far as it is sound: who needs more will read it, and say so"
         self.seen = max(self.seen, logged["_id"])
-        if _is_sound(logged): self.counted = logged["_id"], logged["episodes"]
+        if not _is_sound(logged): return
+        self.counted = logged["_id"], logged["episodes"]
+        self.units = max(self.units, (logged["_id"], logged.get("units", 0)))
+
+    def schema_at(self, version: int) -> Optional[Schema]:
+        "The schema of a version, as far as that is known here"
+        upto, units = self.units
+        return self.schemas.get(units) if units <= version <= upto else None
 
     def now(self) -> datetime:
         "By the server's clock"
@@ -492,16 +501,16 @@ def _is_texts(value: Any) -> bool: return isinstance(value, list) and all(isinst
 def _is_sound(logged: dict) -> bool:
     "Whether this package can read a document of the log, and it is as it was written"
     get = logged.get
-    return (_is_count(get("_id"), 1) and _is_count(get("data_io_nbdev"), 1) and get("data_io_nbdev") <= FORMAT and _is_texts(get("tokens"))
-            and _is_count(get("count")) and _is_count(get("episodes")) and isinstance(get("schema", ""), str) and _is_texts(get("ids", []))
+    return (_is_count(get("_id"), 1) and _is_count(get("data_io_nbdev"), 1) and get("data_io_nbdev") <= NEWEST and _is_texts(get("tokens"))
+            and _is_count(get("count")) and _is_count(get("episodes")) and isinstance(get("schema", ""), str) and _is_count(get("units", 0)) and _is_texts(get("ids", []))
             and (is_intact(logged) if get("data_io_nbdev") > 1 else "crc" not in logged))
 
 def _known(logged: dict) -> dict:
     "A document of the log that is sound; raises `CorruptData`"
     if _is_sound(logged): return logged
     number, found = brief(logged.get("_id")), logged.get("data_io_nbdev")
-    if _is_count(found, FORMAT + 1):
-        raise CorruptData(f"commit {number} has format {found}, which needs a newer data_io_nbdev; this one reads up to {FORMAT}")
+    if _is_count(found, NEWEST + 1):
+        raise CorruptData(f"commit {number} has format {found}, which needs a newer data_io_nbdev; this one reads up to {NEWEST}")
     raise CorruptData(f"commit {number} of the log is damaged, or was not written by data_io_nbdev")
 
 def _logged(pool: MongoPool, number: int) -> dict:
@@ -515,11 +524,22 @@ def _schema_of(logged: dict) -> Optional[Schema]:
 
 def _schema(pool: MongoPool, version: int) -> Optional[Schema]:
     link = pool._link
-    if link.schema is None:
-        first = link.of("log").find_one({"schema": {"$exists": True}, "_id": {"$gt": 0, "$lt": _MOST}}, sort=[("_id", 1)])
-        if first is not None: link.schema = _schema_of(_known(first))
-        elif _count(pool, version): raise CorruptData(f"{pool.url!r}: no commit of the log has the schema, and there are episodes")
-    return link.schema
+    if not version: return None
+    if known := link.schema_at(version): return known
+    if (units := _units_at(pool, version)) not in link.schemas:
+        wanted = {"schema": {"$exists": True}, "_id": units or {"$gt": 0, "$lt": _MOST}}
+        logged = link.of("log").find_one(wanted, sort=[("_id", 1)])
+        if logged is not None: link.schemas[units] = _schema_of(_known(logged))
+        elif units or _count(pool, version): raise CorruptData(f"{pool.url!r}: no commit of the log has the schema, and there are episodes")
+    return link.schemas.get(units)
+
+def _units_at(pool: MongoPool, version: int) -> int:
+    "The last commit up to a version that gave units; 0 where none did"
+    upto, units = pool._link.units
+    if units <= version <= upto or not version: return units if version else 0
+    logged = _logged(pool, version)
+    pool._link.units = max(pool._link.units, (version, logged.get("units", 0)))
+    return logged.get("units", 0)
 
 def _count(pool: MongoPool, version: int) -> int:
     if not version: return 0
@@ -551,7 +571,8 @@ def _commits(pool: MongoPool, after: int, upto: int) -> list[Commit]:
 def _whole(logged: dict, entries: Sequence[dict], levels: Sequence[str]) -> Commit:
     number, count = logged["_id"], logged["count"]
     if len(entries) != count: raise CorruptData(f"commit {number} has {len(entries)} of its {count} entries")
-    return _commit(number, entries, levels, _schema_of(logged))
+    schema, units = _schema_of(logged), logged.get("units") == number
+    return _commit(number, entries, levels, None if units else schema)._replace(units=schema if units else None)
 
 def _commit(number: int, entries: Iterable[dict], levels: Sequence[str], schema: Optional[Schema] = None) -> Commit:
     "A commit, or as much of it as is needed"
@@ -570,7 +591,7 @@ _BATCH = 16  # Pieces of chunks in one answer: clients refuse answers above 48 M
 
 def _read(pool: MongoPool, parts: Sequence[Part]) -> Iterator[Episode]:
     if not parts: return
-    schema, counted = pool._schema(parts[0].version), set()
+    schema, counted = next(iter(pool._link.schemas.values()), None) or pool._schema(parts[0].version), set()  # units do not matter here
     columns = layout(schema)
     def nbytes(part: Part) -> int:  # that travel with it
         return 0 if part.where.key in counted else counted.add(part.where.key) or max(part.nbytes, _CHUNK)
@@ -657,9 +678,12 @@ def _put(pool: MongoPool, commit: Commit) -> bool:
         raise PoolUnavailable(f"{pool!r}: steps waited longer than half of grace={pool.grace} for their commit; store them again")
     ids = list(dict.fromkeys([*commit.hide, *(part.id for part in commit.put)]))
     episodes = _count(pool, number - 1) + len({part.id for part in commit.put if part.life == number}) - len(commit.hide)
-    logged = {"_id": number, "data_io_nbdev": FORMAT, "tokens": [commit.token], "count": len(commit.put) + len(commit.hide), "episodes": episodes,
+    units = number if commit.units else _units_at(pool, number - 1)
+    logged = {"_id": number, "data_io_nbdev": NEWEST if units else FORMAT, "tokens": [commit.token], "count": len(commit.put) + len(commit.hide), "episodes": episodes,
               "made": now, **({"ids": ids} if len(ids) <= _IDS else {})}
-    if commit.schema and _schema(pool, number - 1) is None: logged["schema"] = commit.schema.to_json()
+    if units: logged["units"] = units
+    if commit.units: logged["schema"] = commit.units.to_json()
+    elif commit.schema and _schema(pool, number - 1) is None: logged["schema"] = commit.schema.to_json()
     try: link.of("log").insert_one(sealed(logged))
     except pymongo.errors.PyMongoError as e:  # whose commit is it?
         there = _found(pool, number, wait=isinstance(e, pymongo.errors.DuplicateKeyError))

@@ -38,8 +38,8 @@ __all__ = ['BACKENDS', 'Part', 'part_of', 'Commit', 'in_one_step', 'Index', 'new
 
 # %% ../../../nbs/storage/pool/pool.ipynb #b6a8678c
 from ...errors import (ClosedError, CorruptData, DataIOError, EpisodeConflict, EpisodeNotFound, NotEnoughData,
-                                  PoolNotFound, PoolUnavailable, QueryError, ReadOnly, SnapshotNotFound, at_the_door)
-from ...data.schema import Schema, brief, listed
+                                  PoolNotFound, PoolUnavailable, QueryError, ReadOnly, SchemaError, SnapshotNotFound, at_the_door)
+from ...data.schema import Schema, brief, listed, with_units
 from ...data.core import (RESET, Episode, PoolQuery, as_episode, concat, from_us, same_steps, state_digest,
                                      steps_in, tell_gaps)
 
@@ -98,6 +98,7 @@ class Commit(NamedTuple):
     schema: Optional[Schema] = None  # Of the first commit
     move: tuple[Part, ...] = ()  # Parts that are there already, each with a new `where`
     oldest: int = 0  # From here on this is the oldest version that can be read
+    units: Optional[Schema] = None  # From here on: the same fields, some of which had no unit before
 
 # %% ../../../nbs/storage/pool/pool.ipynb #8d34af56
 _call = methodcaller("__call__")
@@ -116,6 +117,8 @@ class _Life:
     parts: list[Part]  # In order
     died: float = float("inf")  # Number of the commit that hid it
 
+def _bare(schema: Optional[Schema]) -> Any: return schema and (schema.identity, [replace(f, unit=None) for f in schema.fields])
+
 @dataclass
 class Index:
     "What a log says, at every version up to `number`"
@@ -123,6 +126,7 @@ class Index:
     schema: Optional[Schema] = None
     lives: dict[str, list[_Life]] = field(default_factory=dict)  # By episode id, in order
     oldest: int = 0  # The oldest version that it still knows
+    before: tuple[tuple[int, Schema], ...] = ()  # Commits that gave units, and the schema until then
 
     def apply(self, commit: Commit) -> None:
         "Take in the next commit, whole or not at all"
@@ -136,7 +140,9 @@ class Index:
             elif lives: changes.append(partial(list.append, lives, _Life(parts)))
             else: changes.append(partial(dict.update, self.lives, {id: [_Life(parts)]}))
         changes += [partial(list.__setitem__, *found, part) for part in commit.move if (found := self._find(part))]
-        said = dict(number=commit.number, schema=self.schema or commit.schema)
+        said = dict(number=commit.number, schema=commit.units or self.schema or commit.schema)
+        if commit.units and _bare(commit.units) != _bare(self.schema): raise CorruptData(f"commit {commit.number} gives units to other fields than there are")
+        if commit.units: said.update(before=(*self.before, (commit.number, self.schema)))
         if commit.oldest > self.oldest: said.update(oldest=commit.oldest, lives=self._since(commit.oldest))
         in_one_step(*changes, partial(dict.update, vars(self), said))
 
@@ -151,6 +157,10 @@ class Index:
         "The lives that some version from this one on has"
         left = {id: [life for life in lives if life.died > oldest] for id, lives in self.lives.items()}
         return {id: lives for id, lives in left.items() if lives}
+
+    def schema_at(self, version: int) -> Optional[Schema]:
+        "The schema of a version"
+        return next((schema for number, schema in self.before if version < number), self.schema)
 
     def every_part(self) -> list[Part]:
         "The parts of every version, each once"
@@ -431,7 +441,7 @@ class PoolIndex(PoolHandle):
 
     def _schema(self, version: int) -> Optional[Schema]:
         "What every episode fits; `None` as long as there is none"
-        return self._catch_up(version).schema
+        return self._catch_up(version).schema_at(version)
 
     def _stored(self, ids: Iterable[str], version: int) -> dict[str, list[Part]]:
         "The parts of those of these episodes that are there at a version"
@@ -463,10 +473,10 @@ class PoolIndex(PoolHandle):
 
     def _read_one(self, part: Part) -> Episode: return next(iter(self._read([part])))
 
-    def _episodes(self, found: Sequence[Sequence[Part]]) -> Iterator[Episode]:
+    def _episodes(self, found: Sequence[Sequence[Part]], schema: Optional[Schema] = None) -> Iterator[Episode]:
         "One episode from each list of parts, reading ahead as the back-end likes"
         stream = iter(self._read([part for parts in found for part in parts]))
-        for parts in found: yield concat(list(islice(stream, len(parts))))
+        for parts in found: yield _under(schema, concat(list(islice(stream, len(parts)))))
 
     def _ask(self, query: tuple[PoolQuery, Sequence[str]], version: int) -> tuple[PoolQuery, list[list[Part]]]:
         "What a user asks for, and the parts of each episode that answers it"
@@ -477,6 +487,11 @@ class PoolIndex(PoolHandle):
         for id in ids:
             if id not in there: raise EpisodeNotFound(f"no episode {id!r} at version {version}; catalogue() lists what there is")
         return asked, found
+
+# %% ../../../nbs/storage/pool/pool.ipynb #a3f246de
+def _under(schema: Optional[Schema], episode: Episode) -> Episode:
+    "An episode under the schema of a version, which may have units that nobody had given when it was stored"
+    return episode if schema is None or episode.schema is schema or episode.schema == schema else replace(episode, schema=schema)
 
 # %% ../../../nbs/storage/pool/pool.ipynb #7859ab86
 def _as_query(query: Any) -> tuple[PoolQuery, Sequence[str]]:
@@ -502,8 +517,8 @@ class PoolReader(PoolIndex):
         "The episodes asked for, as they are now: the iterator keeps its version while others write"
         with at_the_door:
             asked = _as_query(query)  # once: an iterator over ids would be empty the second time
-            query, found = self._newest(lambda version: self._ask(asked, version))
-        return (episode[steps_in(episode.times, query)] for episode in self._episodes(found))
+            query, found, schema = self._newest(lambda version: (*self._ask(asked, version), self._schema(version)))
+        return (episode[steps_in(episode.times, query)] for episode in self._episodes(found, schema))
 
     def count(self,
         query: Any = None, # A `PoolQuery`, an id, or ids; by default everything
@@ -529,10 +544,10 @@ class PoolReader(PoolIndex):
         "Whole episodes at random, none twice; raises `NotEnoughData` where fewer match"
         with at_the_door:
             asked = _as_query(query)
-            query, found = self._newest(lambda version: self._ask(asked, version))
+            query, found, schema = self._newest(lambda version: (*self._ask(asked, version), self._schema(version)))
         if not 0 < n <= len(found): raise NotEnoughData(f"asked for {n} episodes, and {len(found)} match")
         chosen = [found[i] for i in np.random.default_rng(seed).choice(len(found), n, replace=False)]
-        return [episode[steps_in(episode.times, query)] for episode in self._episodes(chosen)]
+        return [episode[steps_in(episode.times, query)] for episode in self._episodes(chosen, schema)]
 
     def __getitem__(self, id: str) -> Episode:
         with at_the_door: return next(self.find(id))
@@ -562,6 +577,7 @@ def _catalogue(found: Sequence[Sequence[Part]], schema: Optional[Schema]) -> pd.
 class Pool(PoolReader):
     "A durable, append-only, versioned log of episodes"
     durable: ClassVar[bool] = False  # Whether what `store` acknowledged survives a crash
+    gives_units: ClassVar[bool] = False  # Whether its log keeps the `units` of a commit
 
     @classmethod
     def from_url(cls, url: str, mode: str = "a", **options: Any) -> Pool:
@@ -588,6 +604,14 @@ class Pool(PoolReader):
     ) -> list[str]: # Ids of the deleted episodes
         "Hide episodes from the next version on; older snapshots still show them"
         with at_the_door: return _commit(self, _Delete(self, query, everything))
+
+    def set_units(self,
+        units: Mapping[str, Any], # `{"speed": "m/s"}`, or by role: `{"state": {"speed": "m/s"}}`
+    ) -> Schema: # Of the pool, from the next version on
+        "Give units to fields that were stored without one, in one commit; raises `SchemaError` where there is another unit"
+        with at_the_door:
+            _commit(self, _give_units(self, units))
+            return self._newest(self._schema)
 
     def snapshot(self,
         version: Optional[int] = None, # By default the newest
@@ -655,6 +679,7 @@ class Plan(NamedTuple):
     schema: Optional[Schema]  # Of the pool, once the first item has set it
     ids: list[str]  # The caller's answer; nothing else was looked at, but for
     query: Optional[PoolQuery] = None  # what a delete asked for, where it named no ids
+    units: Optional[Schema] = None  # The schema from then on, where fields are given units
 
 # %% ../../../nbs/storage/pool/pool.ipynb #1c7be0f4
 @patch
@@ -678,14 +703,14 @@ def _undo(self: PoolIndex, commit: Commit) -> None:
 def _stands(pool: Pool, plan: Plan, version: int, touched: Optional[set[str]]) -> bool:
     "Whether a plan is right at a version, too, after commits that touched these episodes"
     if touched is None or not touched.isdisjoint(plan.ids): return False
-    if plan.put and pool._schema(version) not in (None, plan.schema): return False
+    if (plan.put or plan.units) and pool._schema(version) not in (None, plan.schema): return False
     return plan.query is None or not pool._select(plan.query, version, touched)
 
 def _stage(pool: Pool, plan: Plan) -> Commit: # Without its number
     "Write the steps of a plan"
     token = secrets.token_hex(16)
     put = pool._write(token, plan.put, plan.schema) if plan.put else ()
-    return Commit(0, token, tuple(put), tuple(plan.hide), plan.schema)
+    return Commit(0, token, tuple(put), tuple(plan.hide), plan.schema, units=plan.units)
 
 _WAIT = 16  # Up to so many times what the winning attempt took
 
@@ -699,11 +724,11 @@ def _commit(pool: Pool, decide: Callable[[int], Plan]) -> list[str]:
         for lost in range(1_000_000):
             if plan is None:
                 version, plan = pool._newest(lambda version: (version, decide(version)))
-                said = [part for part, _ in plan.put], plan.hide, plan.schema
+                said = [part for part, _ in plan.put], plan.hide, plan.schema, plan.units
                 if staged and said != before:
                     old, staged = staged, None
                     pool._undo(old)
-                if not plan.put and not plan.hide: return plan.ids
+                if not (plan.put or plan.hide or plan.units): return plan.ids
                 if not staged: staged, before = _stage(pool, plan), said
             commit = staged._replace(number=version + 1, put=tuple(replace(part, version=version + 1) for part in staged.put))
             staged = None
@@ -782,6 +807,14 @@ class _Delete:
         ids = [parts[0].id for parts in self.pool._ask((self.query, self.ids), version)[1]]
         return Plan([], ids, None, ids, None if self.ids else self.query)
 
+# %% ../../../nbs/storage/pool/pool.ipynb #7bfc7888
+def _give_units(pool: Pool, units: Any) -> Callable[[int], Plan]:
+    if not pool.gives_units: raise QueryError(f"{type(pool).__name__} does not keep units that are given later; copy_to a pool that does")
+    def decide(version: int) -> Plan:
+        if (schema := pool._schema(version)) is None: raise SchemaError(f"{pool!r} is empty and has no field yet; store an episode first, or with its units")
+        return Plan([], [], schema, [], units=new if (new := with_units(schema, units)) != schema else None)
+    return decide
+
 # %% ../../../nbs/storage/pool/pool.ipynb #8d84230e
 def view(
     pool: Pool, # Open; may be a view itself
@@ -836,16 +869,16 @@ def _verify(pool: Pool) -> list[str]: return list(damages(pool, pool._catch_up(p
 # %% ../../../nbs/storage/pool/pool.ipynb #afaa1d4e
 def _copy(pool: Pool, other: Pool, query: Any, progress: Callable[[Iterable], Iterable], size: int = 64 << 20) -> list[str]:
     query = _as_query(query)
-    asked, found = pool._newest(lambda version: pool._ask(query, version))
+    asked, found, schema = pool._newest(lambda version: (*pool._ask(query, version), pool._schema(version)))
     if asked.time != (None, None):
         raise QueryError("a time range cuts episodes, and copy_to takes whole ones; use start=(from, to)")
-    if found and other.schema: other.schema.check(pool.schema)  # what is cast has another digest
+    if found and other.schema: other.schema.check(schema)  # what is cast has another digest
     ids = [parts[0].id for parts in found]
     there = other._newest(lambda version: other._stored(ids, version))
     def copied(parts: Sequence[Part]) -> bool: return [p.digest for p in there.get(parts[0].id, ())] == [p.digest for p in parts]
     todo = [part for parts in found if not copied(parts) for part in parts]
     for bulk in in_bulk(zip(progress(todo), pool._read(todo)), lambda pair: pair[1].nbytes, size):
-        other.extend(episode for _, episode in bulk)
+        other.extend(_under(schema, episode) for _, episode in bulk)
         now = other._newest(lambda version: other._stored({part.id for part, _ in bulk}, version))
         if wrong := next(damages(other, [part for parts in now.values() for part in parts]), None):
             raise CorruptData(f"{other!r} has not what was copied to it: {wrong}")
