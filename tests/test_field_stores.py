@@ -398,7 +398,7 @@ def test_files_by_url(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["a b0.npz", "a b1.npz", "a b2.npz", "another copy.npz", "copy.npz", "lake", "mapped rows", "more rows"]
 
 
-@pytest.mark.parametrize("url", ["file://nas/pool", "file://eve:hush@nas/pool", "file://~/pool", "file://pool", "delta://eve:hush@host", 7, None, object()], ids=str)
+@pytest.mark.parametrize("url", ["file://nas/pool", "file://eve:hush@nas/pool", "file://~/pool", "file://pool", "delta://eve:hush@host", 7, None, 7.5], ids=str)
 def test_addresses_that_nobody_can_mean(tmp_path, monkeypatch, url):
     "A host, or what is no path at all, is refused; no folder is made"
     monkeypatch.chdir(tmp_path)
