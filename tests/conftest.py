@@ -26,17 +26,17 @@ def end_in_time():
 os.register_at_fork(after_in_child=end_in_time)
 
 
-@pytest.fixture
-def uncovered():
-    "Coverage stands aside: an interrupt would leave its lock held, and then everything waits. In a worker it runs twice"
-    stopped = []
-    while (coverage := Coverage.current()): coverage.stop(); stopped.append(coverage)
+@pytest.fixture(autouse=True)
+def uncovered(request):
+    "Coverage stands aside for attacks: an interrupt would leave its lock held, and then everything waits. In a worker it runs twice"
+    stopped, attacked = [], request.path.name.startswith("test_attack_")
+    while attacked and (coverage := Coverage.current()): coverage.stop(); stopped.append(coverage)
     yield
     for coverage in reversed(stopped): coverage.start()
 
 
 @pytest.fixture
-def attack(record_property, uncovered):
+def attack(record_property):
     "`attack(name, trials, once)` calls `once(rng)` so many times, counts what goes wrong, and fails with the first of it"
     def run(name, trials, once):
         trials, wrong, began = max(1, round(trials * SOAK)), [], time.monotonic()

@@ -1,7 +1,6 @@
 """Ctrl-C, errors and forks at any moment: what a pool knows and what a buffer has read is as it was before, or as it is after.
 
 An interrupt comes in two ways: as a real signal after a random time, and at a random line of the package, by a trace function."""
-import faulthandler
 import gc
 import os
 import pickle
@@ -348,7 +347,7 @@ def in_child(look):
     ours, theirs = os.pipe()
     if (pid := os.fork()) == 0:
         try:
-            faulthandler.dump_traceback_later(30, exit=True)
+            signal.alarm(30)
             os.close(ours)
             with os.fdopen(theirs, "wb") as f: pickle.dump(look(), f)
             os._exit(0)
