@@ -488,22 +488,31 @@ def _differences(expected: Schema, got: Schema) -> list[str]:
     return sorted(wrong)
 
 # %% ../../nbs/data/schema.ipynb #4c021f42
+def _the_field(schema: Schema, roles: Sequence[str], name: Any, unit: Any) -> Field:
+    "The field of some roles that is meant to get a unit"
+    found = [f for f in schema.fields if f.name == name and f.role in roles]
+    if not found:
+        raise SchemaError(f"no field {brief(name)} to give a unit to; there are {', '.join(f'{f.role} {f.name}' for f in schema.fields)}")
+    if len(found) > 1:
+        raise SchemaError(f"{name} is a field of {' and '.join(f.role for f in found)}; say which: "
+                          f"{{{found[0].role!r}: {{{name!r}: {brief(unit)}}}}}")
+    if not is_text(unit) or not unit: raise SchemaError(f"{found[0].role} {name}: a unit is text, got {brief(unit)}")
+    return found[0]
+
 def with_units(
     schema: Schema,
     units: Any, # `{"speed": "m/s"}`, or by role: `{"state": {"speed": "m/s"}}`
 ) -> Schema: # The same fields
     "Units for fields that have none; raises `SchemaError` for a field that is not there, or has another unit"
-    if not isinstance(units, Mapping): raise SchemaError(f"units are {{'speed': 'm/s'}}, or by role {{'state': {{'speed': 'm/s'}}}}, got {brief(units)}")
+    if not isinstance(units, Mapping):
+        raise SchemaError(f"units are {{'speed': 'm/s'}}, or by role {{'state': {{'speed': 'm/s'}}}}, got {brief(units)}")
     new: dict[tuple[str, str], str] = {}
     for key, value in units.items():
         roles, names = ((key,), value) if isinstance(value, Mapping) else (ROLES, {key: value})
         for name, unit in names.items():
-            found = [f for f in schema.fields if f.name == name and f.role in roles]
-            if not found: raise SchemaError(f"no field {brief(name)} to give a unit to; there are {', '.join(f'{f.role} {f.name}' for f in schema.fields)}")
-            if len(found) > 1: raise SchemaError(f"{name} is a field of {' and '.join(f.role for f in found)}; say which: {{{found[0].role!r}: {{{name!r}: {brief(unit)}}}}}")
-            if not is_text(unit) or not unit: raise SchemaError(f"{found[0].role} {name}: a unit is text, got {brief(unit)}")
-            if found[0].unit not in (None, "", unit): raise SchemaError(f"{found[0]} was stored so, and cannot be made {unit}; convert the values")
-            new[found[0].role, found[0].name] = unit
+            f = _the_field(schema, roles, name, unit)
+            if f.unit not in (None, "", unit): raise SchemaError(f"{f} was stored so, and cannot be made {unit}; convert the values")
+            new[f.role, f.name] = unit
     return replace(schema, fields=tuple(replace(f, unit=new.get((f.role, f.name), f.unit)) for f in schema.fields))
 
 # %% ../../nbs/data/schema.ipynb #7cc461e3

@@ -47,8 +47,10 @@ def _log_json(commits: Iterable[Commit], schema: Optional[Schema], last: int, ho
     "The log as JSON, sealed"
     def plain(p: Part) -> dict: return {word: getattr(p, name) for name, word in _NAMES.items()}
     def fields(schema: Optional[Schema]) -> Optional[dict]: return schema and json.loads(schema.to_json())
-    log = [dict(number=c.number, token=c.token, hide=c.hide, put=[plain(p) for p in c.put], **({"units": fields(c.units)} if c.units else {})) for c in commits]
-    return _seal(json.dumps(dict(format=NEWEST if any("units" in c for c in log) else FORMAT, token=token, last=last, horizon=horizon, schema=fields(schema), commits=log, members=members)))
+    log = [dict(number=c.number, token=c.token, hide=c.hide, put=[plain(p) for p in c.put],
+                **({"units": fields(c.units)} if c.units else {})) for c in commits]
+    format = NEWEST if any("units" in c for c in log) else FORMAT
+    return _seal(json.dumps(dict(format=format, token=token, last=last, horizon=horizon, schema=fields(schema), commits=log, members=members)))
 
 # %% ../../../nbs/storage/pool/memory.ipynb #ea9942e2
 def _possible(p: Part, schema: Schema, width: int) -> bool: # `width`: bytes of one step

@@ -359,7 +359,7 @@ def _check_size(meta: Any, groups: Iterable[int], columns: list[Column], rows: i
     "Raise `ValueError` where row groups would unpack to more than a log says that `wanted` rows have, `nbytes`"
     most = nbytes + 2 * max(_GROUP, nbytes // wanted)  # of the first and the last group little may be wanted
     chunks = ((c.path_in_schema.partition(".")[0], c) for i in groups for c in map(meta.row_group(i).column, range(meta.num_columns)))
-    widths = {c.name: {"int8": 4, "int16": 2}.get(c.field.dtype if c.field else "", 1) for c in columns}  # Parquet's least number has four bytes
+    widths = {c.name: {"int8": 4, "int16": 2}.get(c.field.dtype if c.field else "", 1) for c in columns}  # Parquet has no shorter numbers
     declared = sum(c.total_uncompressed_size // widths[name] for name, c in chunks if name in widths)
     if rows * (nbytes // wanted) > most or declared > 2 * most + (1 << 16) * len(columns):
         raise ValueError(f"it says that {rows} rows unpack to {declared} bytes, and the log says {nbytes} for {wanted}")

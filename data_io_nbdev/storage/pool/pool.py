@@ -141,7 +141,8 @@ class Index:
             else: changes.append(partial(dict.update, self.lives, {id: [_Life(parts)]}))
         changes += [partial(list.__setitem__, *found, part) for part in commit.move if (found := self._find(part))]
         said = dict(number=commit.number, schema=commit.units or self.schema or commit.schema)
-        if commit.units and _bare(commit.units) != _bare(self.schema): raise CorruptData(f"commit {commit.number} gives units to other fields than there are")
+        if commit.units and _bare(commit.units) != _bare(self.schema):
+            raise CorruptData(f"commit {commit.number} gives units to other fields than there are")
         if commit.units: said.update(before=(*self.before, (commit.number, self.schema)))
         if commit.oldest > self.oldest: said.update(oldest=commit.oldest, lives=self._since(commit.oldest))
         in_one_step(*changes, partial(dict.update, vars(self), said))
@@ -811,7 +812,8 @@ class _Delete:
 def _give_units(pool: Pool, units: Any) -> Callable[[int], Plan]:
     if not pool.gives_units: raise QueryError(f"{type(pool).__name__} does not keep units that are given later; copy_to a pool that does")
     def decide(version: int) -> Plan:
-        if (schema := pool._schema(version)) is None: raise SchemaError(f"{pool!r} is empty and has no field yet; store an episode first, or with its units")
+        if (schema := pool._schema(version)) is None:
+            raise SchemaError(f"{pool!r} is empty and has no field yet; store an episode first, or with its units")
         return Plan([], [], schema, [], units=new if (new := with_units(schema, units)) != schema else None)
     return decide
 
@@ -915,7 +917,7 @@ def open_pool(
         if store and store != "file": return backend(store).from_url(url, mode, **options)
         path = Path(plain_path(url))
         if mode == "r" and not path.exists(): raise PoolNotFound(f"no pool at {str(path.absolute())!r}; mode='a' creates one")
-        return backend("delta" if _is_folder(path) else "memory").from_url(str(path), mode, **options)
+        return backend("delta" if _is_folder(path) else "memory").from_url(str(path.absolute()), mode, **options)
 
 def _is_folder(path: Path) -> bool: return path.is_dir() or not (path.is_file() or path.suffix == ".npz")
 
@@ -938,7 +940,8 @@ def plain_path(
                          "file:///folder, without a host; a folder of that name is written ./name")
     plain = os.path.expanduser(url2pathname(literal) if url else literal)
     if url and os.path.exists(literal) and not os.path.exists(plain):
-        raise QueryError(f"{path!r} means {plain!r}, where nothing is. There is {literal!r}, which an earlier version made: rename it, or open it by its path")
+        raise QueryError(f"{path!r} means {plain!r}, where nothing is. There is {literal!r}, which an earlier version made: "
+                         "rename it, or open it by its path")
     return plain
 
 # %% ../../../nbs/storage/pool/pool.ipynb #04b25ced
