@@ -128,7 +128,7 @@ def harmless(kind, old, new):
         lines = [json.loads(line) for line in data.splitlines()]
         birth = "metaData" in lines[-1]
         for line in lines:  # who made a table when, and the name that only others give it
-            if birth and "commitInfo" in line: line["commitInfo"] = line["commitInfo"]["data_io_nbdev"].lower()
+            if birth and "commitInfo" in line: line["commitInfo"] = line["commitInfo"]["data_io_nbdev"]
             if birth and "metaData" in line: line["metaData"] = {k: v for k, v in line["metaData"].items() if k not in ("id", "createdTime")}
         return lines if birth or "data_io_nbdev" in lines[0]["commitInfo"] else None  # other engines have no checksums
     try:
@@ -561,13 +561,13 @@ class TestDeletes:
 
     def test_only_its_files(self, path, attack):
         "Deleting some of a compacted lake rewrites the files that they are in, each time, and leaves files that are bounded"
-        pool, every = DaskPool(path), many(600)
-        for a in range(0, 600, 20): pool.extend(every[a:a + 20])
+        pool, every = DaskPool(path), many(600 * round(max(1, float(os.environ.get("SOAK", 1)))))
+        for a in range(0, len(every), 20): pool.extend(every[a:a + 20])
         pool.compact()
         left = {e.id for e in every}
         def once(rng):
             before = parts_of(path)
-            ids = sorted(rng.choice(sorted(left), int(rng.integers(1, 4)), replace=False).tolist())
+            ids = sorted(rng.choice(sorted(left), min(len(left), int(rng.integers(1, 4))), replace=False).tolist())
             holding = {name for name, ps in before.items() if {p.id for p in ps} & set(ids)}
             pool.delete(ids)
             left.difference_update(ids)
@@ -575,7 +575,7 @@ class TestDeletes:
             assert {f.path for f in said.gone} == holding == set(before) - set(now), "it touched other files"
             written = sum(len(ps) for name, ps in now.items() if name not in before)
             assert written == sum(len(before[name]) for name in holding) - len(ids) <= 32 * len(holding)
-            assert max(map(len, now.values())) <= 32
+            assert max(map(len, now.values()), default=0) <= 32
         attack("lake: deletes rewrite their files", 40, once)
         assert facts_of(pool) == facts_of(by_start([e for e in every if e.id in left])) and pool.verify() == []
         assert others_see(path) == {e.id: len(e) for e in pool}

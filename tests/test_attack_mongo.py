@@ -194,6 +194,26 @@ def test_altered_format_1(harness, attack):
     attack("mongo: altered documents of format 1", 40, once)
 
 
+def test_a_commit_that_is_lost(harness, filled):
+    "A document of the log that lost its tokens has no entries left: whoever asks for everything is told, and so does `verify`"
+    docs, right = filled
+    for n, value in itertools.product(range(len(docs["log"])), (None, [], ["x"])):
+        now = copy.deepcopy(docs)
+        now["log"][n]["tokens"] = value
+        place(harness, now)
+        pool = harness.open()
+        assert noticed(everybody(pool, right)), f"nobody noticed commit {n + 1} with the tokens {value}"
+        pool.close()
+
+
+def test_an_entry_that_hides_nothing(harness):
+    "In format 1 no checksum says whom an entry hides; `verify` names one that was not there"
+    docs = sample()
+    next(d for d in docs["entries"] if d.get("hidden"))["id"] = "nobody"
+    place(harness, docs)
+    assert "hides episode 'nobody', which was not there" in " ".join(harness.open().verify())
+
+
 @pytest.mark.parametrize("what, field", [("entries", "start"), ("entries", "driver"), ("entries", "seq_len"), ("entries", "hidden"), ("log", "count"),
                                          ("log", "episodes"), ("log", "tokens"), ("log", "schema"), ("log", "ids"), ("chunks", "crc")])
 def test_named(harness, filled, what, field):

@@ -121,7 +121,7 @@ def _as_file(values: list) -> File:
 
 def _unsealed(text: str) -> dict:
     crc, _, body = text.partition(" ")
-    if int(crc, 16) != zlib.crc32(body.encode()): raise ValueError("its checksum does not fit")
+    if crc != f"{zlib.crc32(body.encode()):08x}": raise ValueError("its checksum does not fit")
     return json.loads(body)
 
 def _parse_facts(number: int, text: str, table_id: str) -> Entry:
@@ -392,7 +392,7 @@ def _segment_lines(lake: Lake, last: int) -> Optional[list[bytes]]:
         packed = lake.read(_segment(last))
         crc, _, text = _unzip(packed, lambda: 8 * sum(map(lake.size, map(_entry, _numbers(last))))).partition(b" ")
         head, *lines = text.split(b"\n")
-        fine = int(crc, 16) == zlib.crc32(text) and json.loads(head) == _head(lake, last) and len(lines) == _INTERVAL
+        fine = crc == b"%08x" % zlib.crc32(text) and json.loads(head) == _head(lake, last) and len(lines) == _INTERVAL
     except (OSError, EOFError, zlib.error, *_BROKEN): return None
     return lines if fine else None
 

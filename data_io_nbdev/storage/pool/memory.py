@@ -4,6 +4,7 @@
 
 # %% ../../../nbs/storage/pool/memory.ipynb #c6963ae1
 from __future__ import annotations
+import errno
 import hashlib
 import json
 import os
@@ -457,7 +458,8 @@ def _load(pool: MemoryPool) -> None:
         if pool.mode == "a": return
         raise PoolNotFound(f"no pool at {pool.url!r}; mode='a' creates one") from None
     except Exception as e:
-        if isinstance(e, (OSError, MemoryError)) and not isinstance(e, CorruptData):
+        senseless = isinstance(e, OSError) and e.errno == errno.EINVAL  # an offset that the file gives, not the disk
+        if isinstance(e, (OSError, MemoryError)) and not (senseless or isinstance(e, CorruptData)):
             raise PoolUnavailable(f"{pool.url!r} cannot be read now: {e or 'there is no room for it in memory'}") from e
         raise CorruptData(f"{pool.url!r} is no pool that MemoryPool saved, or is damaged: {e}") from e
     pool._log = {n: c._replace(put=tuple(replace(p, where=Kept(steps[p.where])) for p in c.put)) for n, c in commits.items()}

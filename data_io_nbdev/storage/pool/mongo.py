@@ -112,7 +112,7 @@ def part_from(
     "A part from its document; raises `CorruptData`"
     try:
         crc, _, text = entry["facts"].partition(" ")
-        if int(crc, 16) != zlib.crc32(text.encode()) or ("crc" in entry and not is_intact(entry)): raise ValueError("its checksum does not fit")
+        if crc != f"{zlib.crc32(text.encode()):08x}" or ("crc" in entry and not is_intact(entry)): raise ValueError("its checksum does not fit")
         known, where = _facts(text)
         part = Part(**{**known, "who": tuple(known["who"])}, version=version, where=where)
         for name, value in _plain(part, levels).items() if "crc" not in entry else ():
@@ -463,17 +463,17 @@ def _candidates(pool: MongoPool, query: PoolQuery, version: int, ids: Optional[I
     if ids is not None: return _stored(pool, set(ids), version).values()
     found = [entry for entry in entries.find(every) if _id(entry)]
     if every: return _living(pool, found + _entries(pool, {entry["id"] for entry in found}, version, hidden=True), version).values()
-    there, said = _living(pool, found, version), _count(pool, version)
+    there, said = _living(pool, found, version, _since(pool, 0, version)), _count(pool, version)
     if len(there) != said: raise CorruptData(_miscounted(pool, version, said, len(there)))
     return there.values()
 
 def _miscounted(pool: MongoPool, version: int, said: int, there: int) -> str:
     return f"{pool.url!r}: version {version} has {said} episodes by the log, and {there} by its entries; verify() says more"
 
-def _living(pool: MongoPool, entries: Sequence[dict], version: int) -> dict[str, list[Part]]:
-    "What is there at a version, by all the entries of some episodes"
+def _living(pool: MongoPool, entries: Sequence[dict], version: int, log: Optional[Sequence[dict]] = None) -> dict[str, list[Part]]:
+    "What is there at a version, by all the entries of some episodes; `log`: all of it, where all of it matters"
     index, tokens = Index(), {entry["token"] for entry in entries}
-    logged = _find(pool, "log", "tokens", tokens, lambda: version, {"_id": {"$gt": 0, "$lte": version}})
+    logged = log or _find(pool, "log", "tokens", tokens, lambda: version, {"_id": {"$gt": 0, "$lte": version}})
     levels = schema.levels if entries and (schema := _schema(pool, version)) else ()
     for number, named in sorted(_by_commit(map(_known, logged), entries).items()): index.apply(_commit(number, named, levels))
     there = {id: parts for id in index.lives if (parts := index.parts(id, version))}
@@ -758,7 +758,9 @@ def _repair(pool: MongoPool, dry_run: bool) -> list[str]:
 
 # %% ../../../nbs/storage/pool/mongo.ipynb #d45a7c19
 def _verify(pool: MongoPool) -> list[str]:
-    index, version = Index(), pool.version
-    for commit in pool._changes(0, version): index.apply(commit)
+    index, version, wrong = Index(), pool.version, []
+    for commit in pool._changes(0, version):
+        wrong += [f"commit {commit.number} hides episode {brief(id)}, which was not there" for id in commit.hide if not index.parts(id, index.number)]
+        index.apply(commit)
     said, there = _count(pool, version), sum(bool(index.parts(id, version)) for id in index.lives)
-    return ([] if said == there else [_miscounted(pool, version, said, there)]) + list(damages(pool, index.every_part()))
+    return wrong + ([] if said == there else [_miscounted(pool, version, said, there)]) + list(damages(pool, index.every_part()))
