@@ -381,9 +381,9 @@ def test_fork_while_others_refresh(attack, own):
         try:
             def look():
                 seen(buffer); sound(buffer)
-                buffer.store(drive(7, hour=1000)); buffer.refresh()
+                buffer.store(drive(7, hour=100_000)); buffer.refresh()
                 seen(buffer); sound(buffer)
-                return drive(hour=1000).id in set(buffer.sample(500).episode.tolist()) or len(buffer) > 60
+                return drive(hour=100_000).id in set(buffer.sample(500).episode.tolist()) or len(buffer) > 60
             for _ in range(6):
                 time.sleep(rng.uniform(0, 0.004))
                 assert in_child(look)
