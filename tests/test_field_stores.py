@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -37,7 +38,7 @@ from data_io_nbdev.storage.pool.dask import DaskPool
 from data_io_nbdev.storage.pool.memory import MemoryPool
 from data_io_nbdev.storage.pool.mongo import MongoPool
 from data_io_nbdev.storage.pool.pool import open_pool, part_of
-from data_io_nbdev.testing import HARNESSES, at_once, draws, drive, facts_of, python
+from data_io_nbdev.testing import HARNESSES, at_once, draws, drive, facts_of, mongo_server, python
 
 
 @pytest.fixture(params=sorted(HARNESSES))
@@ -140,6 +141,24 @@ def test_no_server_outlives_its_process(tmp_path, end):
     pytest.fail(f"the server still answers on port {port}")
 
 
+def test_a_child_leaves_the_server_alone(tmp_path, monkeypatch):
+    "A forked child that ends, and with it all that its parent had begun: newer Pythons do that to children of `multiprocessing`"
+    HARNESSES["mongodb"](tmp_path)
+    monkeypatch.delenv("MONGODB_URI", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    server = mongo_server()
+    url = server.__enter__()
+    folder, = tmp_path.glob("tmp*")
+    if (child := os.fork()) == 0:
+        try: server.__exit__(None, None, None)
+        finally: os._exit(0)
+    os.waitpid(child, 0)
+    assert folder.exists()
+    open_pool(url, database="another").store(drive())
+    server.__exit__(None, None, None)
+    assert not folder.exists()
+
+
 def test_a_start_that_is_interrupted_leaves_no_server(tmp_path, monkeypatch):
     HARNESSES["mongodb"](tmp_path)
     from data_io_nbdev.testing import server as module
@@ -157,6 +176,7 @@ def test_a_start_that_is_interrupted_leaves_no_server(tmp_path, monkeypatch):
 
 WITHOUT = """
 import sys
+import tempfile
 class Missing:
     def find_spec(self, name, *rest):
         if name.partition(".")[0] in {gone}: raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)

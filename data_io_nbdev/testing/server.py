@@ -22,6 +22,7 @@ __all__ = ['MongoServer', 'mongo_server', 'shared_server']
 
 # %% ../../nbs/testing/server.ipynb #fdcdec5c
 from ..errors import PoolUnavailable
+from ..storage.pool.pool import forkable
 
 # %% ../../nbs/testing/server.ipynb #17e3f6e0
 def _command(folder: Path, port: int) -> list[str]:
@@ -43,6 +44,7 @@ class MongoServer:
         *options: str, # More of the server's own
     ):
         self.folder, self.options, self.process = Path(folder).absolute(), options, None
+        forkable(self)
         with socket.create_server(("127.0.0.1", 0)) as free: self.port = free.getsockname()[1]
         self.url = f"mongodb://127.0.0.1:{self.port}"
 
@@ -70,6 +72,11 @@ class MongoServer:
         self.process.wait()
         self.process = None
 
+    def _forked(self) -> None:
+        "In a forked child: the server is the parent's, and ends with that"
+        if self.process: self.process.stdin.close()
+        self.process = None
+
 @contextmanager
 def mongo_server(
     folder: Optional[str | os.PathLike] = None, # Where its data is; by default a temporary folder
@@ -78,12 +85,14 @@ def mongo_server(
     if folder is None and (known := os.environ.get("MONGODB_URI")):
         yield known
         return
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
-        server = MongoServer(folder or name)
-        try:
-            server.start()
-            yield server.url
-        finally: server.kill()
+    mine, home = os.getpid(), folder or tempfile.mkdtemp()
+    server = MongoServer(home)
+    try:
+        server.start()
+        yield server.url
+    finally:
+        server.kill()
+        if folder is None and os.getpid() == mine: shutil.rmtree(home, ignore_errors=True)
 
 @lru_cache(1)
 def shared_server() -> str: # Its URL
