@@ -228,7 +228,7 @@ def test_a_mixed_log(path, attack):
     shutil.copytree(SAMPLE, path)
     pool = DaskPool(path)
     old, first = facts_of(pool), pool.version + 1
-    assert pool.lake.table.format == 1
+    assert pool._lake.table.format == 1
     ids = [pool.store(drive(hour=h)) for h in range(40, 45)]
     pool.delete(ids[0]); pool.compact()
     right, last = facts_of(pool), pool.version
@@ -247,7 +247,7 @@ def test_what_other_readers_are_told(path, attack, scheme):
     "An action that says something else than the pool's own text, in a folder or through `deltalake`'s own commits: `verify` says so"
     pool = DaskPool(path)
     path.mkdir()
-    if scheme: pool.lake = delta.RemoteLake(path.as_uri())
+    if scheme: pool._lake = delta.RemoteLake(path.as_uri())
     pool.extend([drive(hour=h) for h in range(3)]); pool.store(drive(hour=3)); pool.delete(drive(hour=1).id)
     assert DaskPool(path).verify() == []
     def once(rng):
@@ -312,7 +312,7 @@ def test_a_folder_of_the_users_own(tmp_path, made, attack):
         shutil.rmtree(path.parent, ignore_errors=True)
         pool = DaskPool(path, grace="1h")
         for h in range(4): pool.extend([drive(hour=h), drive(hour=h, vehicle="B")])
-        died, = dask.write_files(pool.lake, rng.bytes(16).hex(), [(p, pool._read_one(p)) for p in pool._index.every_part()[:1]])
+        died, = dask.write_files(pool._lake, rng.bytes(16).hex(), [(p, pool._read_one(p)) for p in pool._index.every_part()[:1]])
         left = [path / died.where[0].path, path / f".{'ab' * 16}-0.parquet.{'cd' * 8}",
                 path / f"_shadow-{'ab' * 8}" / "_delta_log" / f"{0:020d}.json", path / "_delta_log" / f".{'ab' * 8}.tmp"]
         for p in left[1:]:
@@ -571,7 +571,7 @@ class TestDeletes:
             holding = {name for name, ps in before.items() if {p.id for p in ps} & set(ids)}
             pool.delete(ids)
             left.difference_update(ids)
-            now, said = parts_of(path), list(pool.lake.entries(pool.version - 1, pool.version))[0]
+            now, said = parts_of(path), list(pool._lake.entries(pool.version - 1, pool.version))[0]
             assert {f.path for f in said.gone} == holding == set(before) - set(now), "it touched other files"
             written = sum(len(ps) for name, ps in now.items() if name not in before)
             assert written == sum(len(before[name]) for name in holding) - len(ids) <= 32 * len(holding)
@@ -760,10 +760,10 @@ def test_failing_calls(path, made, attack, what):
         assert facts_of(DaskPool(path)) in (old, new) and DaskPool(path).verify() == []
         if what in ("find", "verify", "compact", "delete"):  # the disk gives the file, and then not its bytes
             pool, when, calls = DaskPool(path), int(rng.integers(1, 7)), []
-            def source(name, real=pool.lake.source):
+            def source(name, real=pool._lake.source):
                 calls.append(name)
                 return Source(real(name), error) if len(calls) == when else real(name)
-            pool.lake.source = source
+            pool._lake.source = source
             with suppress(DataIOError): act(pool)
             assert facts_of(DaskPool(path)) in (old, new)
     attack(f"lake: a failing call in {what}", 12, once)

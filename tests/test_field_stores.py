@@ -210,7 +210,7 @@ for kind, extra in ((DaskPool, "dask"), (DaskBuffer, "dask"), (MongoPool, "mongo
     inspect.getmembers(kind), inspect.signature(kind), repr(kind), kind.__name__
     assert not isinstance(MemoryPool(), kind) and not hasattr(kind, "nothing")
 for kind, extra in ((DaskPool, "dask"), (DaskBuffer, "dask"), (MongoPool, "mongo")):
-    for use in (lambda: kind("x"), lambda: type("Mine", (kind,), {}), lambda: kind.from_url("x")): assert f"[{extra}]" in told(use)
+    for use in (lambda: kind("x"), lambda: type("Mine", (kind,), {}), lambda: kind._from_url("x")): assert f"[{extra}]" in told(use)
 assert "[dask]" in told(lambda: data_io_nbdev.open_pool("folder"))
 assert "[mongo]" in told(lambda: data_io_nbdev.open_pool("mongodb://localhost/x"))
 import data_io_nbdev.testing as testing
@@ -463,7 +463,7 @@ def test_a_folder_that_others_read(tmp_path, name):
         warnings.simplefilter("error")
         pool = DaskPool(tmp_path / name)
         pool.store(drive())
-        delta._checkpoint(pool.lake, 1)
+        delta._checkpoint(pool._lake, 1)
     assert deltalake.DeltaTable(str(tmp_path / name)).version() == 1
 
 

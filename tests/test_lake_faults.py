@@ -1115,11 +1115,11 @@ class TestCompaction:
         for h in range(6): pool.store(drive(hour=h))
         rivals = dict(delete=lambda: other.delete(drive(hour=2).id), overwrite=lambda: other.store(drive(9, hour=2, seed=1), overwrite=True),
                       compact=other.compact, store=lambda: other.store(drive(hour=8)))
-        put, waiting = pool.lake.put, [rivals[rival]]
+        put, waiting = pool._lake.put, [rivals[rival]]
         def late(*args):
             if waiting: waiting.pop()()
             return put(*args)
-        pool.lake.put = late
+        pool._lake.put = late
         before = everything(other)
         pool.compact()
         assert waiting == [] and {v: f for v, f in everything(DaskPool(path)).items() if v in before} == before
@@ -1133,12 +1133,12 @@ class TestCompaction:
         monkeypatch.setattr(dask, "_FILE", 5_000)
         pool = DaskPool(path)
         for h in range(12): pool.store(drive(40, hour=h))
-        put, puts = pool.lake.put, []
+        put, puts = pool._lake.put, []
         def counted(*args):
             puts.append(args)
             if len(puts) > 30: raise TimeoutError(f"compact(size={size}) does not end")
             return put(*args)
-        pool.lake.put = counted
+        pool._lake.put = counted
         pool.compact(size)
         assert facts_of(pool) == facts_of(drive(40, hour=h) for h in range(12)) and others_see(path) == lengths(pool)
 
@@ -1268,7 +1268,7 @@ class TestVacuum:
         "The versions were given up and no file removed: the next one removes them"
         path, pool = lake
         with monkeypatch.context() as m:
-            m.setattr(pool.lake, "remove", lambda paths: (_ for _ in ()).throw(OSError(5, "gone")))
+            m.setattr(pool._lake, "remove", lambda paths: (_ for _ in ()).throw(OSError(5, "gone")))
             with pytest.raises(PoolUnavailable): pool.vacuum("0s", dry_run=False)
         right = facts_of(pool)
         assert pool.verify() == [] and len(pool.vacuum("0s", dry_run=False)) >= 4
@@ -1341,7 +1341,7 @@ class TestGrace:
     def test_gone_while_waiting(self, path, monkeypatch):
         "Or whose files somebody cleared away, with a shorter grace"
         pool = build(path)
-        put = pool.lake.put
+        put = pool._lake.put
         monkeypatch.setattr(pool, "_put", lambda commit, real=pool._put: (swept(path), real(commit))[1])
         with pytest.raises(PoolUnavailable): pool.store(drive(hour=9))
         monkeypatch.undo()
@@ -1352,7 +1352,7 @@ class TestGrace:
         pool = build(path)
         pool.delete(drive().id)
         hex = "00ff" * 4
-        died = dask.write_files(pool.lake, 2 * hex, [(pool._index.every_part()[1], drive(hour=1))])[0].where[0].path
+        died = dask.write_files(pool._lake, 2 * hex, [(pool._index.every_part()[1], drive(hour=1))])[0].where[0].path
         left = [died, f".{2 * hex}-0.parquet.{hex}", f"_delta_log/.{hex}.tmp", f"_delta_log/._last_checkpoint.{hex}",
                 f"_history/.{500:020d}.json.gz.{hex}", f"_shadow-{hex}/_delta_log/{7:020d}.json"]
         fine = ["README.md", "notes/a.parquet", "_delta_log/mine.txt", "_other/x", "0-0.parquet", f"{2 * hex}-1.parquet", ".0-0.parquet.00ff"]

@@ -214,7 +214,7 @@ class TestRaces:
         for again in (pool, harness.open()):
             assert facts_of(again) == facts_of(by_start(right)) and again.version == len(right)
         assert harness.raw_numbers(pool) == list(range(1, len(right) + 1))
-        for entry in pool.lake.entries(0, pool.version): assert {p.version for p in entry.commit.put} == {entry.commit.number}
+        for entry in pool._lake.entries(0, pool.version): assert {p.version for p in entry.commit.put} == {entry.commit.number}
         assert pool.verify() == [] and columns_fit(harness, pool)
 
     def test_threads(self, harness):
@@ -373,7 +373,7 @@ class TestAnswers:
             harness.store.control(fault(rf"GET /{BUCKET}$", "403 Forbidden", times=1000))
             with pytest.raises(PoolUnavailable): call()
             harness.store.control(fault(rf"GET /{BUCKET}$", "403 Forbidden", times=1000))
-            with pytest.raises(PoolUnavailable): pool.lake.listing()
+            with pytest.raises(PoolUnavailable): pool._lake.listing()
 
 
 # --- the log ---
@@ -398,7 +398,7 @@ class TestLog:
                 assert [a.get("commitInfo") for a in json.loads(line)] == [
                     {k: v for k, v in a["commitInfo"].items() if k in (delta._FACTS, "operation")}
                     if delta._FACTS not in a["commitInfo"] else {delta._FACTS: a["commitInfo"][delta._FACTS]}
-                    for a in pool.lake.actions(number)[:1]]
+                    for a in pool._lake.actions(number)[:1]]
         right, read, lake = facts_of(drive(hour=h) for h in (1, 30, 60, 62)), [], RemoteLake.read
         monkeypatch.setattr(RemoteLake, "read", lambda self, path: read.append(path) or lake(self, path))
         again = harness.open()
@@ -464,7 +464,7 @@ class TestUpkeep:
         pool = harness.open()
         pool.store(drive())
         before = harness.names()
-        write_files(pool.lake, "0" * 32, [(pool._catch_up(1).every_part()[0], drive())])
+        write_files(pool._lake, "0" * 32, [(pool._catch_up(1).every_part()[0], drive())])
         harness.store.put(f"{harness.key}{'1' * 32}-0.parquet", b"called like one of the pool's")
         before = sorted([*before, f"{'1' * 32}-0.parquet"])
         assert pool.repair() == [] and pool.verify() == []
@@ -484,7 +484,7 @@ class TestUpkeep:
         "A file that is damaged, or gone, is named"
         pool = harness.open()
         for h in range(3): pool.store(drive(hour=h))
-        first, second = [entry.files[0].path for entry in pool.lake.entries(0, 2)]
+        first, second = [entry.files[0].path for entry in pool._lake.entries(0, 2)]
         content = bytearray(harness.store.get(harness.key + first))
         content[4] ^= 1
         harness.store.put(harness.key + first, bytes(content))
@@ -534,7 +534,7 @@ class TestKeys:
         pool = harness.open(storage_options=harness.store.options)
         pool.store(drive())
         assert facts_of(harness.open("r", storage_options=harness.store.options)) == facts_of([drive()])
-        views = [pool, pool.snapshot(1), pool.lake, harness.open("r", storage_options=harness.store.options)]
+        views = [pool, pool.snapshot(1), pool._lake, harness.open("r", storage_options=harness.store.options)]
         assert silent(*views) and not any(SECRET.encode() in pickle.dumps(view) for view in views)
         monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
         monkeypatch.setenv("AWS_ENDPOINT_URL", harness.store.url)
@@ -593,7 +593,7 @@ sys.stdout.flush()
 if not (child := os.fork()):
     said = os.dup(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    for call in (lambda: pool.version, lambda: list(pool), lambda: type(pool)(pool.url), lambda: pool.lake.read("_delta_log/0.json")):
+    for call in (lambda: pool.version, lambda: list(pool), lambda: type(pool)(pool.url), lambda: pool._lake.read("_delta_log/0.json")):
         try: call()
         except PoolUnavailable as e: os.write(said, b"told " if "fork" in str(e) and "spawn" in str(e) else b"untold ")
         except BaseException as e: os.write(said, type(e).__name__.encode() + b" ")

@@ -125,9 +125,9 @@ class LakeHome(Home):
         return list(in_bulk(parts, lambda part: part.nbytes, max(_CHUNK, sum(part.nbytes for part in parts) // 64)))
 
     def _request(self, view: View, chunk: Sequence[Part]) -> tuple:
-        try: return view.rows.request(view.pool.lake, chunk, view.query)
+        try: return view.rows.request(view.pool._lake, chunk, view.query)
         except FileNotFoundError: now = [part_now(view.pool, part) for part in chunk]  # perhaps it was compacted meanwhile
-        try: return view.rows.request(view.pool.lake, now, view.query)
+        try: return view.rows.request(view.pool._lake, now, view.query)
         except FileNotFoundError as e: raise CorruptData(f"a file of {view.pool!r} is missing: {e}") from e
 
     def _enter_chunks(self, view: View, parts: Sequence[Part], found: Iterable[tuple]) -> None:
@@ -145,7 +145,7 @@ _CHUNK = 32 << 20  # Bytes of steps in a chunk, at least; with many the tasks co
 def _read(pool: Pool, client: Any, window: Sequence[Part]) -> list[Episode]:
     "The steps of some parts: read here, or by a worker"
     if client is None or not isinstance(pool, DaskPool): return list(pool._read(window))
-    try: return client.submit(read_window, pool.lake, pool.schema, list(window), pure=False).result()
+    try: return client.submit(read_window, pool._lake, pool.schema, list(window), pure=False).result()
     except FileNotFoundError: return list(pool._read(window))  # compacted meanwhile: the pool knows where it is now
 
 def _threads(client: Any) -> int: return os.cpu_count() or 1 if client is None else max(1, min(32, 2 * sum(client.nthreads().values())))

@@ -123,25 +123,25 @@ class DaskPool(Pool):
         grace: str | pd.Timedelta = "24h", # How long a writer may take before `repair` counts its files as left behind
     ):
         with at_the_door:
-            self.lake, self.grace = open_lake(url, storage_options), pd.Timedelta(grace).total_seconds()
+            self._lake, self.grace = open_lake(url, storage_options), pd.Timedelta(grace).total_seconds()
             self._layout = SimpleNamespace(now=_Layout())  # shared with snapshots
-            super().__init__(safe_url(self.lake.url), mode)
+            super().__init__(safe_url(self._lake.url), mode)
             with _reachable(self):
-                if not self.lake.check() and mode == "r": raise PoolNotFound(f"no pool at {self.url!r}; mode='a' creates one")
+                if not self._lake.check() and mode == "r": raise PoolNotFound(f"no pool at {self.url!r}; mode='a' creates one")
 
     def _head(self) -> int:
-        with _reachable(self): return max(0, self.lake.head())
+        with _reachable(self): return max(0, self._lake.head())
 
     def _changes(self, after: int, upto: int) -> Iterator[Commit]: return _changes(self, after, upto)
     def _read(self, parts: Sequence[Part]) -> Iterator[Episode]: return _read(self, parts)
 
     def _write(self, token: str, parts: Sequence[tuple[Part, Episode]], schema: Schema) -> list[Part]:
-        with _reachable(self): return write_files(self.lake, token, parts) if self.lake.found(schema) else []
+        with _reachable(self): return write_files(self._lake, token, parts) if self._lake.found(schema) else []
 
     def _put(self, commit: Commit) -> bool: return _put(self, commit)
 
     def _drop(self, parts: Sequence[Part]) -> None:
-        with _reachable(self): self.lake.remove({part.where[0].path for part in parts})
+        with _reachable(self): self._lake.remove({part.where[0].path for part in parts})
 
     def _options(self) -> dict[str, Any]: return {"grace": pd.Timedelta(seconds=self.grace)}
 
@@ -175,7 +175,7 @@ def _reachable(pool: DaskPool) -> Iterator[None]:
     try: yield
     except DataIOError: raise
     except (OSError, MemoryError) as e:
-        said, cause = said_by(pool.lake, e)
+        said, cause = said_by(pool._lake, e)
         raise PoolUnavailable(f"{pool.url!r}: {said}") from cause
 
 # %% ../../../nbs/storage/pool/dask.ipynb #e9f0bfda
@@ -206,14 +206,14 @@ def _put_back(pool: DaskPool, number: int) -> bool:
     if not layout.theirs: return False
     back = [p for ps in living(pool._index, number - 1, layout.ours).values() for p in ps]
     entry = Entry(Commit(number, secrets.token_hex(16), move=tuple(back)), files_of(back), tuple(layout.theirs.values()), _now())
-    with _reachable(pool): pool.lake.put(entry, pool._index.schema)
+    with _reachable(pool): pool._lake.put(entry, pool._index.schema)
     return True
 
 def _changes(pool: DaskPool, after: int, upto: int) -> Iterator[Commit]:
     if after > pool._layout.now.number: pool._catch_up(after)
     known: list[Commit] = []
     with _reachable(pool):
-        for entry in pool.lake.entries(after, upto):
+        for entry in pool._lake.entries(after, upto):
             known.append(_follow(pool, entry, known))
             yield known[-1]
 
@@ -255,15 +255,15 @@ def _read(pool: DaskPool, parts: Sequence[Part]) -> Iterator[Episode]:
     schema = pool._index.schema
     for window in windows(parts):
         with _reachable(pool):
-            try: episodes = read_window(pool.lake, schema, window)
+            try: episodes = read_window(pool._lake, schema, window)
             except FileNotFoundError: episodes = [_reread(pool, schema, part) for part in window]
         yield from episodes
 
 def _reread(pool: DaskPool, schema: Schema, part: Part) -> Episode:
     "A part, wherever it is now"
-    try: return read_window(pool.lake, schema, [part])[0]
+    try: return read_window(pool._lake, schema, [part])[0]
     except FileNotFoundError: now = part_now(pool, part)
-    try: return read_window(pool.lake, schema, [now])[0]
+    try: return read_window(pool._lake, schema, [now])[0]
     except FileNotFoundError: raise CorruptData(f"episode {part.id} cannot be read: {now.where[0].path} is missing") from None
 
 def part_now(pool: DaskPool, part: Part) -> Part:
@@ -310,14 +310,14 @@ def _make_room(pool: DaskPool, index: Index, commit: Commit) -> tuple[tuple[File
 
 def _move(pool: DaskPool, parts: Sequence[Part], size: int = _FILE) -> list[Part]:
     "Parts in new files, in this order"
-    with _reachable(pool): return write_files(pool.lake, secrets.token_hex(16), _stored(pool, parts), size)
+    with _reachable(pool): return write_files(pool._lake, secrets.token_hex(16), _stored(pool, parts), size)
 
 def _stored(pool: DaskPool, parts: Sequence[Part]) -> Iterator[tuple[Part, Episode | Rows]]:
     "The steps of parts, of which none is damaged"
     left, tables, schema = Counter(part.where[0].path for part in parts), {}, pool._index.schema
     for part in parts:
         file, row = part.where
-        if file.path not in tables: tables[file.path] = pool.lake.rows(file, schema)
+        if file.path not in tables: tables[file.path] = pool._lake.rows(file, schema)
         table = tables[file.path]
         if table is not None and row + part.length <= len(table): yield part, Rows(schema, table, row)
         else: yield part, _sound(part, pool._read_one(part))
@@ -333,12 +333,12 @@ def _commit(pool: DaskPool, commit: Commit, gone: tuple[File, ...]) -> bool:
     entry = Entry(commit, files_of((*commit.put, *commit.move)), gone, _now())
     with _reachable(pool):
         for file in entry.files:
-            if pool.lake.age(file.path) > pool.grace / 2:
+            if pool._lake.age(file.path) > pool.grace / 2:
                 raise PoolUnavailable(f"{pool!r}: steps waited longer than half of grace={pool.grace:g} s for their commit; store them again")
-        try: return pool.lake.put(entry, commit.schema or pool._index.schema)
+        try: return pool._lake.put(entry, commit.schema or pool._index.schema)
         except BaseException:  # what nobody can have seen is taken back; in doubt it stays, and `repair` looks again
             with suppress(DataIOError, OSError):
-                if pool.lake.settled and pool.lake.head() < commit.number: pool.lake.remove(file.path for file in entry.files)
+                if pool._lake.settled and pool._lake.head() < commit.number: pool._lake.remove(file.path for file in entry.files)
             raise
 
 # %% ../../../nbs/storage/pool/dask.ipynb #7594ae80
@@ -371,7 +371,7 @@ def _replace_files(pool: DaskPool, version: int, old: Sequence[File], moved: Seq
     paths = {file.path for file in old}
     while True:
         now = pool.version
-        if any(file.path in paths for entry in pool.lake.entries(version, now) for file in entry.gone): return False
+        if any(file.path in paths for entry in pool._lake.entries(version, now) for file in entry.gone): return False
         if _commit(pool, Commit(now + 1, secrets.token_hex(16), move=tuple(moved)), tuple(old)): return True
         version = now
 
@@ -381,7 +381,7 @@ def _vacuum(pool: DaskPool, older_than: str | pd.Timedelta, dry_run: bool) -> li
     except ValueError as e: raise QueryError(f"older_than: expected a duration such as '365D', got {older_than!r}") from e
     if not seconds >= 0: raise QueryError(f"older_than: expected a duration from 0, got {older_than!r}")
     if not dry_run: check_writable(pool)
-    with _reachable(pool): there, entries = pool.lake.listing(), list(pool.lake.entries(0, pool.version))
+    with _reachable(pool): there, entries = pool._lake.listing(), list(pool._lake.entries(0, pool.version))
     ever = {f.path for e in entries for f in e.files}
     then, times = (time.time() - seconds) * 1000, [e.time for e in entries]
     for i in range(len(times) - 2, -1, -1): times[i] = times[i] or times[i + 1]  # another engine need not say when; it was before the next
@@ -395,20 +395,20 @@ def _vacuum(pool: DaskPool, older_than: str | pd.Timedelta, dry_run: bool) -> li
     if not dry_run:
         while oldest > (index := pool._catch_up(pool.version)).oldest:
             entry = Entry(Commit(index.number + 1, secrets.token_hex(16), oldest=oldest), time=_now())
-            with _reachable(pool): pool.lake.put(entry, index.schema)
-        with _reachable(pool): pool.lake.remove(lines)
+            with _reachable(pool): pool._lake.put(entry, index.schema)
+        with _reachable(pool): pool._lake.remove(lines)
     return list(lines.values())
 
 # %% ../../../nbs/storage/pool/dask.ipynb #eacb607e
 def _repair(pool: DaskPool, dry_run: bool) -> list[str]:
     with _reachable(pool):
-        there = pool.lake.listing()  # before the log is read, so that what is committed meanwhile is not in it
-        entries = list(pool.lake.entries(0, pool.version))
+        there = pool._lake.listing()  # before the log is read, so that what is committed meanwhile is not in it
+        entries = list(pool._lake.entries(0, pool.version))
         named = {file.path for entry in entries for file in entry.files}
         left = {path: f"{path}: named by no commit, {age / 3600:.1f} hours old" for path, age in there.items()
-                if path not in named and age > pool.grace and pool.lake.ours(path)}
-        if not dry_run: pool.lake.remove(left)
-        return [*left.values(), *pool.lake.mend(entries, dry_run)]
+                if path not in named and age > pool.grace and pool._lake.ours(path)}
+        if not dry_run: pool._lake.remove(left)
+        return [*left.values(), *pool._lake.mend(entries, dry_run)]
 
 # %% ../../../nbs/storage/pool/dask.ipynb #7b480361
 def _verify(pool: DaskPool) -> list[str]:
@@ -420,19 +420,19 @@ def _verify(pool: DaskPool) -> list[str]:
             found = list(damages(pool, parts))
             if not found and (wrong := _file_damage(pool, parts[0])): found = [damage_line(part, wrong) for part in parts]
             lines += found
-        return [*lines, *(flaws(pool.lake, pool.version, pool._index.schema_at(1)) if pool.version else ())]
+        return [*lines, *(flaws(pool._lake, pool.version, pool._index.schema_at(1)) if pool.version else ())]
 
 def _file_damage(pool: DaskPool, part: Part) -> str:
     "What is wrong with the file of a part as a whole; empty when it is sound"
     file, crc = part.where[0], 0
     try:
-        with pool.lake.source(file.path) as source:
+        with pool._lake.source(file.path) as source:
             while block := source.read(8 << 20): crc = zlib.crc32(block, crc)
     except FileNotFoundError:
         with suppress(SnapshotNotFound):
             if part_now(pool, part).where[0] == file: return f"{file.path} is missing"
         return ""  # it is elsewhere by now, or given up
     except OSError as e:
-        if unreachable(e) or not pool.lake.settled: raise
-        return f"{file.path} cannot be read: {said_by(pool.lake, e)[0]}"
+        if unreachable(e) or not pool._lake.settled: raise
+        return f"{file.path} cannot be read: {said_by(pool._lake, e)[0]}"
     return "" if crc == file.crc else f"{file.path} has other bytes than were written"

@@ -337,7 +337,7 @@ class MemoryPool(Pool):
         with at_the_door: _save(self, self.path if path is None else Path(plain_path(path)).absolute(), overwrite)
 
     @classmethod
-    def from_url(cls, url: str, mode: str = "a", **options: Any) -> MemoryPool:
+    def _from_url(cls, url: str, mode: str = "a", **options: Any) -> MemoryPool:
         if not url.startswith("memory://"): return cls(url, mode, **options)
         if url in _NAMED:
             _NAMED[url].load()

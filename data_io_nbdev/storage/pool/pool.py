@@ -301,7 +301,7 @@ class PoolBackend(abc.ABC):
     def _oldest(self) -> int: return 0  # the oldest version that can still be read
     def _drop(self, parts: Sequence[Part]) -> None: "Take back what `_write` stored for a commit that failed"
     def _repair(self, version: int, dry_run: bool) -> list[str]: return []  # what is, or would be, dropped
-    def _options(self) -> dict[str, Any]: return {}  # of `from_url`, that go with a handle to another process; never a secret
+    def _options(self) -> dict[str, Any]: return {}  # of `_from_url`, that go with a handle to another process; never a secret
     def _forked(self) -> None: "In a forked child: what is the parent's is left to the parent"
     def _open(self) -> None: "Connect again after `close`"
     def _close(self) -> None: "Let go of files and connections"
@@ -384,7 +384,7 @@ class PoolHandle(PoolBackend):
         if not self._closed and self._parent is None: self._close()  # where this fails the pool stays open
         vars(self).update(_closed=True, _idle=False)
 
-    def hold(self,
+    def _hold(self,
         who: Any, # Hashable: stands for the buffer
     ) -> None:
         "Say that one more buffer reads here; a pool that only its last buffer closed opens again"
@@ -392,8 +392,8 @@ class PoolHandle(PoolBackend):
         self._wake()
         if self._parent is not None: self._parent._guests.add(who)
 
-    def release(self,
-        who: Any, # As given to `hold`; once more does nothing
+    def _release(self,
+        who: Any, # As given to `_hold`; once more does nothing
     ) -> None:
         "Say that a buffer is done; the last one closes the pool"
         self._holders.discard(who)
@@ -423,7 +423,7 @@ class PoolHandle(PoolBackend):
 # %% ../../../nbs/storage/pool/pool.ipynb #0d4ac8ff
 def _reopen(pool_class: type[Pool], url: str, mode: str, options: dict, at: Optional[int], least: int) -> Pool:
     "A handle in another process; raises `SnapshotNotFound` where that process cannot see what this one saw"
-    pool = pool_class.from_url(url, mode, **options)
+    pool = pool_class._from_url(url, mode, **options)
     if pool.version < least:
         raise SnapshotNotFound(f"{pool!r} is at version {pool.version} here, and was at {least} where it was "
                                "pickled; save() it first")
@@ -581,7 +581,7 @@ class Pool(PoolReader):
     gives_units: ClassVar[bool] = False  # Whether its log keeps the `units` of a commit
 
     @classmethod
-    def from_url(cls, url: str, mode: str = "a", **options: Any) -> Pool:
+    def _from_url(cls, url: str, mode: str = "a", **options: Any) -> Pool:
         "What `open_pool` and a pickled handle call"
         return cls(url, mode, **options)
 
@@ -914,10 +914,10 @@ def open_pool(
         url = path_text(url)
         scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", url)
         store = scheme and _STORES.get(scheme[1].lower(), scheme[1])
-        if store and store != "file": return backend(store).from_url(url, mode, **options)
+        if store and store != "file": return backend(store)._from_url(url, mode, **options)
         path = Path(plain_path(url))
         if mode == "r" and not path.exists(): raise PoolNotFound(f"no pool at {str(path.absolute())!r}; mode='a' creates one")
-        return backend("delta" if _is_folder(path) else "memory").from_url(str(path.absolute()), mode, **options)
+        return backend("delta" if _is_folder(path) else "memory")._from_url(str(path.absolute()), mode, **options)
 
 def _is_folder(path: Path) -> bool: return path.is_dir() or not (path.is_file() or path.suffix == ".npz")
 
