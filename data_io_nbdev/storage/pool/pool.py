@@ -39,9 +39,9 @@ __all__ = ['BACKENDS', 'Part', 'part_of', 'Commit', 'in_one_step', 'Index', 'new
 # %% ../../../nbs/storage/pool/pool.ipynb #b6a8678c
 from ...errors import (ClosedError, CorruptData, DataIOError, EpisodeConflict, EpisodeNotFound, NotEnoughData,
                                   PoolNotFound, PoolUnavailable, QueryError, ReadOnly, SchemaError, SnapshotNotFound, at_the_door)
-from ...data.schema import Schema, brief, listed, with_units
+from ...data.schema import Schema, brief, listed
 from ...data.core import (RESET, Episode, PoolQuery, as_episode, concat, from_us, same_steps, state_digest,
-                                     steps_in, tell_gaps)
+                                     steps_in)
 
 # %% ../../../nbs/storage/pool/pool.ipynb #28f4479a
 @dataclass(frozen=True)
@@ -773,7 +773,7 @@ class _Extend:
             if (rest := new_steps(e, stored, read)) is None: continue
             part = part_of(rest, stored[-1] if stored else None)
             if rest.offset != part.offset: rest = replace(rest, offset=part.offset)
-            if i not in self.told: tell_gaps(rest, stored[-1].end if stored else None)
+            if i not in self.told: rest._tell_gaps(stored[-1].end if stored else None)
             self.told.add(i)
             put.append((part, rest))
             mine.setdefault(e.id, []).append(part)
@@ -814,7 +814,7 @@ def _give_units(pool: Pool, units: Any) -> Callable[[int], Plan]:
     def decide(version: int) -> Plan:
         if (schema := pool._schema(version)) is None:
             raise SchemaError(f"{pool!r} is empty and has no field yet; store an episode first, or with its units")
-        return Plan([], [], schema, [], units=new if (new := with_units(schema, units)) != schema else None)
+        return Plan([], [], schema, [], units=new if (new := schema._with_units(units)) != schema else None)
     return decide
 
 # %% ../../../nbs/storage/pool/pool.ipynb #8d84230e
