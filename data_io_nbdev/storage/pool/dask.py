@@ -16,10 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple, Optional
+from fastcore.basics import patch
 import pandas as pd  # type: ignore
 
 # %% auto #0
-__all__ = ['windows', 'read_window', 'write_files', 'files_of', 'DaskPool', 'part_now', 'living']
+__all__ = ['windows', 'read_window', 'write_files', 'files_of', 'DaskPool', 'living']
 
 # %% ../../../nbs/storage/pool/dask.ipynb #f298789c
 from ...errors import CorruptData, DataIOError, PoolNotFound, PoolUnavailable, QueryError, SchemaError, SnapshotNotFound, at_the_door
@@ -262,14 +263,15 @@ def _read(pool: DaskPool, parts: Sequence[Part]) -> Iterator[Episode]:
 def _reread(pool: DaskPool, schema: Schema, part: Part) -> Episode:
     "A part, wherever it is now"
     try: return read_window(pool._lake, schema, [part])[0]
-    except FileNotFoundError: now = part_now(pool, part)
+    except FileNotFoundError: now = pool._part_now(part)
     try: return read_window(pool._lake, schema, [now])[0]
     except FileNotFoundError: raise CorruptData(f"episode {part.id} cannot be read: {now.where[0].path} is missing") from None
 
-def part_now(pool: DaskPool, part: Part) -> Part:
+@patch
+def _part_now(self: DaskPool, part: Part) -> Part:
     "A part where its steps are now; raises `SnapshotNotFound` where the versions that had it were given up"
-    if now := pool._catch_up(pool._head()).place(part): return now
-    raise SnapshotNotFound(f"episode {part.id}: the versions that had it were given up; the oldest is {pool._index.oldest}")
+    if now := self._catch_up(self._head()).place(part): return now
+    raise SnapshotNotFound(f"episode {part.id}: the versions that had it were given up; the oldest is {self._index.oldest}")
 
 # %% ../../../nbs/storage/pool/dask.ipynb #b3dc9bf9
 def living(
@@ -430,7 +432,7 @@ def _file_damage(pool: DaskPool, part: Part) -> str:
             while block := source.read(8 << 20): crc = zlib.crc32(block, crc)
     except FileNotFoundError:
         with suppress(SnapshotNotFound):
-            if part_now(pool, part).where[0] == file: return f"{file.path} is missing"
+            if pool._part_now(part).where[0] == file: return f"{file.path} is missing"
         return ""  # it is elsewhere by now, or given up
     except OSError as e:
         if unreachable(e) or not pool._lake.settled: raise
