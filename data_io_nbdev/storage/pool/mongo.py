@@ -31,7 +31,7 @@ from ...errors import (CorruptData, DataIOError, PoolNotFound, PoolUnavailable, 
                                   SchemaError, at_the_door, require)
 from ...data.schema import Schema, brief, is_text, is_whole
 from ...data.core import Episode, PoolQuery
-from .pool import (Commit, Index, Part, Pool, damages, in_bulk, quoted, safe_url,
+from .pool import (Commit, Glance, Index, Part, Pool, in_bulk, quoted, safe_url,
                                              secret_option)
 
 # %% ../../../nbs/storage/pool/mongo.ipynb #2914413d
@@ -963,7 +963,7 @@ class MongoPool(Pool):
             index, wrong = _replayed(self._changes(0, version))
             said, found = self._count(version), sum(bool(index.parts(id, version)) for id in index.lives)
             if said != found: wrong.append(_miscounted(self.url, version, said, found))
-            return wrong + list(damages(self, index.every_part()))
+            return wrong + list(self._damages(index.every_part()))
 
 # %% ../../../nbs/storage/pool/mongo.ipynb #0d5a1057
 @patch
@@ -982,6 +982,21 @@ def _count(self: MongoPool, version: int) -> int: return self._link.ask(self._st
 def _candidates(self: MongoPool, query: PoolQuery, version: int,
                 ids: Optional[Iterable[str]]) -> Iterable[list[Part]]:
     return self._link.ask(self._store.entries.candidates, query, version, ids)
+
+# %% ../../../nbs/storage/pool/mongo.ipynb #9e499036
+@patch
+def _begins(self: MongoPool, prefix: str, version: int) -> list[str]:
+    wanted = {"id": {"$gte": prefix, "$lt": prefix + "g"}}  # behind all digits
+    ids = self._link.ask(lambda: self._link.of("entries").distinct("id", wanted))
+    return list(self._stored(ids, version))
+
+@patch
+def _glance(self: MongoPool, version: int) -> Glance: return Glance(version, self._count(version))
+
+@patch
+def _last_known(self: MongoPool) -> tuple[int, Optional[int]]:
+    log, (version, episodes) = self._store.log, self._store.log.counted
+    return log.seen, episodes if version == log.seen else None
 
 # %% ../../../nbs/storage/pool/mongo.ipynb #0d5a1059
 @patch
