@@ -20,9 +20,9 @@ from ...data.core import PoolQuery, steps_in
 from ..pool.pool import Part
 from ..pool.dask import read_window, windows
 from ..pool.delta import Lake
-from .rows import Rows, Run, evict, register
+from .rows import Rows, Run
 from .sampler import Draw, sampler_state
-from .buffer import Batch, Buffer, choose, make_batch
+from .buffer import Batch, Buffer, make_batch
 
 # %% ../../../nbs/storage/buffer/cluster.ipynb #5e3497ff
 def pack(
@@ -93,8 +93,8 @@ class ChunkedRows(Rows):
         base = self.slot
         self.chunks.append(Chunk(base, base + size, rows, size * self.dtype.itemsize))
         for run in (run for of_part in runs for run in of_part):
-            evict(self, self.oldest(more=len(run.times)))
-            register(self, run._replace(serial=self.serial, slot=base + run.slot))
+            self.evict(self.oldest(more=len(run.times)))
+            self.register(run._replace(serial=self.serial, slot=base + run.slot))
         self.slot = base + size
         while self.chunks and self._runs and self.chunks[0].end <= self._runs[0].slot: self.chunks.popleft()
 
@@ -214,7 +214,7 @@ class LookAhead:
         rows, flight, slots = moment.seen[0], [None], []
         moment.restore(buffer)
         for i in range(self.batches):
-            draw = choose(buffer, moment.n, rows)
+            draw = buffer._choose(moment.n, rows)
             before, moment = moment, Moment.of(buffer, moment.n, rows)
             self._queue.append(_Ahead(before, moment, draw, flight, i))
             slots.append(rows.slots(draw.rows if draw.mask is None else draw.rows[draw.mask]))
