@@ -71,14 +71,14 @@ class ChunkedRows(Rows):
         self.client, self.chunks = client, deque()
 
     @property
-    def nbytes(self) -> int: return sum(chunk.nbytes for chunk in self.chunks)
+    def nbytes(self) -> int: return sum(chunk.nbytes for chunk in self.chunks)  # on workers
 
     def request(self,
         lake: Lake, # Of the pool
         parts: Sequence[Part], # Of the chunk, in order
         query: PoolQuery, # Whose time range cuts them
-    ) -> tuple[Any, int, list[list[Run]]]:
-        "Let a worker read a chunk: a future of its rows, how many these are, and the runs of each part"
+    ) -> tuple[Any, int, list[list[Run]]]: # A future of its rows, their number, the runs of each part
+        "Let a worker read a chunk"
         both = self.client.submit(pack, lake, self.schema, list(parts), query, self.once, pure=False)
         rows, runs = (self.client.submit(itemgetter(i), both, pure=False) for i in (0, 1))
         size, runs = self.client.gather([self.client.submit(len, rows, pure=False), runs])
@@ -98,9 +98,9 @@ class ChunkedRows(Rows):
         self.slot = base + size
         while self.chunks and self._runs and self.chunks[0].end <= self._runs[0].slot: self.chunks.popleft()
 
-    def fork(self) -> Rows:
-        new = super().fork()
-        new.chunks = deque(self.chunks)
+    def fork(self) -> Rows: # Shares the chunks
+        "The same rows, to be changed beside"
+        vars(new := super().fork()).update(chunks=deque(self.chunks))
         return new
 
 # %% ../../../nbs/storage/buffer/cluster.ipynb #ad51176e
