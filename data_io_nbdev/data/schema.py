@@ -21,8 +21,8 @@ from fastcore.basics import patch
 
 # %% auto #0
 __all__ = ['ROLES', 'FLAGS', 'KINDS', 'RESERVED', 'Units', 'lazy', 'offered', 'brief', 'is_text', 'plain_text', 'whole',
-           'is_whole', 'listed', 'dtype_name', 'Field', 'identity_value', 'who_value', 'kind_of', 'SchemaFields',
-           'may_cast', 'cast', 'SchemaBlocks', 'columns_of', 'is_time', 'Schema']
+           'is_whole', 'listed', 'dtype_name', 'Field', 'identity_value', 'who_value', 'kind_of', 'short_name',
+           'SchemaFields', 'may_cast', 'cast', 'SchemaBlocks', 'columns_of', 'is_time', 'Schema']
 
 # %% ../../nbs/data/schema.ipynb #03cefeaf
 from ..errors import SchemaError, at_the_door, require
@@ -259,14 +259,16 @@ def _plain_label(label: Any) -> Any:
     return label.item() if isinstance(label, np.generic) else label
 
 # %% ../../nbs/data/schema.ipynb #23e2318c
-def _said(name: str) -> str: return name if name.isprintable() and len(name) <= 40 else brief(name, 40)
+def short_name(name: str) -> str:
+    "A name for one line; quoted and cut where it would break the line"
+    return name if name.isprintable() and len(name) <= 40 else brief(name, 40)
 
 def _one_line(fields: Sequence[Field], levels: Sequence[str], most: int = 4) -> str:
     "Fields by role and identity levels, the first of each"
     from data_io_nbdev.data.show import shortened
     said: dict[str, list[str]] = {}
-    for f in fields: said.setdefault(f.role, []).append(f"{_said(f.name)}{list(f.shape) or ''}")
-    if levels: said["identity"] = list(map(_said, levels))
+    for f in fields: said.setdefault(f.role, []).append(f"{short_name(f.name)}{list(f.shape) or ''}")
+    if levels: said["identity"] = list(map(short_name, levels))
     parts = [f"{role}: {', '.join(shortened(names, most))}" for role, names in said.items()]
     return f"Schema({'; '.join(parts)})"
 
