@@ -323,7 +323,8 @@ def _check_order(times: np.ndarray) -> None:
     usual = int(np.median(steps[steps > 0])) if (steps > 0).any() else 1
     if not span:
         raise SchemaError(f"time stamps must increase: steps {i} and {n} have the same, {t}. "
-                          "If one is a copy of the other, drop it: frame[~frame.reset_index().duplicated().to_numpy()]. "
+                          "If one is a copy of the other, drop it: "
+                          "frame[~frame.reset_index().duplicated().to_numpy()]. "
                           "If both happened, the clock is too coarse: add a microsecond for each, "
                           "t + pd.to_timedelta(pd.Series(t).groupby(t).cumcount().to_numpy(), unit='us')")
     raise SchemaError(f"time stamps must increase: step {n} is {_span(span)} before step {i}, "
@@ -1113,9 +1114,10 @@ def __repr__(self: PoolQuery) -> str:
 
 def _first_few(value: Any, most: int = 10) -> str:
     "A value as code, cut where it is a long list"
-    if isinstance(value, dict): return f"{{{', '.join(f'{k!r}: {_first_few(v)}' for k, v in value.items())}}}"
-    if len(value) <= most: return repr(value)
-    return f"[{', '.join(map(repr, value[:most]))}, … {len(value) - most:,} more]"
+    from data_io_nbdev.data.show import shortened
+    if isinstance(value, dict):
+        return f"{{{', '.join(shortened([f'{brief(k)}: {_first_few(v)}' for k, v in value.items()], most))}}}"
+    return f"[{', '.join(shortened([*map(brief, value[:most]), *value[most:]], most))}]"
 
 # %% ../../nbs/data/core.ipynb #4ef8ed4a
 def steps_in(

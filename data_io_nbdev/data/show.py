@@ -14,7 +14,7 @@ __all__ = ['element', 'card', 'facts', 'table', 'shortened', 'sparkline', 'bars'
 # %% ../../nbs/data/show.ipynb #67ca1302
 _QUIET = "opacity:.65;font-weight:normal;"
 _INK = "currentColor"
-_TABLE = "border-collapse:collapse;margin:4px 0"
+_TABLE = "border-collapse:collapse;margin:4px 0;font:inherit;color:inherit"
 _CELL = "text-align:left;vertical-align:top;padding:1px 1.2em 1px 0;border:none;background:none;"
 _MOST = 400  # Characters of one text
 
