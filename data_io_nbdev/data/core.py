@@ -1015,6 +1015,14 @@ def _time_range(name: str, ends: Optional[Sequence]) -> tuple[Optional[int], Opt
     "Both ends in UTC microseconds"
     return _range(name, ends, lambda t: one_us(t, QueryError))
 
+# %% ../../nbs/data/core.ipynb #89a04772
+def _first_few(value: Any, most: int = 10) -> str:
+    "A value as code, cut where it is a long list"
+    from data_io_nbdev.data.show import shortened
+    if isinstance(value, dict):
+        return f"{{{', '.join(shortened([f'{brief(k)}: {_first_few(v)}' for k, v in value.items()], most))}}}"
+    return f"[{', '.join(shortened([*map(brief, value[:most]), *value[most:]], most))}]"
+
 # %% ../../nbs/data/core.ipynb #a6bc6655
 @dataclass(frozen=True, init=False, repr=False)
 class QueryParts:
@@ -1049,6 +1057,10 @@ class QueryParts:
         said = dict(who={k: list(v) for k, v in self.who}, start=iso(self.start), time=iso(self.time),
                     length=list(self.length), ids=None if self.ids is None else list(self.ids))
         return {k: v for k, v in said.items() if v not in ({}, [None, None], None)}
+
+    def __repr__(self) -> str:
+        said = (f"{name}={_first_few(value)}" for name, value in self._as_dict().items())
+        return f"{type(self).__name__}({', '.join(said)})"
 
     def __dir__(self) -> list[str]: return offered(self)
 
@@ -1107,17 +1119,8 @@ class PoolQuery(QueryParts):
         "Read a query back; raises `QueryError` for a newer format or for text that is no query"
         with at_the_door: return PoolQuery(**_read_query(text))
 
-# %% ../../nbs/data/core.ipynb #f412dd4c
-@patch
-def __repr__(self: PoolQuery) -> str:
-    return f"PoolQuery({', '.join(f'{name}={_first_few(value)}' for name, value in self._as_dict().items())})"
-
-def _first_few(value: Any, most: int = 10) -> str:
-    "A value as code, cut where it is a long list"
-    from data_io_nbdev.data.show import shortened
-    if isinstance(value, dict):
-        return f"{{{', '.join(shortened([f'{brief(k)}: {_first_few(v)}' for k, v in value.items()], most))}}}"
-    return f"[{', '.join(shortened([*map(brief, value[:most]), *value[most:]], most))}]"
+    def __str__(self) -> str:
+        return "; ".join(f"{name}: {said}" for name, said in self._words().items()) or "all episodes"
 
 # %% ../../nbs/data/core.ipynb #4ef8ed4a
 def steps_in(
@@ -1154,10 +1157,6 @@ def _words(self: PoolQuery, most: int = 5) -> dict[str, str]:
 _WORDS = ("began", "steps", "length", "id")
 
 # %% ../../nbs/data/core.ipynb #f0847fdb
-@patch
-def __str__(self: PoolQuery) -> str:
-    return "; ".join(f"{name}: {said}" for name, said in self._words().items()) or "all episodes"
-
 @patch
 def _repr_html_(self: PoolQuery) -> str:
     from data_io_nbdev.data.show import card, facts
