@@ -784,7 +784,7 @@ class Episode(EpisodeFrame):
         frame: pd.DataFrame, # Index: identity, `episodestart`, `timestamp`; columns: role, name[, element]
         schema: Optional[Schema] = None, # To fit; by default it is inferred
         final_state: Any = None, # `(*state)`, where the frame has no `nstate`: the state after the last step
-    ) -> Episode:
+    ) -> Episode: # Without the last step where its next state is unknown
         "An episode from a frame; raises `SchemaError` where it is not exactly one"
         with at_the_door: return Episode(**_frame_parts(frame, schema, final_state))._told()
 
@@ -803,7 +803,7 @@ class Episode(EpisodeFrame):
         step: Optional[int] = None, # Whole number of the first step, where the machine numbers them
         final_state: Any = None, # `(*state)`, where `nstate` is not given: the state after the last step
         schema: Optional[Schema] = None, # To fit; by default it is inferred
-    ) -> Episode:
+    ) -> Episode: # Without the last step where its next state is unknown
         "An episode from arrays, which are copied; raises `SchemaError` where they don't fit together"
         values = dict(state=state, action=action, reward=reward, nstate=nstate,
                       terminated=terminated, truncated=truncated, info=info)
@@ -936,7 +936,7 @@ ItemT = TypeVar("ItemT")  # The items that a buffer is declared for: `Episode`, 
 def as_episode(
     item: Any, # A frame, an `Episode` or a `Record`
     schema: Optional[Schema] = None, # To follow; by default the item's own
-) -> Episode:
+) -> Episode: # Of one step, where it was a record
     "A frame, an `Episode` or a `Record` as an `Episode`; raises `SchemaError` for anything else"
     if isinstance(item, pd.DataFrame): return Episode(**_frame_parts(item, schema, None))
     if isinstance(item, Record): return item.to_episode(schema)

@@ -39,9 +39,9 @@ class lazy(cached_property[_T]):
 
 # %% ../../nbs/data/schema.ipynb #2dace8c7
 def offered(
-    obj: Any,
+    obj: Any, # Of any class
     *plumbing: str, # Names to leave out
-) -> list[str]:
+) -> list[str]: # Names, in order
     "What users call on an object, for its `__dir__`"
     names = {name for name in object.__dir__(obj) if not name.startswith("_")}
     kept = {name: inspect.getattr_static(obj, name, None) for name in names - set(plumbing)}
@@ -53,7 +53,7 @@ FLAGS = ("terminated", "truncated")
 
 # %% ../../nbs/data/schema.ipynb #0320d3c3
 def brief(
-    value: Any,
+    value: Any, # Of any type
     most: int = 80, # Characters
 ) -> str:
     "A value for a message, cut where it is long"
@@ -62,22 +62,34 @@ def brief(
     return text if len(text) <= most else text[:most - 1] + "…"
 
 # %% ../../nbs/data/schema.ipynb #f6d2f4dd
-def is_text(value: Any) -> bool:
+def is_text(
+    value: Any, # Of any type
+) -> bool:
     "Whether something is text that can be encoded: half a surrogate pair cannot"
     try: return isinstance(value, str) and value.encode() is not None
     except UnicodeEncodeError: return False
 
-def plain_text(text: str) -> str:
+def plain_text(
+    text: str, # Of `str`, or of a class of its own
+) -> str:
     "The plain text of a numpy string, or of a member of an `Enum`"
     return str.__str__(text)
 
-def whole(value: Any, least: int = -2**63, most: int = 2**63 - 1) -> Optional[int]:
+def whole(
+    value: Any, # Of any type
+    least: int = -2**63, # Where the range begins
+    most: int = 2**63 - 1, # Where it ends; this number is in it
+) -> Optional[int]: # `None` where there is no such number
     "A whole number of any type as a plain `int`; `None` for anything else, or outside the range"
     try: n = None if isinstance(value, (bool, np.ma.MaskedArray)) else operator.index(value)
     except Exception: return None  # a stranger's `__index__` may raise anything
     return n if n is not None and least <= n <= most else None
 
-def is_whole(value: Any, least: int = -2**63, most: int = 2**63 - 1) -> bool:
+def is_whole(
+    value: Any, # Of any type
+    least: int = -2**63, # Where the range begins
+    most: int = 2**63 - 1, # Where it ends; this number is in it
+) -> bool:
     "Whether something is a whole number in a range, by default of 64 bits"
     return whole(value, least, most) is not None
 
@@ -85,7 +97,7 @@ def is_whole(value: Any, least: int = -2**63, most: int = 2**63 - 1) -> bool:
 _NO_LISTS = (str, bytes, bytearray, memoryview, Mapping, pd.DataFrame)  # though they can be iterated
 
 def listed(
-    value: Any,
+    value: Any, # Of any type
     most: Optional[int] = None, # Items to take
 ) -> Optional[tuple]: # `None` for text, a mapping, a frame, and anything else that is no list
     "The first items of something like a list"
@@ -200,7 +212,7 @@ def identity_value(
     level: str, # Its name
     value: Any, # Text or a whole number of any type
     error: type[Exception] = SchemaError, # What to raise
-) -> str | int:
+) -> str | int: # The plain value
     "One identity value as a plain `str` or `int`; raises `error` for anything else"
     if isinstance(value, str): return plain_text(value)
     if (n := whole(value)) is not None: return n
@@ -208,7 +220,11 @@ def identity_value(
                 f"of type {type(value).__name__}; {_remedy(level, value)}")
 
 # %% ../../nbs/data/schema.ipynb #933dad3e
-def who_value(name: str, kind: str, value: Any) -> str | int:
+def who_value(
+    name: str, # Of the level
+    kind: str, # `text` or `integer`
+    value: Any, # Text or a whole number of any type
+) -> str | int: # The plain value
     "One identity value, plain; raises `SchemaError` for another kind, or text that is not valid unicode"
     plain = identity_value(name, value)
     if isinstance(plain, str) and not is_text(plain):
@@ -217,7 +233,10 @@ def who_value(name: str, kind: str, value: Any) -> str | int:
     raise SchemaError(f"identity level {name!r}: expected {kind}, "
                       f"got {brief(plain)} of type {type(value).__name__}")
 
-def kind_of(name: str, value: Any) -> str:
+def kind_of(
+    name: str, # Of the level
+    value: Any, # Text or a whole number of any type
+) -> str: # `text` or `integer`
     "The kind of an identity level, by one of its values"
     return "text" if isinstance(identity_value(name, value), str) else "integer"
 
@@ -259,7 +278,9 @@ def _plain_label(label: Any) -> Any:
     return label.item() if isinstance(label, np.generic) else label
 
 # %% ../../nbs/data/schema.ipynb #23e2318c
-def short_name(name: str) -> str:
+def short_name(
+    name: str, # Of any length
+) -> str:
     "A name for one line; quoted and cut where it would break the line"
     return name if name.isprintable() and len(name) <= 40 else brief(name, 40)
 
@@ -306,7 +327,7 @@ class SchemaFields:
 
     def of(self,
         role: str, # `state`, `action`, `reward`, `nstate` or `info`
-    ) -> tuple[Field, ...]:
+    ) -> tuple[Field, ...]: # In the order of the block
         "The fields of a role; `nstate` has those of `state`"
         return tuple(f for f in self.fields if f.role == ("state" if role == "nstate" else role))
 
@@ -325,7 +346,10 @@ def _block(role: str, fields: Sequence[Field]) -> np.dtype:
     return np.dtype([(f.name or " ", f.dtype, f.shape) for f in fields], align=True)
 
 # %% ../../nbs/data/schema.ipynb #3241358e
-def may_cast(a: np.dtype, to: np.dtype) -> bool:
+def may_cast(
+    a: np.dtype, # Of values
+    to: np.dtype, # That they should get
+) -> bool:
     "Whether values of a dtype can become another without loss, all of them or those that it can hold"
     return a.kind in "biu" or np.can_cast(a, to)
 
@@ -371,7 +395,7 @@ class SchemaBlocks(SchemaFields):
 
     def block(self,
         role: str, # Any of `roles`
-    ) -> np.dtype:
+    ) -> np.dtype: # As numpy writes it, `(dtype, shape)`
         "The dtype of one step of a role, with its shape"
         return self._blocks[role]
 
@@ -442,7 +466,9 @@ def columns_of(
     return {key: [places[n] for n in range(len(places))] for key, places in found.items()}
 
 # %% ../../nbs/data/schema.ipynb #3dc19b53
-def is_time(key: tuple[str, str]) -> bool: # `key` is (role, name)
+def is_time(
+    key: tuple[str, str], # Role and name
+) -> bool:
     "Whether a column is a time step, which belongs to no role"
     return "timestep" in key
 

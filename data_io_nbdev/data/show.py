@@ -47,7 +47,7 @@ def card(
 # %% ../../nbs/data/show.ipynb #12adc9ad
 def facts(
     rows: Mapping[str, Any], # Name and value: text, or an element
-) -> Any:
+) -> Any: # An element
     "A table of names and values"
     known = {name: value for name, value in rows.items() if value is not None}
     return element("table", *(_row(_head(name), _cell(value)) for name, value in known.items()), style=_TABLE)
@@ -60,7 +60,7 @@ def _cell(value: Any) -> Any: return element("td", value, style=_CELL)
 def table(
     columns: Sequence[str], # Their heads
     rows: Iterable[Sequence[Any]], # Text, or elements
-) -> Any:
+) -> Any: # An element
     "A table with a head"
     head = _row(*map(_head, columns))
     return element("table", head, *(_row(*map(_cell, row)) for row in rows), style=_TABLE)
@@ -69,7 +69,7 @@ def table(
 def shortened(
     items: Sequence[Any], # Of any length
     most: int, # How many to show
-) -> list[str]:
+) -> list[str]: # At most one more than that
     "The first items as text, and how many more there are"
     more = len(items) - most
     return [*map(str, items[:most]), *([f"… {more:,} more"] if more > 0 else ())]
@@ -107,7 +107,7 @@ def sparkline(
     width: int = 180, # Pixels
     height: int = 24, # Pixels
     at: Any = None, # `(n,)`, increasing: where each value stands, for example its time; by default evenly
-) -> Any:
+) -> Any: # An element
     "A small line chart, in the colour of the text"
     values = np.real(np.asarray(values)).ravel().astype("float64")  # of complex numbers, what is real
     values[~np.isfinite(values)] = np.nan
@@ -127,7 +127,7 @@ def bars(
     counts: Any, # `(n,)`, at least 0
     width: int = 180, # Pixels
     height: int = 24, # Pixels
-) -> Any:
+) -> Any: # An element
     "A small bar chart, in the colour of the text; what falls on one pixel is added up"
     counts = np.asarray(counts, "float64").ravel()
     if len(counts) > width: counts = np.add.reduceat(counts, np.arange(width) * len(counts) // width)
