@@ -25,7 +25,7 @@ from ...errors import CorruptData, DataIOError, PoolUnavailable, QueryError, at_
 from ...data.schema import Schema
 from ...data.core import Episode
 from ..pool.pool import Part, Pool, in_bulk
-from ..pool.dask import DaskPool, part_now, read_window, windows
+from ..pool.dask import DaskPool, read_window, windows
 from .rows import Rows, row_dtype
 from .view import Home, View, keep_once
 from .buffer import Batch, Buffer
@@ -126,7 +126,7 @@ class LakeHome(Home):
 
     def _request(self, view: View, chunk: Sequence[Part]) -> tuple:
         try: return view.rows.request(view.pool._lake, chunk, view.query)
-        except FileNotFoundError: now = [part_now(view.pool, part) for part in chunk]  # perhaps it was compacted meanwhile
+        except FileNotFoundError: now = [view.pool._part_now(part) for part in chunk]  # perhaps it was compacted meanwhile
         try: return view.rows.request(view.pool._lake, now, view.query)
         except FileNotFoundError as e: raise CorruptData(f"a file of {view.pool!r} is missing: {e}") from e
 

@@ -16,16 +16,17 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple, Optional
+from fastcore.basics import patch
 import pandas as pd  # type: ignore
 
 # %% auto #0
-__all__ = ['windows', 'read_window', 'write_files', 'files_of', 'DaskPool', 'part_now', 'living']
+__all__ = ['windows', 'read_window', 'write_files', 'files_of', 'DaskPool', 'living']
 
 # %% ../../../nbs/storage/pool/dask.ipynb #f298789c
 from ...errors import CorruptData, DataIOError, PoolNotFound, PoolUnavailable, QueryError, SchemaError, SnapshotNotFound, at_the_door
 from ...data.schema import Schema
 from ...data.core import Episode
-from .pool import Commit, Index, Part, Pool, check_writable, damage_line, damages, in_bulk, safe_url
+from .pool import Commit, Index, Part, Pool, in_bulk, safe_url
 from .parquet import File, Rows, parquet_bytes, read_episodes
 from .delta import Entry, Lake, flaws, open_lake, said_by, unreachable
 
@@ -262,14 +263,15 @@ def _read(pool: DaskPool, parts: Sequence[Part]) -> Iterator[Episode]:
 def _reread(pool: DaskPool, schema: Schema, part: Part) -> Episode:
     "A part, wherever it is now"
     try: return read_window(pool._lake, schema, [part])[0]
-    except FileNotFoundError: now = part_now(pool, part)
+    except FileNotFoundError: now = pool._part_now(part)
     try: return read_window(pool._lake, schema, [now])[0]
     except FileNotFoundError: raise CorruptData(f"episode {part.id} cannot be read: {now.where[0].path} is missing") from None
 
-def part_now(pool: DaskPool, part: Part) -> Part:
+@patch
+def _part_now(self: DaskPool, part: Part) -> Part:
     "A part where its steps are now; raises `SnapshotNotFound` where the versions that had it were given up"
-    if now := pool._catch_up(pool._head()).place(part): return now
-    raise SnapshotNotFound(f"episode {part.id}: the versions that had it were given up; the oldest is {pool._index.oldest}")
+    if now := self._catch_up(self._head()).place(part): return now
+    raise SnapshotNotFound(f"episode {part.id}: the versions that had it were given up; the oldest is {self._index.oldest}")
 
 # %% ../../../nbs/storage/pool/dask.ipynb #b3dc9bf9
 def living(
@@ -357,7 +359,7 @@ def _round(pool: DaskPool, version: int, size: int) -> tuple[list[Part], int]: #
     return [], 0
 
 def _compact(pool: DaskPool, size: int) -> int:
-    check_writable(pool)
+    pool._check_writable()
     while _put_back(pool, pool._catch_up(pool.version).number + 1): pass
     done, size = 0, min(size, _FILE)
     while (found := _round(pool, version := pool.version, size))[1]:
@@ -380,7 +382,7 @@ def _vacuum(pool: DaskPool, older_than: str | pd.Timedelta, dry_run: bool) -> li
     try: seconds = pd.Timedelta(older_than).total_seconds()
     except ValueError as e: raise QueryError(f"older_than: expected a duration such as '365D', got {older_than!r}") from e
     if not seconds >= 0: raise QueryError(f"older_than: expected a duration from 0, got {older_than!r}")
-    if not dry_run: check_writable(pool)
+    if not dry_run: pool._check_writable()
     with _reachable(pool): there, entries = pool._lake.listing(), list(pool._lake.entries(0, pool.version))
     ever = {f.path for e in entries for f in e.files}
     then, times = (time.time() - seconds) * 1000, [e.time for e in entries]
@@ -417,8 +419,8 @@ def _verify(pool: DaskPool) -> list[str]:
     lines = []
     with _reachable(pool):
         for path, parts in files.items():
-            found = list(damages(pool, parts))
-            if not found and (wrong := _file_damage(pool, parts[0])): found = [damage_line(part, wrong) for part in parts]
+            found = list(pool._damages(parts))
+            if not found and (wrong := _file_damage(pool, parts[0])): found = [part._damage_line(wrong) for part in parts]
             lines += found
         return [*lines, *(flaws(pool._lake, pool.version, pool._index.schema_at(1)) if pool.version else ())]
 
@@ -430,7 +432,7 @@ def _file_damage(pool: DaskPool, part: Part) -> str:
             while block := source.read(8 << 20): crc = zlib.crc32(block, crc)
     except FileNotFoundError:
         with suppress(SnapshotNotFound):
-            if part_now(pool, part).where[0] == file: return f"{file.path} is missing"
+            if pool._part_now(part).where[0] == file: return f"{file.path} is missing"
         return ""  # it is elsewhere by now, or given up
     except OSError as e:
         if unreachable(e) or not pool._lake.settled: raise
