@@ -9,13 +9,14 @@ from typing import Any, Optional
 import numpy as np
 
 # %% auto #0
-__all__ = ['element', 'card', 'facts', 'table', 'sparkline', 'bars', 'in_bytes']
+__all__ = ['element', 'card', 'facts', 'table', 'shortened', 'sparkline', 'bars', 'in_bytes']
 
 # %% ../../nbs/data/show.ipynb #67ca1302
 _QUIET = "opacity:.65;font-weight:normal;"
 _INK = "currentColor"
 _TABLE = "border-collapse:collapse;margin:4px 0"
 _CELL = "text-align:left;vertical-align:top;padding:1px 1.2em 1px 0;border:none;background:none;"
+_MOST = 400  # Characters of one text
 
 def element(
     tag: str, # `"td"`, `"svg"` …
@@ -24,7 +25,13 @@ def element(
 ) -> Any: # An element for `element` and `card`
     "An HTML element"
     from fastcore.xml import ft
-    return ft(tag, *content, **attributes)
+    return ft(tag, *map(_plain, content), **attributes)
+
+def _plain(value: Any) -> Any:
+    "An element as it is, anything else as text"
+    if hasattr(value, "children"): return value
+    text = str(value)
+    return text if len(text) <= _MOST else text[:_MOST - 1] + "…"
 
 # %% ../../nbs/data/show.ipynb #07a8675f
 def card(
@@ -47,8 +54,7 @@ def facts(
 
 def _row(*cells: Any) -> Any: return element("tr", *cells, style="background:none")
 def _head(name: str) -> Any: return element("th", name, style=_CELL + _QUIET)
-def _cell(value: Any) -> Any: return element("td", _plain(value), style=_CELL)
-def _plain(value: Any) -> Any: return value if hasattr(value, "children") else str(value)
+def _cell(value: Any) -> Any: return element("td", value, style=_CELL)
 
 # %% ../../nbs/data/show.ipynb #9df4cd7a
 def table(
@@ -56,41 +62,65 @@ def table(
     rows: Iterable[Sequence[Any]], # Text, or elements
 ) -> Any:
     "A table with a head"
-    return element("table", _row(*map(_head, columns)), *(_row(*map(_cell, row)) for row in rows), style=_TABLE)
+    head = _row(*map(_head, columns))
+    return element("table", head, *(_row(*map(_cell, row)) for row in rows), style=_TABLE)
 
-# %% ../../nbs/data/show.ipynb #ebe688cc
-def sparkline(
-    values: Any, # `(n,)`, numbers; `nan` where there is none
-    width: int = 180, # Pixels
-    height: int = 24, # Pixels
-) -> Any:
-    "A small line chart, in the colour of the text"
-    values = np.asarray(values, "float64").ravel()
-    known = values[np.isfinite(values)]
-    low, high = (known.min(), known.max()) if len(known) else (0, 1)
-    lines = []
-    for run in _runs(np.isfinite(values)):
-        keep = _thinned(values[run], width) + run.start
-        x = keep * ((width - 2) / max(1, len(values) - 1)) + 1
-        y = height / 2 if low == high else height - 2 - (values[keep] - low) / (high - low) * (height - 4)
-        points = " ".join(f"{a:.1f},{b:.1f}" for a, b in np.broadcast(x, y))
-        lines.append(element("polyline", points=points, fill="none", stroke=_INK, stroke_width="1.2"))
-    return _svg(width, height, *lines)
+# %% ../../nbs/data/show.ipynb #e8c4c70b
+def shortened(
+    items: Sequence[Any], # Of any length
+    most: int, # How many to show
+) -> list[str]:
+    "The first items as text, and how many more there are"
+    more = len(items) - most
+    return [*map(str, items[:most]), *([f"… {more:,} more"] if more > 0 else ())]
+
+# %% ../../nbs/data/show.ipynb #ca0c9e4b
+def _thinned(values: np.ndarray, most: int) -> np.ndarray:
+    "Positions of at most so many values: the least and the greatest of each stretch; one where all are missing"
+    if len(values) <= most: return np.arange(len(values))
+    edges, keep = np.linspace(0, len(values), most // 2 + 1).astype(int), []
+    for a, b in zip(edges[:-1], edges[1:]):
+        known = np.flatnonzero(np.isfinite(values[a:b])) + a
+        keep += [known[values[known].argmin()], known[values[known].argmax()]] if len(known) else [a]
+    return np.unique(keep)
+
+# %% ../../nbs/data/show.ipynb #8681beef
+def _svg(width: int, height: int, *content: Any) -> Any:
+    size = dict(width=width, height=height, viewBox=f"0 0 {width} {height}")
+    return element("svg", *content, **size, style="vertical-align:middle", role="img")
 
 def _runs(there: np.ndarray) -> list[slice]:
     "Where consecutive values are there"
     edges = np.flatnonzero(np.diff(np.concatenate([[False], there, [False]]).astype("int8")))
     return [slice(a, b) for a, b in zip(edges[::2], edges[1::2])]
 
-def _thinned(values: np.ndarray, most: int) -> np.ndarray:
-    "Positions of at most about so many values: the least and the greatest of each stretch"
-    if len(values) <= most: return np.arange(len(values))
-    pieces = np.array_split(np.arange(len(values)), most // 2)
-    return np.unique([p[i] for p in pieces for i in (np.argmin(values[p]), np.argmax(values[p]))])
+def _scaled(values: np.ndarray) -> np.ndarray:
+    "Values from 0 to 1; 0.5 where all are the same"
+    known = values[np.isfinite(values)]
+    if not len(known) or known.min() == known.max(): return values * 0 + 0.5
+    half = values / 2  # the whole span of two floats may be no float
+    return (half - known.min() / 2) / (known.max() / 2 - known.min() / 2)
 
-def _svg(width: int, height: int, *content: Any) -> Any:
-    size = dict(width=width, height=height, viewBox=f"0 0 {width} {height}")
-    return element("svg", *content, **size, style="vertical-align:middle", role="img")
+# %% ../../nbs/data/show.ipynb #ebe688cc
+def sparkline(
+    values: Any, # `(n,)`, numbers; `nan` where there is none
+    width: int = 180, # Pixels
+    height: int = 24, # Pixels
+    at: Any = None, # `(n,)`, increasing: where each value stands, for example its time; by default evenly
+) -> Any:
+    "A small line chart, in the colour of the text"
+    values = np.real(np.asarray(values)).ravel().astype("float64")  # of complex numbers, what is real
+    values[~np.isfinite(values)] = np.nan
+    keep = _thinned(values, width)
+    x = _scaled(np.arange(len(values)) if at is None else np.asarray(at, "float64"))[keep] * (width - 4) + 2
+    y = height - 2 - _scaled(values[keep]) * (height - 4)
+    lines = []
+    for run in _runs(np.isfinite(y)):
+        points = [f"{a:.1f},{b:.1f}" for a, b in zip(x[run], y[run])]
+        points = " ".join(points if len(points) > 1 else points * 2)
+        pen = dict(fill="none", stroke=_INK, stroke_width="1.2", stroke_linecap="round")
+        lines.append(element("polyline", points=points, **pen))
+    return _svg(width, height, *lines)
 
 # %% ../../nbs/data/show.ipynb #3b4eb68b
 def bars(
@@ -102,8 +132,8 @@ def bars(
     counts = np.asarray(counts, "float64")
     each, most = width / max(1, len(counts)), max(1, counts.max(initial=0))
     def bar(i: int, h: float) -> Any:
-        place = dict(x=f"{i * each:.1f}", y=f"{height - h:.1f}", width=f"{max(1, each - 1):.1f}", height=f"{h:.1f}")
-        return element("rect", **place, fill=_INK)
+        place = dict(x=i * each, y=height - h, width=max(1, each - 1), height=h)
+        return element("rect", **{name: f"{value:.1f}" for name, value in place.items()}, fill=_INK)
     return _svg(width, height, *(bar(i, h) for i, h in enumerate(counts / most * height) if h))
 
 # %% ../../nbs/data/show.ipynb #0df94424
@@ -111,6 +141,7 @@ def in_bytes(
     n: float, # Bytes
 ) -> str:
     "A size as a person says it, in powers of 1000"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if n < 1000 or unit == "TB": return f"{n:.3g} {unit}" if unit != "B" else f"{n:.0f} B"
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < (999.5 if unit != "B" else 1000): return f"{n:.0f} B" if unit == "B" else f"{n:.3g} {unit}"
         n /= 1000
+    return f"{n:,.3g} TB" if n < 1000 else f"{n:,.0f} TB"
