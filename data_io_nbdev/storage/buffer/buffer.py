@@ -63,7 +63,7 @@ class Transition(tuple):
 
 _TRANSITION = ("state", "action", "reward", "nstate")
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #0c84dcf0
+# %% ../../../nbs/storage/buffer/buffer.ipynb #180cd0ca
 class Batch(Transition):
     "`(state, action, reward, nstate)`, with the rest as attributes"
     terminated: np.ndarray  # `(batch,)` bool: the task came to its end here
@@ -158,7 +158,7 @@ def _frame(self: Batch, role: str) -> pd.DataFrame:
     frame.columns.names = ["role", "name", "element"]
     return frame
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #4f04e2fe
+# %% ../../../nbs/storage/buffer/buffer.ipynb #2a0aebb4
 @patch
 def _element_names(self: Batch) -> Iterator[str]:
     "What each element of state, action and reward is called"
@@ -178,7 +178,7 @@ def _first_rows(self: Batch, most: int, columns: int) -> Iterator[tuple]:
         shown = [f"{x:.4g}" if isinstance(x, np.floating) else str(x) for x in numbers]
         yield id[:8], step, pd.Timestamp(time), *shown
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #e9e0438c
+# %% ../../../nbs/storage/buffer/buffer.ipynb #fc99c48d
 @patch
 def _repr_html_(self: Batch, most: int = 5, columns: int = 8) -> str:
     "Shapes and dtypes, and the first rows with who and when"
@@ -321,7 +321,7 @@ def _load(self: BufferHandle) -> None:
         view.look(self.pool.version)
         self._install(view)
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #fd313d7b
+# %% ../../../nbs/storage/buffer/buffer.ipynb #60b23769
 class BufferRows(BufferHandle[ItemT]):
     "The rows that a buffer has of its pool"
     def store(self,
@@ -367,7 +367,7 @@ class BufferRows(BufferHandle[ItemT]):
     def __len__(self) -> int: return len(self._loaded())  # rows that can be drawn
     def __bool__(self) -> bool: return True  # an empty buffer is still a buffer
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #b21d7484
+# %% ../../../nbs/storage/buffer/buffer.ipynb #5096ab5a
 @patch
 def _has_loaded(self: BufferRows) -> bool: return hasattr(self, "_view") and bool(self._view.versions)
 
@@ -418,7 +418,7 @@ class BufferDraws(BufferRows[ItemT]):
         if not self.sampler.in_range: rows.check(draw.rows)
         return draw
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #cf3280c9
+# %% ../../../nbs/storage/buffer/buffer.ipynb #a93798b9
 @patch
 def _emptiness(self: BufferDraws, view: View) -> str:
     there = "" if self._own else f" of {self.pool!r}"
@@ -427,7 +427,7 @@ def _emptiness(self: BufferDraws, view: View) -> str:
     remedy = "store() an episode, or refresh() once others did"
     return f"this buffer is empty, there is no step to draw: {what}; {remedy}"
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #8dfd3aaa
+# %% ../../../nbs/storage/buffer/buffer.ipynb #14c880f2
 @patch
 def _go_own_way(self: BufferDraws) -> None:
     "In a forked child: a generator by the parent's and the number of the worker, where it has one"
@@ -437,7 +437,7 @@ def _go_own_way(self: BufferDraws) -> None:
     rng = np.random.default_rng(np.random.SeedSequence(entropy, spawn_key=worker))
     vars(self).update(_rng=rng, _astray=False)
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #dd939eae
+# %% ../../../nbs/storage/buffer/buffer.ipynb #2f2e815e
 def _whole(n: Any) -> bool: return is_whole(n, 0, 2**53)
 def _unlike(than: str, got: Any) -> ValueError: return ValueError(f"expected {than}, got {brief(got)}")
 
@@ -568,7 +568,7 @@ def _resumed(self: BufferState, state: dict[str, Any]) -> Sampler:
     except Exception as e: raise QueryError(f"{sampler!r} cannot go on from {brief(state)}: {e!r}") from e
     return sampler
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #09edb233
+# %% ../../../nbs/storage/buffer/buffer.ipynb #9b0bbd18
 class Buffer(BufferState[ItemT]):
     """
     The abstract class of a buffer: the experience that a learner draws minibatches from.
@@ -610,7 +610,7 @@ class Buffer(BufferState[ItemT]):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(filter(None, self._facts().values()))})"
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #967856bf
+# %% ../../../nbs/storage/buffer/buffer.ipynb #fe1a1f2a
 def _short(text: str, most: int = 120) -> str:
     "Text on one line, and not too long"
     text = " ".join(text.split())
@@ -636,8 +636,12 @@ def _facts(self: Buffer) -> dict[str, Optional[str]]:
 
 def _looks(versions: list[list[int]]) -> Optional[str]:
     "The versions at which a view looked; of many the last"
-    texts = [f"{a}" if a == b else f"{a} to {b}" for a, b in versions[-4:]]
-    if not texts: return None
+    pairs: list = []
+    for first, last in versions[-4:]:
+        if pairs and pairs[-1][1] == first - 1: pairs[-1] = pairs[-1][0], last
+        else: pairs.append((first, last))
+    if not pairs: return None
+    texts = [f"{a}" if a == b else f"{a} to {b}" for a, b in pairs]
     word = "version" if texts == [f"{versions[0][0]}"] else "versions"
     return f"{word} {'…, ' if len(versions) > 4 else ''}{', '.join(texts)}"
 
