@@ -63,7 +63,7 @@ class Transition(tuple):
 
 _TRANSITION = ("state", "action", "reward", "nstate")
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #180cd0ca
+# %% ../../../nbs/storage/buffer/buffer.ipynb #135f7806
 class Batch(Transition):
     "`(state, action, reward, nstate)`, with the rest as attributes"
     terminated: np.ndarray  # `(batch,)` bool: the task came to its end here
@@ -158,7 +158,7 @@ def _frame(self: Batch, role: str) -> pd.DataFrame:
     frame.columns.names = ["role", "name", "element"]
     return frame
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #2a0aebb4
+# %% ../../../nbs/storage/buffer/buffer.ipynb #9cb891ad
 @patch
 def _element_names(self: Batch) -> Iterator[str]:
     "What each element of state, action and reward is called"
@@ -178,7 +178,7 @@ def _first_rows(self: Batch, most: int, columns: int) -> Iterator[tuple]:
         shown = [f"{x:.4g}" if isinstance(x, np.floating) else str(x) for x in numbers]
         yield id[:8], step, pd.Timestamp(time), *shown
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #fc99c48d
+# %% ../../../nbs/storage/buffer/buffer.ipynb #2f10997b
 @patch
 def _repr_html_(self: Batch, most: int = 5, columns: int = 8) -> str:
     "Shapes and dtypes, and the first rows with who and when"
@@ -196,15 +196,6 @@ def _repr_html_(self: Batch, most: int = 5, columns: int = 8) -> str:
                 table(["episode", "step", "timestamp (UTC)", *heads], self._first_rows(most, columns)),
                 element("div", f"{min(most, steps)} of {steps:,} steps, {len(heads)} of {every:,} columns",
                         style="opacity:.65"))
-
-# %% ../../../nbs/storage/buffer/buffer.ipynb #b2ca0934
-def _item_type(cls: type) -> Optional[str]:
-    "The name of the item type in a class statement, None where it names none"
-    for base in cls.__dict__.get("__orig_bases__", ()):
-        origin, arg = get_origin(base), (*get_args(base), None)[0]
-        if isinstance(origin, type) and issubclass(origin, BufferHandle) and not isinstance(arg, TypeVar):
-            return getattr(arg, "__forward_arg__", None) or getattr(arg, "__name__", str(arg))
-    return None
 
 # %% ../../../nbs/storage/buffer/buffer.ipynb #4a4fb538
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -234,6 +225,15 @@ class BufferHandle(abc.ABC, Generic[ItemT]):
 
     def _home(self) -> Home: return Home()  # where the rows of a view live
     def _forked(self) -> None: self._astray = True  # the generator is the parent's, and so are its numbers
+
+# %% ../../../nbs/storage/buffer/buffer.ipynb #b2ca0934
+def _item_type(cls: type) -> Optional[str]:
+    "The name of the item type in a class statement, None where it names none"
+    for base in cls.__dict__.get("__orig_bases__", ()):
+        origin, arg = get_origin(base), (*get_args(base), None)[0]
+        if isinstance(origin, type) and issubclass(origin, BufferHandle) and not isinstance(arg, TypeVar):
+            return getattr(arg, "__forward_arg__", None) or getattr(arg, "__name__", str(arg))
+    return None
 
 # %% ../../../nbs/storage/buffer/buffer.ipynb #bf0f9208
 @patch
@@ -321,7 +321,29 @@ def _load(self: BufferHandle) -> None:
         view.look(self.pool.version)
         self._install(view)
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #60b23769
+# %% ../../../nbs/storage/buffer/buffer.ipynb #0f3a1052
+@patch
+def _has_loaded(self: BufferHandle) -> bool: return hasattr(self, "_view") and bool(self._view.versions)
+
+@patch
+def _loaded(self: BufferHandle) -> View:
+    "What the buffer has seen, loaded if need be"
+    with self._moving:
+        if not self._view.versions:
+            self._check_open()
+            self.load()
+        return self._view
+
+@patch
+def _check_storable(self: BufferHandle, item: Any) -> None:
+    "What cannot be drawn here is not stored here: raise for it before anything is committed"
+    if hasattr(self, "_finalizer"): self._check_open()
+    if not self._has_loaded() or self._view.rows is not None: return
+    if isinstance(item, pd.DataFrame): schema = Schema.from_frame(item)  # storing it says what else is wrong
+    else: schema = as_episode(item, self.pool.schema).schema
+    self.query.check(schema)
+
+# %% ../../../nbs/storage/buffer/buffer.ipynb #d85e5709
 class BufferRows(BufferHandle[ItemT]):
     "The rows that a buffer has of its pool"
     def store(self,
@@ -367,28 +389,6 @@ class BufferRows(BufferHandle[ItemT]):
     def __len__(self) -> int: return len(self._loaded())  # rows that can be drawn
     def __bool__(self) -> bool: return True  # an empty buffer is still a buffer
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #5096ab5a
-@patch
-def _has_loaded(self: BufferRows) -> bool: return hasattr(self, "_view") and bool(self._view.versions)
-
-@patch
-def _loaded(self: BufferRows) -> View:
-    "What the buffer has seen, loaded if need be"
-    with self._moving:
-        if not self._view.versions:
-            self._check_open()
-            self.load()
-        return self._view
-
-@patch
-def _check_storable(self: BufferRows, item: Any) -> None:
-    "What cannot be drawn here is not stored here: raise for it before anything is committed"
-    if hasattr(self, "_finalizer"): self._check_open()
-    if not self._has_loaded() or self._view.rows is not None: return
-    if isinstance(item, pd.DataFrame): schema = Schema.from_frame(item)  # storing it says what else is wrong
-    else: schema = as_episode(item, self.pool.schema).schema
-    self.query.check(schema)
-
 # %% ../../../nbs/storage/buffer/buffer.ipynb #2d4033fe
 class BufferDraws(BufferRows[ItemT]):
     "Minibatches, as the sampler wants them"
@@ -418,7 +418,7 @@ class BufferDraws(BufferRows[ItemT]):
         if not self.sampler.in_range: rows.check(draw.rows)
         return draw
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #a93798b9
+# %% ../../../nbs/storage/buffer/buffer.ipynb #814e705a
 @patch
 def _emptiness(self: BufferDraws, view: View) -> str:
     there = "" if self._own else f" of {self.pool!r}"
@@ -427,7 +427,7 @@ def _emptiness(self: BufferDraws, view: View) -> str:
     remedy = "store() an episode, or refresh() once others did"
     return f"this buffer is empty, there is no step to draw: {what}; {remedy}"
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #14c880f2
+# %% ../../../nbs/storage/buffer/buffer.ipynb #a6373d7b
 @patch
 def _go_own_way(self: BufferDraws) -> None:
     "In a forked child: a generator by the parent's and the number of the worker, where it has one"
@@ -437,7 +437,7 @@ def _go_own_way(self: BufferDraws) -> None:
     rng = np.random.default_rng(np.random.SeedSequence(entropy, spawn_key=worker))
     vars(self).update(_rng=rng, _astray=False)
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #2f2e815e
+# %% ../../../nbs/storage/buffer/buffer.ipynb #02a589bd
 def _whole(n: Any) -> bool: return is_whole(n, 0, 2**53)
 def _unlike(than: str, got: Any) -> ValueError: return ValueError(f"expected {than}, got {brief(got)}")
 
@@ -495,6 +495,39 @@ def _parse_state(state: Any) -> _State:
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as e:
         raise QueryError(f"no state of a buffer: {brief(e, 200)}") from e
 
+# %% ../../../nbs/storage/buffer/buffer.ipynb #18416680
+@patch
+def _check_state(self: BufferDraws, told: _State) -> None:
+    "Raise unless this sampler and this pool can go on from a state"
+    if (kind := told.sampler["kind"]) != type(self.sampler).__name__:
+        raise QueryError(f"this state was drawn by {brief(kind)}, and the buffer has {self.sampler!r}")
+    first, last = told.versions[0][0], told.versions[-1][1]
+    oldest, newest = self.pool._oldest(), self.pool.version
+    if last > newest or (first < oldest and told.capacity is None):
+        there = f"{self.pool!r} has {oldest} to {newest}"
+        raise SnapshotNotFound(f"the state is of versions {first} to {last}; {there}")
+
+@patch
+def _replayed(self: BufferDraws, told: _State) -> View:
+    "A view that has seen what another one had; raises `SnapshotNotFound` where the pool gives other rows"
+    options = dict(query=told.query, capacity=told.capacity)
+    view = self._new_view(**options).replay(told.versions)
+    lost = told.serial - view.serial
+    if lost > 0 and told.capacity is not None and told.versions[0][0] < self.pool._oldest():
+        view = self._new_view(begin=lost, **options).replay(told.versions)
+    as_many = (len(view), view.serial) == (told.rows, told.serial)
+    if as_many and (view.begin or view.trail == told.trail): return view
+    there = f"{self.pool!r} gives {len(view)}, or others"
+    raise SnapshotNotFound(f"the state has {told.rows} rows, {there}: another pool?")
+
+@patch
+def _resumed(self: BufferDraws, state: dict[str, Any]) -> Sampler:
+    "A copy of the sampler that goes on from a state"
+    sampler = copy.deepcopy(self.sampler)
+    try: sampler.load_state_dict(state)
+    except Exception as e: raise QueryError(f"{sampler!r} cannot go on from {brief(state)}: {e!r}") from e
+    return sampler
+
 # %% ../../../nbs/storage/buffer/buffer.ipynb #25041ad8
 class BufferState(BufferDraws[ItemT]):
     "What a buffer needs to stop and go on, here or in another process"
@@ -535,40 +568,7 @@ def _arrive(kind: type[BufferState], options: dict, state: Optional[dict], rng: 
     buffer._rng.bit_generator.state = rng
     return buffer
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #18416680
-@patch
-def _check_state(self: BufferState, told: _State) -> None:
-    "Raise unless this sampler and this pool can go on from a state"
-    if (kind := told.sampler["kind"]) != type(self.sampler).__name__:
-        raise QueryError(f"this state was drawn by {brief(kind)}, and the buffer has {self.sampler!r}")
-    first, last = told.versions[0][0], told.versions[-1][1]
-    oldest, newest = self.pool._oldest(), self.pool.version
-    if last > newest or (first < oldest and told.capacity is None):
-        there = f"{self.pool!r} has {oldest} to {newest}"
-        raise SnapshotNotFound(f"the state is of versions {first} to {last}; {there}")
-
-@patch
-def _replayed(self: BufferState, told: _State) -> View:
-    "A view that has seen what another one had; raises `SnapshotNotFound` where the pool gives other rows"
-    options = dict(query=told.query, capacity=told.capacity)
-    view = self._new_view(**options).replay(told.versions)
-    lost = told.serial - view.serial
-    if lost > 0 and told.capacity is not None and told.versions[0][0] < self.pool._oldest():
-        view = self._new_view(begin=lost, **options).replay(told.versions)
-    as_many = (len(view), view.serial) == (told.rows, told.serial)
-    if as_many and (view.begin or view.trail == told.trail): return view
-    there = f"{self.pool!r} gives {len(view)}, or others"
-    raise SnapshotNotFound(f"the state has {told.rows} rows, {there}: another pool?")
-
-@patch
-def _resumed(self: BufferState, state: dict[str, Any]) -> Sampler:
-    "A copy of the sampler that goes on from a state"
-    sampler = copy.deepcopy(self.sampler)
-    try: sampler.load_state_dict(state)
-    except Exception as e: raise QueryError(f"{sampler!r} cannot go on from {brief(state)}: {e!r}") from e
-    return sampler
-
-# %% ../../../nbs/storage/buffer/buffer.ipynb #9b0bbd18
+# %% ../../../nbs/storage/buffer/buffer.ipynb #f37f8253
 class Buffer(BufferState[ItemT]):
     """
     The abstract class of a buffer: the experience that a learner draws minibatches from.
@@ -610,7 +610,7 @@ class Buffer(BufferState[ItemT]):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(filter(None, self._facts().values()))})"
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #fe1a1f2a
+# %% ../../../nbs/storage/buffer/buffer.ipynb #8976b60e
 def _short(text: str, most: int = 120) -> str:
     "Text on one line, and not too long"
     text = " ".join(text.split())

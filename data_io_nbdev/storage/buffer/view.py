@@ -106,9 +106,8 @@ class Seen:
         begin: int = 0, # Serial number of the first row
         home: Optional[Home] = None, # Where rows live; by default in memory
     ):
-        self.home = home or Home()
         self.pool, self.query, self.lock, self.states = pool, query, lock, states
-        self.capacity, self.own, self.begin = capacity, own, begin
+        self.capacity, self.own, self.begin, self.home = capacity, own, begin, home or Home()
         self.rows: Optional[Rows] = None  # until there is a schema
         self.versions: list[list[int]] = []  # [first, last]: looked at these and all between
         self.trail = ""  # a digest of every part that entered, in order
@@ -155,7 +154,7 @@ def _difference(self: Seen,
         fresh += unseen(parts, 0 if id in gone or id not in held else held[id][1])
     return gone, fresh
 
-# %% ../../../nbs/storage/buffer/view.ipynb #31813dc9
+# %% ../../../nbs/storage/buffer/view.ipynb #f9de116c
 @patch
 def _fork(self: Seen) -> Seen:
     fork = object.__new__(type(self))
