@@ -61,9 +61,13 @@ class MissingExtra(DataIOError, ImportError):
 
 # %% ../nbs/errors.ipynb #85666305
 class _Door:
-    "A context that its method is seen to raise errors from"
+    "A context from which errors seem to come: a traceback ends where it was entered"
     def __enter__(self) -> None: pass
-    def __exit__(self, kind: Optional[type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]) -> None:
+    def __exit__(self,
+        kind: Optional[type[BaseException]],
+        error: Optional[BaseException],
+        trace: Optional[TracebackType],
+    ) -> None:
         if trace and isinstance(error, DataIOError) and not isinstance(error, CorruptData):
             trace.tb_next, error.__suppress_context__, error.__cause__ = None, True, None
 
@@ -71,10 +75,10 @@ at_the_door = _Door()
 
 # %% ../nbs/errors.ipynb #b0a25b35
 def require(
-    module: str, # Dotted name to import, for example `"dask.dataframe"`
+    module: str, # Dotted name, for example `"dask.dataframe"`
     extra: str, # The extra of this package that installs it, for example `"dask"`
 ) -> ModuleType: # The module; raises `MissingExtra` where it is not installed
-    "Import an optional dependency, or say which extra brings it"
+    "Import an optional dependency, or say which extra installs it"
     try: return importlib.import_module(module)
     except ModuleNotFoundError as e:
         if (e.name or "").partition(".")[0] != module.partition(".")[0]: raise
@@ -87,5 +91,6 @@ def tell(
 ) -> None:
     "Warn, at the line outside this package that led here"
     frame, level = sys._getframe(1), 2
-    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == "data_io_nbdev": frame, level = frame.f_back, level + 1
+    ours = lambda frame: frame.f_globals.get("__name__", "").partition(".")[0] == "data_io_nbdev"
+    while frame.f_back and ours(frame): frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)

@@ -4,6 +4,7 @@
 
 # %% ../../nbs/data/schema.ipynb #4f70342b
 from __future__ import annotations
+import inspect
 import json
 import math
 import operator
@@ -19,9 +20,9 @@ import pandas as pd  # type: ignore
 from fastcore.basics import patch
 
 # %% auto #0
-__all__ = ['ROLES', 'FLAGS', 'KINDS', 'RESERVED', 'Units', 'lazy', 'brief', 'is_text', 'plain_text', 'whole', 'is_whole',
-           'listed', 'Field', 'dtype_name', 'identity_value', 'who_value', 'kind_of', 'Schema', 'may_cast', 'cast',
-           'columns_of', 'is_time']
+__all__ = ['ROLES', 'FLAGS', 'KINDS', 'RESERVED', 'Units', 'lazy', 'offered', 'brief', 'is_text', 'plain_text', 'whole',
+           'is_whole', 'listed', 'dtype_name', 'Field', 'identity_value', 'who_value', 'kind_of', 'short_name',
+           'SchemaFields', 'may_cast', 'cast', 'SchemaBlocks', 'columns_of', 'is_time', 'Schema']
 
 # %% ../../nbs/data/schema.ipynb #03cefeaf
 from ..errors import SchemaError, at_the_door, require
@@ -36,16 +37,26 @@ class lazy(cached_property[_T]):
         value = vars(obj)[self.attrname] = self.func(obj)
         return value
 
+# %% ../../nbs/data/schema.ipynb #2dace8c7
+def offered(
+    obj: Any,
+    *plumbing: str, # Names to leave out
+) -> list[str]:
+    "What users call on an object, for its `__dir__`"
+    names = {name for name in object.__dir__(obj) if not name.startswith("_")}
+    kept = {name: inspect.getattr_static(obj, name, None) for name in names - set(plumbing)}
+    return sorted(name for name, value in kept.items() if not isinstance(value, (staticmethod, classmethod)))
+
 # %% ../../nbs/data/schema.ipynb #d7b76df0
 ROLES = ("state", "action", "reward", "info")  # what a schema declares; `nstate` is laid out like `state`
 FLAGS = ("terminated", "truncated")
 
 # %% ../../nbs/data/schema.ipynb #0320d3c3
 def brief(
-    value: Any, # Anything
+    value: Any,
     most: int = 80, # Characters
 ) -> str:
-    "What came, for a message"
+    "A value for a message, cut where it is long"
     try: text = repr(value)
     except Exception: text = f"a {type(value).__name__} that cannot be shown"
     return text if len(text) <= most else text[:most - 1] + "…"
@@ -56,10 +67,12 @@ def is_text(value: Any) -> bool:
     try: return isinstance(value, str) and value.encode() is not None
     except UnicodeEncodeError: return False
 
-def plain_text(text: str) -> str: return str.__str__(text)  # of a numpy string, or a member of an `Enum`: what it is, not how it shows itself
+def plain_text(text: str) -> str:
+    "The plain text of a numpy string, or of a member of an `Enum`"
+    return str.__str__(text)
 
 def whole(value: Any, least: int = -2**63, most: int = 2**63 - 1) -> Optional[int]:
-    "A whole number of any kind as a plain `int`; `None` for what is none, or outside a range, by default of 64 bits"
+    "A whole number of any type as a plain `int`; `None` for anything else, or outside the range"
     try: n = None if isinstance(value, (bool, np.ma.MaskedArray)) else operator.index(value)
     except Exception: return None  # a stranger's `__index__` may raise anything
     return n if n is not None and least <= n <= most else None
@@ -74,46 +87,19 @@ _NO_LISTS = (str, bytes, bytearray, memoryview, Mapping, pd.DataFrame)  # though
 def listed(
     value: Any,
     most: Optional[int] = None, # Items to take
-) -> Optional[tuple]: # `None` for text, a mapping, a frame, and what is no list at all
+) -> Optional[tuple]: # `None` for text, a mapping, a frame, and anything else that is no list
     "The first items of something like a list"
     try: return None if isinstance(value, _NO_LISTS) else tuple(islice(value, most))
     except TypeError: return None
 
-# %% ../../nbs/data/schema.ipynb #6cc586a2
-@dataclass(frozen=True)
-class Field:
-    "One named quantity of a step"
-    role: str  # One of `state`, `action`, `reward`, `info`
-    name: str  # Unique within its role
-    shape: tuple[int, ...] = ()  # Of one step: `()` or `(1,)` a scalar, `(9,)` a vector, `(8, 8, 3)` an image
-    dtype: str = "float32"  # Boolean, or a number of a size that every machine has
-    unit: Optional[str] = None  # For example `"m/s"`; `None` where nobody said
-
-    def __post_init__(self):
-        if not isinstance(self.role, str) or self.role not in ROLES:
-            raise SchemaError(f"expected a role out of {ROLES}, got {brief(self.role)}")
-        if not is_text(self.name):
-            raise SchemaError(f"field names are text, got {brief(self.name)} in {self.role}: rename the column")
-        me = f"{self.role} {self.name}"
-        if self.unit is not None and not is_text(self.unit): raise SchemaError(f"{me}: a unit is text, got {brief(self.unit)}")
-        for label in ("role", "name", *(() if self.unit is None else ("unit",))):
-            object.__setattr__(self, label, plain_text(getattr(self, label)))
-        object.__setattr__(self, "dtype", dtype_name(self.dtype, me))
-        object.__setattr__(self, "shape", _shape(self.shape, np.dtype(self.dtype).itemsize, me))
-
-    @property
-    def nbytes(self) -> int:
-        "Bytes of one step"
-        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
-
-    def __str__(self) -> str:
-        return f"{self.role} {self.name} {self.dtype}{list(self.shape) or ''} in {self.unit or 'no unit'}"
-
 # %% ../../nbs/data/schema.ipynb #a525c0e6
 _UNPORTABLE = ("float96", "float128", "longdouble", "complex192", "complex256")
 
-def dtype_name(dtype, what: str) -> str:
-    "The name of a dtype that any machine can read back, or `SchemaError`"
+def dtype_name(
+    dtype: Any, # Anything that numpy knows as a dtype
+    what: str, # The field, for the message
+) -> str:
+    "The name of a dtype that any machine can read back; raises `SchemaError` for any other"
     try: dt = np.dtype(dtype) if dtype is not None else None  # numpy takes None for float64
     except Exception: dt = None  # numpy raises its own, and pandas' own dtypes theirs
     if dt is None or dt.kind not in "biufc" or dt.name in _UNPORTABLE:
@@ -132,10 +118,46 @@ def _shape(shape: Any, itemsize: int, what: str) -> tuple[int, ...]:
         raise SchemaError(f"{what}: a shape is whole numbers, such as (84, 84, 3), got {brief(shape)}")
     if len(dims) > _AXES: raise SchemaError(f"{what}: a field has at most {_AXES} dimensions")
     dims = tuple(map(operator.index, dims))
-    if any(n < 1 for n in dims): raise SchemaError(f"{what}: every dimension of {brief(dims)} must be positive")
+    if any(n < 1 for n in dims):
+        raise SchemaError(f"{what}: every dimension of {brief(dims)} must be positive")
     if math.prod(dims) * itemsize > _STEP:
-        raise SchemaError(f"{what}: a step of shape {brief(dims)} has more than 2 GB; store it as several steps")
+        raise SchemaError(f"{what}: a step of shape {brief(dims)} has more than 2 GB; "
+                          "store it as several steps")
     return () if dims == (1,) else dims  # a frame cannot tell one element from a scalar
+
+# %% ../../nbs/data/schema.ipynb #6cc586a2
+@dataclass(frozen=True)
+class Field:
+    "One named quantity of a step"
+    role: str  # One of `state`, `action`, `reward`, `info`
+    name: str  # Unique within its role
+    shape: tuple[int, ...] = ()  # Of one step: `()` or `(1,)` a scalar, `(9,)` a vector, `(8, 8, 3)` an image
+    dtype: str = "float32"  # Boolean, or a number of a size that every machine has
+    unit: Optional[str] = None  # For example `"m/s"`; `None` where it is not known
+
+    def __post_init__(self):
+        if not isinstance(self.role, str) or self.role not in ROLES:
+            raise SchemaError(f"expected a role out of {ROLES}, got {brief(self.role)}")
+        if not is_text(self.name):
+            raise SchemaError(f"field names are text, got {brief(self.name)} in {self.role}: "
+                              "rename the column")
+        me = f"{self.role} {self.name}"
+        if self.unit is not None and not is_text(self.unit):
+            raise SchemaError(f"{me}: a unit is text, got {brief(self.unit)}")
+        for label in ("role", "name", *(() if self.unit is None else ("unit",))):
+            object.__setattr__(self, label, plain_text(getattr(self, label)))
+        object.__setattr__(self, "dtype", dtype_name(self.dtype, me))
+        object.__setattr__(self, "shape", _shape(self.shape, np.dtype(self.dtype).itemsize, me))
+
+    @property
+    def nbytes(self) -> int:
+        "Bytes of one step"
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+    def __dir__(self) -> list[str]: return offered(self)
+
+    def __str__(self) -> str:
+        return f"{self.role} {self.name} {self.dtype}{list(self.shape) or ''} in {self.unit or 'no unit'}"
 
 # %% ../../nbs/data/schema.ipynb #fdab1feb
 KINDS = {"text": str, "integer": int}
@@ -145,24 +167,27 @@ def _identity(levels: Mapping | Sequence) -> tuple[tuple[str, str], ...]:
     "Identity levels as `((name, kind), …)`"
     given = listed(levels.items() if isinstance(levels, Mapping) else levels)
     if given is None: raise SchemaError(f"identity levels are {{'vehicle': str}}, got {brief(levels)}")
-    kinds = {**{k: k for k in KINDS}, **{t: k for k, t in KINDS.items()}}  # by name, or by Python type
-    out = []
-    for level in given:
-        pair = (level, "text") if isinstance(level, str) else listed(level, 3)
-        if pair is None or len(pair) != 2: raise SchemaError(f"an identity level is a name, or a name and its kind, got {brief(level)}")
-        name, kind = pair
-        if not is_text(name) or not name:
-            raise SchemaError(f"an identity level needs a name, got {brief(name)}")
-        if name in RESERVED: raise SchemaError(f"{name!r} is a time, not an identity level")
-        if not isinstance(kind, (str, type)) or kind not in kinds:
-            raise SchemaError(f"identity level {name!r} is text or integer, got {brief(kind)}")
-        out.append((plain_text(name), kinds[kind]))
+    out = tuple(map(_level, given))
     if len(dict(out)) < len(out): raise SchemaError(f"identity levels repeat: {[name for name, _ in out]}")
-    return tuple(out)
+    return out
+
+def _level(level: Any) -> tuple[str, str]:
+    "One identity level as `(name, kind)`"
+    kinds = {**{k: k for k in KINDS}, **{t: k for k, t in KINDS.items()}}  # by name, or by Python type
+    pair = (level, "text") if isinstance(level, str) else listed(level, 3)
+    if pair is None or len(pair) != 2:
+        raise SchemaError(f"an identity level is a name, or a name and its kind, got {brief(level)}")
+    name, kind = pair
+    if not is_text(name) or not name:
+        raise SchemaError(f"an identity level needs a name, got {brief(name)}")
+    if name in RESERVED: raise SchemaError(f"{name!r} is a time, not an identity level")
+    if not isinstance(kind, (str, type)) or kind not in kinds:
+        raise SchemaError(f"identity level {name!r} is text or integer, got {brief(kind)}")
+    return plain_text(name), kinds[kind]
 
 # %% ../../nbs/data/schema.ipynb #e5c0aead
 def _remedy(level: str, value: Any) -> str:
-    "How to say who somebody was, where it came as something else"
+    "What to do with a value that cannot be an identity"
     if pd.api.types.is_list_like(value): return "give one value"
     if pd.isna(value): return "it is missing, and every step needs to say whose it is"
     say, function = "str(…)", "str"
@@ -171,55 +196,86 @@ def _remedy(level: str, value: Any) -> str:
     if isinstance(value, (float, np.floating)) and value.is_integer(): say, function = "int(…)", "int"
     return f"give its {say}, or in a frame: frame.rename(index={function}, level={level!r})"
 
-def identity_value(level: str, value: Any, error: type[Exception] = SchemaError) -> str | int:
-    "One identity value as a plain `str` or `int`; raises `error` for what is neither text nor a whole number of 64 bits"
+def identity_value(
+    level: str, # Its name
+    value: Any, # Text or a whole number of any type
+    error: type[Exception] = SchemaError, # What to raise
+) -> str | int:
+    "One identity value as a plain `str` or `int`; raises `error` for anything else"
     if isinstance(value, str): return plain_text(value)
     if (n := whole(value)) is not None: return n
-    raise error(f"identity level {level!r}: expected text or a whole number of 64 bits, got {brief(value)} of type {type(value).__name__}; "
-                f"{_remedy(level, value)}")
+    raise error(f"identity level {level!r}: expected text or a whole number of 64 bits, got {brief(value)} "
+                f"of type {type(value).__name__}; {_remedy(level, value)}")
 
 # %% ../../nbs/data/schema.ipynb #933dad3e
 def who_value(name: str, kind: str, value: Any) -> str | int:
-    "One identity value as a plain `str` or `int`; raises `SchemaError` for another kind, or what is not valid unicode"
+    "One identity value, plain; raises `SchemaError` for another kind, or text that is not valid unicode"
     plain = identity_value(name, value)
-    if isinstance(plain, str) and not is_text(plain): raise SchemaError(f"identity level {name!r}: {brief(plain)} is not valid unicode")
+    if isinstance(plain, str) and not is_text(plain):
+        raise SchemaError(f"identity level {name!r}: {brief(plain)} is not valid unicode")
     if isinstance(plain, str) == (kind == "text"): return plain
-    raise SchemaError(f"identity level {name!r}: expected {kind}, got {brief(plain)} of type {type(value).__name__}")
+    raise SchemaError(f"identity level {name!r}: expected {kind}, "
+                      f"got {brief(plain)} of type {type(value).__name__}")
 
-def kind_of(name: str, value: Any) -> str: return "text" if isinstance(identity_value(name, value), str) else "integer"
-
-# %% ../../nbs/data/schema.ipynb #30d3f2d2
-def _block(role: str, fields: Sequence[Field]) -> np.dtype:
-    "The dtype of one step of a role"
-    dtypes, first = {f.dtype for f in fields}, fields[0]
-    if len(fields) == 1 and (len(first.shape) > 1 or (role == "reward" and not first.shape)):
-        return np.dtype((first.dtype, first.shape))
-    if len(dtypes) == 1 and all(len(f.shape) < 2 for f in fields):
-        return np.dtype((first.dtype, (sum(int(np.prod(f.shape)) for f in fields),)))
-    # a space where there is no name: numpy would call the field f0
-    return np.dtype([(f.name or " ", f.dtype, f.shape) for f in fields], align=True)
-
-# %% ../../nbs/data/schema.ipynb #6d1fd47a
-Units = Mapping[str, Mapping[str, str]]  # {role: {field: unit}}
+def kind_of(name: str, value: Any) -> str:
+    "The kind of an identity level, by one of its values"
+    return "text" if isinstance(identity_value(name, value), str) else "integer"
 
 # %% ../../nbs/data/schema.ipynb #52a8a502
 def _step_bytes(fields: Iterable[Field]) -> int:
     "The most that one step takes in a row: a state comes twice, and every field may be aligned"
     return 64 + sum((f.nbytes + 16) * (2 if f.role == "state" else 1) for f in fields)
 
+def _in_order(given: Any) -> tuple[Field, ...]:
+    "Fields ordered by role; raises `SchemaError` where they make no step"
+    fields = listed(given)
+    if fields is None: raise SchemaError(f"expected Fields, got {brief(given)}")
+    if wrong := [f for f in fields if not isinstance(f, Field)]:
+        raise SchemaError(f"expected Fields, got {brief(wrong[0])}")
+    fields = tuple(sorted(fields, key=lambda f: ROLES.index(f.role)))  # stable: a role keeps its order
+    keys = Counter((f.role, f.name) for f in fields)
+    if missing := [r for r in ROLES[:3] if r not in {r for r, _ in keys}]:
+        raise SchemaError(f"a step needs state, action and reward; missing: {', '.join(missing)}")
+    if len(keys) < len(fields):
+        raise SchemaError(f"fields repeat: {sorted(k for k, n in keys.items() if n > 1)}")
+    if (size := _step_bytes(fields)) > _STEP:
+        raise SchemaError(f"a step of {size / 1e9:.1f} GB, with both its states, has more than 2 GB; "
+                          "store it as several steps")
+    return fields
+
+# %% ../../nbs/data/schema.ipynb #a28197de
 def _labels(what: str, labels: Any, sizes: Sequence[int]) -> tuple:
-    "Labels of a frame as they can be stored; raises `SchemaError` for what JSON does not know"
-    labels = tuple(plain_text(label) if is_text(label) else label.item() if isinstance(label, np.generic) else label
-                   for label in listed(labels, 4) or ())
-    plain = (label is None or isinstance(label, (bool, float)) or is_text(label) or is_whole(label) for label in labels)
-    if len(labels) in sizes and all(plain): return labels
-    raise SchemaError(f"{what}: expected {' or '.join(map(str, sizes))} labels each, of text, numbers or None, got {brief(labels)}; "
-                      "rename the frame's columns: rename(columns=…), or their levels: rename_axis(columns=…)")
+    "Labels of a frame as they can be stored; raises `SchemaError` for a label that JSON does not know"
+    labels = tuple(map(_plain_label, listed(labels, 4) or ()))
+    known = (label is None or isinstance(label, (bool, float)) or is_text(label) or is_whole(label)
+             for label in labels)
+    if len(labels) in sizes and all(known): return labels
+    raise SchemaError(f"{what}: expected {' or '.join(map(str, sizes))} labels each, of text, numbers "
+                      f"or None, got {brief(labels)}; rename the frame's columns: rename(columns=…), "
+                      "or their levels: rename_axis(columns=…)")
+
+def _plain_label(label: Any) -> Any:
+    if is_text(label): return plain_text(label)
+    return label.item() if isinstance(label, np.generic) else label
+
+# %% ../../nbs/data/schema.ipynb #23e2318c
+def short_name(name: str) -> str:
+    "A name for one line; quoted and cut where it would break the line"
+    return name if name.isprintable() and len(name) <= 40 else brief(name, 40)
+
+def _one_line(fields: Sequence[Field], levels: Sequence[str], most: int = 4) -> str:
+    "Fields by role and identity levels, the first of each"
+    from data_io_nbdev.data.show import shortened
+    said: dict[str, list[str]] = {}
+    for f in fields: said.setdefault(f.role, []).append(f"{short_name(f.name)}{list(f.shape) or ''}")
+    if levels: said["identity"] = list(map(short_name, levels))
+    parts = [f"{role}: {', '.join(shortened(names, most))}" for role, names in said.items()]
+    return f"Schema({'; '.join(parts)})"
 
 # %% ../../nbs/data/schema.ipynb #335e6ab5
-@dataclass(frozen=True)
-class Schema:
-    "The fields of one step and the identity levels; immutable, hashable, and the same in every back-end"
+@dataclass(frozen=True, repr=False)
+class SchemaFields:
+    "The fields of one step and the identity levels"
     fields: tuple[Field, ...]  # Ordered by role, then as given: the order of the columns of every array
     identity: tuple[tuple[str, str], ...] = ()  # `(level, "text" or "integer")`; or give `{"vehicle": str}`
     # Names of a frame's column levels, two or three
@@ -228,22 +284,14 @@ class Schema:
     flags: tuple[tuple[str, str], ...] = field(default=(), compare=False)
 
     def __post_init__(self):
-        given, flags = listed(self.fields), listed(self.flags)
-        if given is None: raise SchemaError(f"expected Fields, got {brief(self.fields)}")
-        if flags is None: raise SchemaError(f"flags are pairs of flag and name, got {brief(self.flags)}")
-        if wrong := [f for f in given if not isinstance(f, Field)]: raise SchemaError(f"expected Fields, got {brief(wrong[0])}")
-        fields = tuple(sorted(given, key=lambda f: ROLES.index(f.role)))  # stable: a role keeps its order
-        keys = Counter((f.role, f.name) for f in fields)
-        if missing := [r for r in ROLES[:3] if r not in {r for r, _ in keys}]:
-            raise SchemaError(f"a step needs state, action and reward; missing: {', '.join(missing)}")
-        if len(keys) < len(fields): raise SchemaError(f"fields repeat: {sorted(k for k, n in keys.items() if n > 1)}")
-        if (size := _step_bytes(fields)) > _STEP:
-            raise SchemaError(f"a step of {size / 1e9:.1f} GB, with both its states, has more than 2 GB; store it as several steps")
-        object.__setattr__(self, "fields", fields)
+        if (flags := listed(self.flags)) is None:
+            raise SchemaError(f"flags are pairs of flag and name, got {brief(self.flags)}")
+        object.__setattr__(self, "fields", _in_order(self.fields))
         object.__setattr__(self, "identity", _identity(self.identity))
         object.__setattr__(self, "columns", _labels("columns", self.columns, (2, 3)))
         object.__setattr__(self, "flags", tuple(_labels("flags", pair, (2,)) for pair in flags))
-        if wrong := [flag for flag, _ in self.flags if flag not in FLAGS]: raise SchemaError(f"flags are {FLAGS}, got {brief(wrong[0])}")
+        if wrong := [flag for flag, _ in self.flags if flag not in FLAGS]:
+            raise SchemaError(f"flags are {FLAGS}, got {brief(wrong[0])}")
 
     @lazy
     def levels(self) -> tuple[str, ...]:  # For example `("vehicle", "driver")`
@@ -256,76 +304,25 @@ class Schema:
         always = ("state", "action", "reward", "nstate", *FLAGS)
         return (*always, "info") if self.of("info") else always
 
-    @lazy
-    def _blocks(self) -> dict[str, np.dtype]:
-        return {r: np.dtype(bool) if r in FLAGS else _block(r, self.of(r)) for r in self.roles}
-
-    def of(self, role: str) -> tuple[Field, ...]:
+    def of(self,
+        role: str, # `state`, `action`, `reward`, `nstate` or `info`
+    ) -> tuple[Field, ...]:
         "The fields of a role; `nstate` has those of `state`"
         return tuple(f for f in self.fields if f.role == ("state" if role == "nstate" else role))
 
-    def block(self, role: str) -> np.dtype:
-        "The dtype of one step of a role, with its shape"
-        return self._blocks[role]
+    def __dir__(self) -> list[str]: return offered(self, "columns", "flags")
+    def __repr__(self) -> str: return _one_line(self.fields, self.levels)
 
-    def split(self,
-        role: str, # `state`, `action`, `reward`, `nstate` or `info`
-        block: np.ndarray, # `(..., *block shape)`, for example a batch of states
-    ) -> dict[str, np.ndarray]: # Field name to `(..., *field shape)`, views where numpy can
-        "The fields of a role's block by name"
-        return _split(self.of(role), self.block(role), block)
-
-    def join(self,
-        role: str, # `state`, `action`, `reward`, `nstate` or `info`
-        arrays: Mapping[str, np.ndarray], # Field name to `(steps, *field shape)`
-    ) -> np.ndarray: # `(steps, *block shape)`, freshly allocated
-        "One block from the fields of a role; raises `SchemaError` for a missing one, another shape, or what a dtype cannot hold"
-        return _join(role, self.of(role), self.block(role), arrays)
-
-    @staticmethod
-    def from_frame(
-        frame: pd.DataFrame, # Index: identity, `episodestart`, `timestamp`; columns: role, name[, element]
-        units: Optional[Units] = None, # `{"state": {"velocity": "m/s"}}`; otherwise `frame.attrs["units"]`
-    ) -> Schema: # In the order in which the columns appear
-        "The schema that a frame implies; raises `SchemaError` for a frame that is no episode"
-        with at_the_door: return _from_frame(frame, frame.attrs.get("units", {}) if units is None else units)
-
-    @staticmethod
-    def from_env(
-        env: Any, # A Gymnasium environment, single or vector
-        identity: Mapping[str, Any] | Sequence[str] = (), # For example `["vehicle", "driver"]`
-        units: Optional[Units] = None, # `{"state": {"arm.angle": "rad"}}`
-    ) -> Schema: # With the environment's `reward_space`, by default a `float32` scalar
-        "The schema of an environment's spaces; raises `SchemaError` for a space without a fixed size"
-        with at_the_door: return _from_env(env, identity, units or {})
-
-    def check(self,
-        other: Schema, # What came
-    ) -> None:
-        "Raise `SchemaError` that lists every difference between what is stored and what came"
-        wrong = _differences(self, other)
-        if wrong: raise SchemaError("this does not fit the schema: " + "; ".join(wrong))
-
-    def to_json(self) -> str:
-        "The schema as JSON"
-        return _to_json(self)
-
-    @staticmethod
-    def from_json(
-        text: str, # As written by `to_json`
-    ) -> Schema: # Equal to the one that was written
-        "Read a schema back; raises `SchemaError` for a newer format or for text that is no schema"
-        with at_the_door: return _from_json(text)
-
-    def _repr_markdown_(self) -> str: return _table(self)
-
-# %% ../../nbs/data/schema.ipynb #0ca04b1c
-def _split(fields: Sequence[Field], dtype: np.dtype, block: np.ndarray) -> dict[str, np.ndarray]:
-    if dtype.names: return {f.name: block[name] for f, name in zip(fields, dtype.names)}
-    if dtype.shape == fields[0].shape: return {fields[0].name: block}
-    lead, sizes = block.shape[:-1], [int(np.prod(f.shape)) for f in fields]
-    places = zip(fields, sizes, np.cumsum(sizes))
-    return {f.name: block[..., end - n:end].reshape((*lead, *f.shape)) for f, n, end in places}
+# %% ../../nbs/data/schema.ipynb #30d3f2d2
+def _block(role: str, fields: Sequence[Field]) -> np.dtype:
+    "The dtype of one step of a role"
+    dtypes, first = {f.dtype for f in fields}, fields[0]
+    if len(fields) == 1 and (len(first.shape) > 1 or (role == "reward" and not first.shape)):
+        return np.dtype((first.dtype, first.shape))
+    if len(dtypes) == 1 and all(len(f.shape) < 2 for f in fields):
+        return np.dtype((first.dtype, (sum(int(np.prod(f.shape)) for f in fields),)))
+    # a space where there is no name: numpy would call the field f0
+    return np.dtype([(f.name or " ", f.dtype, f.shape) for f in fields], align=True)
 
 # %% ../../nbs/data/schema.ipynb #3241358e
 def may_cast(a: np.dtype, to: np.dtype) -> bool:
@@ -343,32 +340,71 @@ def cast(
     rough = a.dtype.kind in "iu" and a.dtype.itemsize == 8 and to.kind in "fc"  # which numpy calls safe
     if np.can_cast(a.dtype, to) and not rough: return a.astype(to, copy=False)
     if not (loose or may_cast(a.dtype, to)):
-        raise SchemaError(f"{what}: expected {to}, got {a.dtype.name}; convert it with astype({to.name!r}), or declare a schema with {a.dtype.name}")
+        raise SchemaError(f"{what}: expected {to}, got {a.dtype.name}; "
+                          f"convert it with astype({to.name!r}), or declare a schema with {a.dtype.name}")
     part = a.real if a.dtype.kind == "c" and to.kind != "c" else a
     rounds = part.dtype.kind in "fc" and to.kind in "fc"
     with np.errstate(all="ignore"):
         out = part.astype(to)
         lost = np.isinf(out) if rounds else (out != part) | (out.astype(part.dtype) != part)
     if rounds and lost.any(): lost &= np.isfinite(part)
-    if lost.any() or (part is not a and a.imag.any()): raise SchemaError(f"{what}: expected {to}, got values that it cannot hold: {brief(a)}")
+    if lost.any() or (part is not a and a.imag.any()):
+        raise SchemaError(f"{what}: expected {to}, got values that it cannot hold: {brief(a)}")
     return out
 
-# %% ../../nbs/data/schema.ipynb #a751b035
-def _join(role: str, fields: Sequence[Field], dtype: np.dtype, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-    if set(arrays) != {f.name for f in fields}:
-        raise SchemaError(f"{role}: expected the fields {[f.name for f in fields]}, got {list(arrays)}")
-    steps = len(next(iter(arrays.values())))
-    arrays = {name: a[:, 0] if a.shape == (steps, 1) else a for name, a in arrays.items()}
-    for f in fields:
-        a, shape, me = arrays[f.name], (steps, *f.shape), f"{role} {f.name}"
-        if a.shape != shape: raise SchemaError(f"{me}: expected shape {shape}, got {a.shape}")
-        arrays[f.name] = cast(a, f.dtype, me)
-    out = np.zeros(steps, dtype)  # zeros, so that the padding inside a structured block is the same every time
-    for name, part in _split(fields, dtype, out).items(): part[...] = arrays[name]
-    return out
+# %% ../../nbs/data/schema.ipynb #a608c34e
+def _column(f: Field, a: np.ndarray, steps: int) -> np.ndarray: # `(steps, *shape)`
+    "The values of a field in its shape and dtype"
+    me = f"{f.role} {f.name}"
+    if a.shape == (steps, 1): a = a[:, 0]
+    if a.shape != (steps, *f.shape):
+        raise SchemaError(f"{me}: expected shape {(steps, *f.shape)}, got {a.shape}")
+    return cast(a, f.dtype, me)
+
+# %% ../../nbs/data/schema.ipynb #0ca04b1c
+@dataclass(frozen=True, repr=False)
+class SchemaBlocks(SchemaFields):
+    "How the fields of a role lie side by side in an array"
+    @lazy
+    def _blocks(self) -> dict[str, np.dtype]:
+        return {r: np.dtype(bool) if r in FLAGS else _block(r, self.of(r)) for r in self.roles}
+
+    def block(self,
+        role: str, # Any of `roles`
+    ) -> np.dtype:
+        "The dtype of one step of a role, with its shape"
+        return self._blocks[role]
+
+    def split(self,
+        role: str, # `state`, `action`, `reward`, `nstate` or `info`
+        block: np.ndarray, # `(..., *block shape)`, for example a batch of states
+    ) -> dict[str, np.ndarray]: # Field name to `(..., *field shape)`, views where numpy can
+        "The fields of a role's block by name"
+        fields, dtype = self.of(role), self.block(role)
+        if dtype.names: return {f.name: block[name] for f, name in zip(fields, dtype.names)}
+        if dtype.shape == fields[0].shape: return {fields[0].name: block}
+        lead, sizes = block.shape[:-1], [int(np.prod(f.shape)) for f in fields]
+        places = zip(fields, sizes, np.cumsum(sizes))
+        return {f.name: block[..., end - n:end].reshape((*lead, *f.shape)) for f, n, end in places}
+
+    def join(self,
+        role: str, # `state`, `action`, `reward`, `nstate` or `info`
+        arrays: Mapping[str, np.ndarray], # Field name to `(steps, *field shape)`
+    ) -> np.ndarray: # `(steps, *block shape)`, freshly allocated
+        "One block from the fields of a role; raises `SchemaError` for fields or values that don't fit"
+        fields = self.of(role)
+        if set(arrays) != {f.name for f in fields}:
+            raise SchemaError(f"{role}: expected the fields {[f.name for f in fields]}, got {list(arrays)}")
+        steps = len(next(iter(arrays.values())))
+        out = np.zeros(steps, self.block(role))  # zeros: the padding of a structured block is always the same
+        parts = self.split(role, out)
+        for f in fields: parts[f.name][...] = _column(f, arrays[f.name], steps)
+        return out
 
 # %% ../../nbs/data/schema.ipynb #5529e835
-def _is_missing(label: Any) -> bool: return bool(pd.api.types.is_scalar(label) and pd.isna(label))
+def _is_missing(label: Any) -> bool:
+    "Whether a label is pandas' word for none, such as `nan`"
+    return bool(pd.api.types.is_scalar(label) and pd.isna(label))
 
 def _element(label: Any) -> Optional[int]: # `None` where it is no number
     "The number of an element by the label of its column"
@@ -381,7 +417,7 @@ def _element(label: Any) -> Optional[int]: # `None` where it is no number
 def columns_of(
     frame: pd.DataFrame, # Columns of two or three levels: role, name and element number
 ) -> dict[tuple[str, str], list[int]]: # (role, name) to column positions, in the order of the elements
-    "Which columns make which field; raises `SchemaError` for a bad layout, an unknown role or a ragged vector"
+    "Which columns make which field; raises `SchemaError` for a bad layout, unknown role or ragged vector"
     if frame.columns.nlevels not in (2, 3):
         raise SchemaError("expected columns of two or three levels (role, name, element), "
                           f"got {frame.columns.nlevels}")
@@ -389,16 +425,20 @@ def columns_of(
     for i, (role, name, *element) in enumerate(frame.columns):
         number = _element(element[0]) if element else 0
         places = found.setdefault((role, "" if _is_missing(name) else name), {})
-        if number is None: raise SchemaError(f"{role} {name}: elements are numbered 0, 1, 2 …, got {brief(element[0])}; rename the column")
+        if number is None:
+            raise SchemaError(f"{role} {name}: elements are numbered 0, 1, 2 …, got {brief(element[0])}; "
+                              "rename the column")
         if number in places:
-            raise SchemaError(f"{role} {name}: there are two columns for its element {number}; drop or rename one of them")
+            raise SchemaError(f"{role} {name}: there are two columns for its element {number}; "
+                              "drop or rename one of them")
         places[number] = i
     known = (*ROLES, "nstate", *FLAGS)
     for (role, name), places in found.items():
         if role not in (*known, "timestep"):
             raise SchemaError(f"expected the roles {known}, got {role!r} in column {(role, name)}")
         if gaps := sorted(set(range(max(places) + 1)) - set(places)):
-            raise SchemaError(f"{role} {name} is ragged: it reaches element {max(places)} but lacks {gaps[:5]}")
+            raise SchemaError(f"{role} {name} is ragged: it reaches element {max(places)} "
+                              f"but lacks {gaps[:5]}")
     return {key: [places[n] for n in range(len(places))] for key, places in found.items()}
 
 # %% ../../nbs/data/schema.ipynb #3dc19b53
@@ -412,41 +452,48 @@ def _index_identity(index: pd.Index) -> dict[str, str]:
     if missing := [level for level in RESERVED if level not in index.names]:
         raise SchemaError("expected row index levels (identity …, episodestart, timestamp), "
                           f"got {list(index.names)}; missing: {', '.join(missing)}")
-    if len(set(index.names)) < index.nlevels: raise SchemaError(f"row index levels repeat: {list(index.names)}")
+    if len(set(index.names)) < index.nlevels:
+        raise SchemaError(f"row index levels repeat: {list(index.names)}")
     kinds = {}
     for name in index.names:
         if name in RESERVED: continue
         level, codes = index.levels[i := index.names.index(name)], index.codes[i]
-        kinds[name] = kind_of(name, level[codes[0]]) if len(codes) and codes[0] >= 0 else "text"  # of what is missing there is no kind
+        known = len(codes) and codes[0] >= 0  # a missing value has no kind
+        kinds[name] = kind_of(name, level[codes[0]]) if known else "text"
     return kinds
 
 # %% ../../nbs/data/schema.ipynb #4a9328f3
+Units = Mapping[str, Mapping[str, str]]  # {role: {field: unit}}
+
 def _check_units(units: Any) -> None:
     "Raise `SchemaError` for units that are not `{role: {field: unit}}`"
-    roles = list(units.values()) if isinstance(units, Mapping) else [units]
-    if not all(isinstance(fields, Mapping) and all(isinstance(u, str) for u in fields.values()) for fields in roles):
+    good = lambda fields: isinstance(fields, Mapping) and all(isinstance(u, str) for u in fields.values())
+    if not all(map(good, units.values() if isinstance(units, Mapping) else [units])):
         raise SchemaError(f"units are {{'state': {{'velocity': 'm/s'}}}} and so on, got {units!r:.80}")
 
 # %% ../../nbs/data/schema.ipynb #aeaf9053
-def _from_frame(frame: pd.DataFrame, units: Units) -> Schema:
+def _frame_field(role: str, name: str, dtypes: Sequence, units: Units) -> Field:
+    "The field that some columns of a frame make, by their dtypes"
+    if len(kinds := set(dtypes)) > 1:
+        found = ", ".join(sorted(map(str, kinds)))
+        raise SchemaError(f"{role} {name}: its elements differ in dtype: {found}")
+    declared, shape = "state" if role == "nstate" else role, () if len(dtypes) == 1 else (len(dtypes),)
+    dtype = dtype_name(dtypes[0], f"{role} {name}")
+    return Field(declared, name, shape, dtype, units.get(declared, {}).get(name))
+
+def _frame_fields(frame: pd.DataFrame, units: Units) -> tuple[tuple[Field, ...], tuple[tuple[str, str], ...]]:
+    "The fields of a frame's columns, and its flags with their names"
     _check_units(units)
     dtypes, fields, flags = list(frame.dtypes), {}, []
     for (role, name), places in columns_of(frame).items():
         if is_time((role, name)): continue
-        if role in FLAGS: flags.append((role, name)); continue
-        if len(kinds := {dtypes[i] for i in places}) > 1:
-            found = ", ".join(sorted(map(str, kinds)))
-            raise SchemaError(f"{role} {name}: its elements differ in dtype: {found}")
-        declared = "state" if role == "nstate" else role
-        shape = () if len(places) == 1 else (len(places),)
-        dtype = dtype_name(dtypes[places[0]], f"{role} {name}")
-        fields[role, name] = Field(declared, name, shape, dtype, units.get(declared, {}).get(name))
+        if role in FLAGS: flags.append((role, name))
+        else: fields[role, name] = _frame_field(role, name, [dtypes[i] for i in places], units)
     state, nstate = ({n: str(f) for (r, n), f in fields.items() if r == role} for role in ("state", "nstate"))
     if nstate and nstate != state:
         expected, got = list(state.values()), list(nstate.values())
         raise SchemaError(f"nstate has the fields of state: expected {expected}, got {got}")
-    own = tuple(f for (role, _), f in fields.items() if role != "nstate")
-    return Schema(own, _index_identity(frame.index), tuple(frame.columns.names), tuple(flags))
+    return tuple(f for (role, _), f in fields.items() if role != "nstate"), tuple(flags)
 
 # %% ../../nbs/data/schema.ipynb #ebb312cb
 def _leaves(space: Any, role: str, path: str, units: Mapping[str, str]) -> list[Field]:
@@ -461,43 +508,109 @@ def _leaves(space: Any, role: str, path: str, units: Mapping[str, str]) -> list[
     return [Field(role, path or role, space.shape, space.dtype.name, units.get(path or role))]
 
 # %% ../../nbs/data/schema.ipynb #e96fab7b
+_SPACES = {"state": "observation_space", "action": "action_space", "reward": "reward_space"}
+
 def _space(env: Any, name: str) -> Any: # `None` where it has none
     "One of an environment's spaces; of a vector, that of one copy"
     places = (env, getattr(env, "unwrapped", env))  # wrappers hand on only what every environment has
     if hasattr(env, "single_observation_space"): name = f"single_{name}"
     return next((space for place in places if (space := getattr(place, name, None)) is not None), None)
 
-def _from_env(env: Any, identity: Mapping | Sequence, units: Units) -> Schema:
+def _env_fields(env: Any, units: Units) -> tuple[Field, ...]:
+    "The fields of an environment's spaces"
     fields = []
-    for role, name in {"state": "observation_space", "action": "action_space", "reward": "reward_space"}.items():
-        space = _space(env, name)
-        if role == "reward" and space is None: fields.append(Field(role, role, unit=units.get(role, {}).get(role)))
-        else: fields += _leaves(space, role, "", units.get(role, {}))
-    return Schema(tuple(fields), identity, flags=tuple((flag, flag) for flag in FLAGS))
+    for role, name in _SPACES.items():
+        space, known = _space(env, name), units.get(role, {})
+        if role == "reward" and space is None: fields.append(Field(role, role, unit=known.get(role)))
+        else: fields += _leaves(space, role, "", known)
+    return tuple(fields)
+
+# %% ../../nbs/data/schema.ipynb #18a5b74e
+def _read_json(text: str) -> dict:
+    "A stored schema; raises `SchemaError` for a newer format or for text that is no schema"
+    try: d = json.loads(text)
+    except (ValueError, TypeError, RecursionError) as e:
+        raise SchemaError(f"expected a schema as JSON, got {brief(text)}") from e
+    number = d.get("format") if isinstance(d, dict) else None
+    if not isinstance(number, int) or number is True or number < 1:
+        raise SchemaError(f"expected a schema as JSON, got {brief(text)}")
+    if number > 1:
+        raise SchemaError(f"a schema of format {brief(number)} needs a newer data_io_nbdev; this one reads 1")
+    return d
+
+# %% ../../nbs/data/schema.ipynb #fcf386e1
+@dataclass(frozen=True, repr=False)
+class Schema(SchemaBlocks):
+    "The fields of one step and the identity levels; immutable, hashable, and the same in every back-end"
+    @staticmethod
+    def from_frame(
+        frame: pd.DataFrame, # Index: identity, `episodestart`, `timestamp`; columns: role, name[, element]
+        units: Optional[Units] = None, # `{"state": {"velocity": "m/s"}}`; otherwise `frame.attrs["units"]`
+    ) -> Schema: # In the order in which the columns appear
+        "The schema that a frame implies; raises `SchemaError` for a frame that is no episode"
+        with at_the_door:
+            fields, flags = _frame_fields(frame, frame.attrs.get("units", {}) if units is None else units)
+            return Schema(fields, _index_identity(frame.index), tuple(frame.columns.names), flags)
+
+    @staticmethod
+    def from_env(
+        env: Any, # A Gymnasium environment, single or vector
+        identity: Mapping[str, Any] | Sequence[str] = (), # For example `["vehicle", "driver"]`
+        units: Optional[Units] = None, # `{"state": {"arm.angle": "rad"}}`
+    ) -> Schema: # With the environment's `reward_space`, by default a `float32` scalar
+        "The schema of an environment's spaces; raises `SchemaError` for a space without a fixed size"
+        with at_the_door:
+            return Schema(_env_fields(env, units or {}), identity, flags=[(flag, flag) for flag in FLAGS])
+
+    def check(self,
+        other: Schema, # Of an episode that is to be stored
+    ) -> None:
+        "Raise `SchemaError` that lists every difference between this schema and another"
+        if wrong := self._differences(other):
+            raise SchemaError("this does not fit the schema: " + "; ".join(wrong))
+
+    def to_json(self) -> str:
+        "The schema as JSON"
+        return json.dumps(dict(format=1, **asdict(self)), ensure_ascii=False)
+
+    @staticmethod
+    def from_json(
+        text: str, # As written by `to_json`
+    ) -> Schema: # Equal to the one that was written
+        "Read a schema back; raises `SchemaError` for a newer format or for text that is no schema"
+        with at_the_door:
+            d = _read_json(text)
+            try: return Schema([Field(**f) for f in d["fields"]], d["identity"], d["columns"], d["flags"])
+            except (KeyError, TypeError) as e:
+                raise SchemaError(f"expected a schema as JSON, got {brief(text)}") from e
 
 # %% ../../nbs/data/schema.ipynb #88e1e959
-def _differences(expected: Schema, got: Schema) -> list[str]:
+@patch
+def _differences(self: Schema, other: Schema) -> list[str]:
     "Every way in which two schemas disagree; the order of fields and levels is none"
-    mine, yours = ({(f.role, f.name): f for f in s.fields} for s in (expected, got))
+    mine, yours = ({(f.role, f.name): f for f in s.fields} for s in (self, other))
     wrong = [f"expected {mine[k]}, got nothing" for k in mine.keys() - yours.keys()]
     wrong += [f"got {yours[k]}, which is not part of it" for k in yours.keys() - mine.keys()]
     for k in mine.keys() & yours.keys():
         a, b = mine[k], yours[k]
         if replace(b, unit=b.unit or a.unit) != a: wrong.append(f"expected {a}, got {b}")
-    if dict(expected.identity) != dict(got.identity):
-        wrong.append(f"expected identity {dict(expected.identity)}, got {dict(got.identity)}")
+    if dict(self.identity) != dict(other.identity):
+        wrong.append(f"expected identity {dict(self.identity)}, got {dict(other.identity)}")
     return sorted(wrong)
 
 # %% ../../nbs/data/schema.ipynb #4c021f42
-def _the_field(schema: Schema, roles: Sequence[str], name: Any, unit: Any) -> Field:
+@patch
+def _field_for(self: Schema, roles: Sequence[str], name: Any, unit: Any) -> Field:
     "The field of some roles that is meant to get a unit"
-    found = [f for f in schema.fields if f.name == name and f.role in roles]
+    found = [f for f in self.fields if f.name == name and f.role in roles]
     if not found:
-        raise SchemaError(f"no field {brief(name)} to give a unit to; there are {', '.join(f'{f.role} {f.name}' for f in schema.fields)}")
+        known = ", ".join(f"{f.role} {f.name}" for f in self.fields)
+        raise SchemaError(f"no field {brief(name)} to give a unit to; there are {known}")
     if len(found) > 1:
         raise SchemaError(f"{name} is a field of {' and '.join(f.role for f in found)}; say which: "
                           f"{{{found[0].role!r}: {{{name!r}: {brief(unit)}}}}}")
-    if not is_text(unit) or not unit: raise SchemaError(f"{found[0].role} {name}: a unit is text, got {brief(unit)}")
+    if not is_text(unit) or not unit:
+        raise SchemaError(f"{found[0].role} {name}: a unit is text, got {brief(unit)}")
     return found[0]
 
 @patch
@@ -506,37 +619,34 @@ def _with_units(self: Schema,
 ) -> Schema: # The same fields
     "Units for fields that have none; raises `SchemaError` for a field that is not there, or has another unit"
     if not isinstance(units, Mapping):
-        raise SchemaError(f"units are {{'speed': 'm/s'}}, or by role {{'state': {{'speed': 'm/s'}}}}, got {brief(units)}")
+        raise SchemaError("units are {'speed': 'm/s'}, or by role {'state': {'speed': 'm/s'}}, "
+                          f"got {brief(units)}")
     new: dict[tuple[str, str], str] = {}
     for key, value in units.items():
         roles, names = ((key,), value) if isinstance(value, Mapping) else (ROLES, {key: value})
         for name, unit in names.items():
-            f = _the_field(self, roles, name, unit)
+            f = self._field_for(roles, name, unit)
             if f.unit not in (None, "", unit):
                 raise SchemaError(f"{f} was stored so, and cannot be made {unit}; convert the values")
             new[f.role, f.name] = unit
-    return replace(self, fields=tuple(replace(f, unit=new.get((f.role, f.name), f.unit)) for f in self.fields))
-
-# %% ../../nbs/data/schema.ipynb #7cc461e3
-def _to_json(schema: Schema) -> str:
-    fields = [asdict(f) for f in schema.fields]
-    rest = dict(identity=schema.identity, columns=schema.columns, flags=schema.flags)
-    return json.dumps(dict(format=1, fields=fields, **rest), ensure_ascii=False)
-
-# %% ../../nbs/data/schema.ipynb #18a5b74e
-def _from_json(text: str) -> Schema:
-    try: d = json.loads(text)
-    except (ValueError, TypeError, RecursionError) as e: raise SchemaError(f"expected a schema as JSON, got {brief(text)}") from e
-    if not isinstance(d, dict) or not isinstance(d.get("format"), int) or d["format"] is True or d["format"] < 1:
-        raise SchemaError(f"expected a schema as JSON, got {brief(text)}")
-    if d["format"] > 1: raise SchemaError(f"a schema of format {brief(d['format'])} needs a newer data_io_nbdev; this one reads 1")
-    try: return Schema(tuple(Field(**f) for f in d["fields"]), d["identity"], d["columns"], d["flags"])
-    except SchemaError: raise
-    except (KeyError, TypeError) as e: raise SchemaError(f"expected a schema as JSON, got {brief(text)}") from e
+    return replace(self, fields=[replace(f, unit=new.get((f.role, f.name), f.unit)) for f in self.fields])
 
 # %% ../../nbs/data/schema.ipynb #898d95aa
-def _table(schema: Schema) -> str:
-    who = ", ".join(f"{name} ({kind})" for name, kind in schema.identity)
-    head = f"identity: {who or 'none'}"
-    rows = [f"| {f.role} | {f.name} | {f.shape} | {f.dtype} | {f.unit or ''} |" for f in schema.fields]
-    return "\n".join([head, "", "| role | name | shape | dtype | unit |", "|---|---|---|---|---|", *rows])
+@patch
+def _repr_html_(self: Schema, most: int = 12) -> str: # `most`: fields of a role
+    from data_io_nbdev.data.show import card, facts, in_bytes, shortened, table
+    rows = []
+    for role in ROLES:
+        fields = self.of(role)
+        rows += [(role, f.name, f.shape or "scalar", f.dtype, f.unit or "") for f in fields[:most]]
+        if len(fields) > most: rows.append((role, *shortened(fields[most:], 0), "", "", ""))
+    who = ", ".join(shortened([f"{name} ({kind})" for name, kind in self.identity], most)) or "none"
+    size = sum(map(self._nbytes, self.roles))
+    about = facts({"identity": who, "one step": f"{in_bytes(size)}, with both its states"})
+    fields = table(["role", "name", "shape", "dtype", "unit"], rows)
+    return card(f"Schema of {len(self.fields)} fields", about, fields)
+
+@patch
+def _nbytes(self: Schema, role: str) -> int:
+    "Bytes of a role in one step"
+    return 1 if role in FLAGS else sum(f.nbytes for f in self.of(role))

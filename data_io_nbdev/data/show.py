@@ -14,7 +14,7 @@ __all__ = ['element', 'card', 'facts', 'table', 'shortened', 'sparkline', 'bars'
 # %% ../../nbs/data/show.ipynb #67ca1302
 _QUIET = "opacity:.65;font-weight:normal;"
 _INK = "currentColor"
-_TABLE = "border-collapse:collapse;margin:4px 0"
+_TABLE = "border-collapse:collapse;margin:4px 0;font:inherit;color:inherit"
 _CELL = "text-align:left;vertical-align:top;padding:1px 1.2em 1px 0;border:none;background:none;"
 _MOST = 400  # Characters of one text
 
@@ -65,7 +65,7 @@ def table(
     head = _row(*map(_head, columns))
     return element("table", head, *(_row(*map(_cell, row)) for row in rows), style=_TABLE)
 
-# %% ../../nbs/data/show.ipynb #e8c4c70b
+# %% ../../nbs/data/show.ipynb #08cb6140
 def shortened(
     items: Sequence[Any], # Of any length
     most: int, # How many to show
@@ -74,9 +74,9 @@ def shortened(
     more = len(items) - most
     return [*map(str, items[:most]), *([f"… {more:,} more"] if more > 0 else ())]
 
-# %% ../../nbs/data/show.ipynb #ca0c9e4b
+# %% ../../nbs/data/show.ipynb #476cb5ab
 def _thinned(values: np.ndarray, most: int) -> np.ndarray:
-    "Positions of at most so many values: the least and the greatest of each stretch; one where all are missing"
+    "Positions of at most so many values: the least and greatest of each stretch; one where all are missing"
     if len(values) <= most: return np.arange(len(values))
     edges, keep = np.linspace(0, len(values), most // 2 + 1).astype(int), []
     for a, b in zip(edges[:-1], edges[1:]):
@@ -84,7 +84,7 @@ def _thinned(values: np.ndarray, most: int) -> np.ndarray:
         keep += [known[values[known].argmin()], known[values[known].argmax()]] if len(known) else [a]
     return np.unique(keep)
 
-# %% ../../nbs/data/show.ipynb #8681beef
+# %% ../../nbs/data/show.ipynb #98a8cbed
 def _svg(width: int, height: int, *content: Any) -> Any:
     size = dict(width=width, height=height, viewBox=f"0 0 {width} {height}")
     return element("svg", *content, **size, style="vertical-align:middle", role="img")
@@ -128,8 +128,9 @@ def bars(
     width: int = 180, # Pixels
     height: int = 24, # Pixels
 ) -> Any:
-    "A small bar chart, in the colour of the text"
-    counts = np.asarray(counts, "float64")
+    "A small bar chart, in the colour of the text; what falls on one pixel is added up"
+    counts = np.asarray(counts, "float64").ravel()
+    if len(counts) > width: counts = np.add.reduceat(counts, np.arange(width) * len(counts) // width)
     each, most = width / max(1, len(counts)), max(1, counts.max(initial=0))
     def bar(i: int, h: float) -> Any:
         place = dict(x=i * each, y=height - h, width=max(1, each - 1), height=h)
