@@ -79,8 +79,8 @@ class LogInMemory(Pool):
     def _read(self, parts: Sequence[Part]) -> Iterator[Episode]: return (part.where.read() for part in parts)
 
     def _last_known(self) -> tuple[int, Optional[int]]:
-        if (last := self._head()) - self._index.number < 1000:  # so few are taken in at once
-            with suppress(DataIOError): self._catch_up(last)
+        with suppress(DataIOError):
+            if (last := self._head()) - self._index.number < 1000: self._catch_up(last)  # so few are quick
         return super()._last_known()
 
 # %% ../../../nbs/storage/pool/memory.ipynb #03318610
@@ -449,7 +449,7 @@ def _same(url: str, mode: str, at: Optional[int]) -> MemoryPool:
     pool = _NAMED[url]
     return pool if mode == "a" else pool._view(at)
 
-# %% ../../../nbs/storage/pool/memory.ipynb #6d0dee6c
+# %% ../../../nbs/storage/pool/memory.ipynb #885215fc
 class MemoryPool(LogInMemory):
     "Episodes in memory; with a path, also in a file that `save` replaces in one step"
     def __init__(self,
@@ -487,7 +487,7 @@ class MemoryPool(LogInMemory):
 
     def _forked(self) -> None: self._shared["saved"] = self._shared["last"]  # the parent saves that
 
-# %% ../../../nbs/storage/pool/memory.ipynb #ae1088e1
+# %% ../../../nbs/storage/pool/memory.ipynb #c5c3f22a
 @patch
 def _take_in(self: MemoryPool) -> None:
     "What the pool's file holds; where there is none, only a reader minds"
@@ -541,7 +541,7 @@ def _outcome(target: Path, token: str) -> str:
     return ("what was there is as it was; see that its folder exists, can be written and has room, "
             "and save again, or save(path) elsewhere")
 
-# %% ../../../nbs/storage/pool/memory.ipynb #4516480f
+# %% ../../../nbs/storage/pool/memory.ipynb #6c916c51
 @patch(cls_method=True)
 def _from_url(cls: MemoryPool, url: str, mode: str = "a", **options: Any) -> MemoryPool:
     if not url.startswith("memory://"): return cls(url, mode, **options)

@@ -135,7 +135,7 @@ class Totals(NamedTuple):
         more = [(sign, sign * p.length, sign * p.nbytes) for sign, ps in ((1, came), (-1, left)) for p in ps]
         return Totals(self.episodes + episodes, *map(sum, zip(self[1:], *more)))
 
-# %% ../../../nbs/storage/pool/pool.ipynb #6347d22f
+# %% ../../../nbs/storage/pool/pool.ipynb #f6ec83de
 @dataclass
 class Lives:
     "The lives of every episode, at every version up to `number`"
@@ -173,7 +173,7 @@ class Lives:
             if same: return life.parts, i
         return None
 
-# %% ../../../nbs/storage/pool/pool.ipynb #99cde945
+# %% ../../../nbs/storage/pool/pool.ipynb #f7226f5a
 class Index(Lives):
     "What a log says, at every version up to `number`"
     def apply(self, commit: Commit) -> None:
@@ -409,7 +409,7 @@ class PoolHandle(PoolBackend):
     def __reduce__(self):
         return _reopen, (type(self), self.url, self.mode, self._options(), self._at, self.version)
 
-# %% ../../../nbs/storage/pool/pool.ipynb #44538f97
+# %% ../../../nbs/storage/pool/pool.ipynb #6f3dc24c
 @patch
 def _wake(self: PoolHandle) -> None:
     "Open again what only its last buffer closed"
@@ -450,7 +450,7 @@ def _rest(self: PoolHandle) -> None:
     self.close()
     self._idle = True  # after an interrupt just before this, it counts as closed by its user
 
-# %% ../../../nbs/storage/pool/pool.ipynb #4272b489
+# %% ../../../nbs/storage/pool/pool.ipynb #dd60d87e
 @patch
 def _newest(self: PoolHandle,
     ask: Callable[[int], Any], # Of a version
@@ -492,7 +492,7 @@ def _reopen(kind: type[Pool], url: str, mode: str, options: dict, at: Optional[i
                                "pickled; save() it first")
     return pool if at is None else pool.snapshot(at)
 
-# %% ../../../nbs/storage/pool/pool.ipynb #4c33ee2a
+# %% ../../../nbs/storage/pool/pool.ipynb #8e04eeed
 @patch
 def __repr__(self: PoolHandle) -> str:
     if self.closed: return f"{type(self).__name__}({self.url!r}, closed)"
@@ -532,7 +532,9 @@ class PoolIndex(PoolHandle):
 
     def _count(self, version: int) -> int:
         "How many episodes there are at a version"
-        return len(self._stored(list(self._catch_up(version).lives), version))
+        known = vars(index := self._catch_up(version)).copy()  # in one step, for other threads' sake
+        if known["number"] == version: return known["totals"].episodes
+        return sum(bool(index.parts(id, version)) for id in list(index.lives))
 
     def _candidates(self, query: PoolQuery, version: int,
                     ids: Optional[Iterable[str]]) -> Iterable[list[Part]]:
@@ -545,7 +547,7 @@ class PoolIndex(PoolHandle):
         index = self._catch_up(version)
         return [id for id in list(index.lives) if id.startswith(prefix) and index.parts(id, version)]
 
-# %% ../../../nbs/storage/pool/pool.ipynb #40ae2c49
+# %% ../../../nbs/storage/pool/pool.ipynb #ede99b49
 @patch
 def _select(self: PoolIndex, query: PoolQuery, version: int,
             ids: Optional[Iterable[str]] = None) -> list[list[Part]]:
@@ -589,7 +591,7 @@ def _as_query(query: Any) -> tuple[PoolQuery, Sequence[str]]:
         raise QueryError(f"expected a PoolQuery, an episode's id or ids, got {brief(query)}")
     return (asked := PoolQuery(ids=ids)), asked.ids
 
-# %% ../../../nbs/storage/pool/pool.ipynb #6090a574
+# %% ../../../nbs/storage/pool/pool.ipynb #3371c5f7
 _BEGINNING = re.compile("[0-9a-f]{8,31}")
 
 @patch
@@ -616,7 +618,7 @@ def _ask(self: PoolIndex, query: tuple[PoolQuery, Sequence[str]],
             raise EpisodeNotFound(f"no episode {id!r} at version {version}; catalogue() lists what there is")
     return asked, found
 
-# %% ../../../nbs/storage/pool/pool.ipynb #584824c6
+# %% ../../../nbs/storage/pool/pool.ipynb #6f8fefae
 class Found(Iterator):
     "Episodes of one version, read as they are asked for; its length is how many are left"
     def __init__(self,
@@ -677,7 +679,7 @@ class PoolFinder(PoolIndex):
     def __len__(self) -> int: return self.count()
     def __bool__(self) -> bool: return True  # an empty pool is still a pool
 
-# %% ../../../nbs/storage/pool/pool.ipynb #ae974b57
+# %% ../../../nbs/storage/pool/pool.ipynb #7f6a7c68
 class _AnyFrame(type(pd.DataFrame)):
     "`pd.testing.assert_frame_equal` asks whether the other frame is of this kind: every frame is"
     def __instancecheck__(cls, thing: Any) -> bool: return isinstance(thing, pd.DataFrame)
@@ -714,7 +716,7 @@ def _catalogue(found: Sequence[Sequence[Part]], schema: Optional[Schema]) -> Epi
                "version": each(lambda parts: parts[-1].version)}
     return EpisodeFrame(columns, index=pd.Index([parts[0].id for parts in found], name="id", dtype="str"))
 
-# %% ../../../nbs/storage/pool/pool.ipynb #2492837d
+# %% ../../../nbs/storage/pool/pool.ipynb #f2e8c0a7
 class PoolReader(PoolFinder):
     "The questions that every pool answers"
     def catalogue(self,
@@ -809,7 +811,7 @@ def _stage(self: PoolIndex, plan: Plan) -> Commit: # Without its number
     put = self._write(token, plan.put, plan.schema) if plan.put else ()
     return Commit(0, token, tuple(put), tuple(plan.hide), plan.schema, units=plan.units)
 
-# %% ../../../nbs/storage/pool/pool.ipynb #43b288ad
+# %% ../../../nbs/storage/pool/pool.ipynb #588daafa
 _WAIT = 16  # Up to so many times what the winning attempt took
 
 @patch
@@ -886,7 +888,7 @@ class _Extend:
             mine.setdefault(e.id, []).append(part)
         return Plan(put, list(hide), self.schema, [e.id for e in self.episodes])
 
-# %% ../../../nbs/storage/pool/pool.ipynb #6ba0bd1e
+# %% ../../../nbs/storage/pool/pool.ipynb #e2c7df20
 @patch
 def _convert(self: _Extend, schema: Optional[Schema]) -> None:
     "Bring the items under the pool's schema; the very first item makes it"
@@ -1030,14 +1032,14 @@ class PoolCopier(PoolWriter):
             self.copy_to(copy := backend("memory")())
             copy.save(path, overwrite)
 
-# %% ../../../nbs/storage/pool/pool.ipynb #2da51dc6
+# %% ../../../nbs/storage/pool/pool.ipynb #79315b68
 class Glance(NamedTuple):
     "What a pool says of a version at a glance"
     version: int
     episodes: int
     steps: Optional[int] = None  # `None` where it is not known
     nbytes: Optional[int] = None
-    some: Sequence[Sequence[Part]] = ()  # The parts of evenly spaced episodes; where they are few, of all
+    some: Sequence[Sequence[Part]] = ()  # The parts of evenly spread episodes; where they are few, of all
     about: bool = False  # Whether the numbers are estimates, by those
 
     def facts(self,
@@ -1062,8 +1064,8 @@ class Glance(NamedTuple):
         if len(some) > 1: rows["their returns"] = sparkline([sum(p.reward for p in parts) for parts in some])
         return rows
 
-# %% ../../../nbs/storage/pool/pool.ipynb #5960f599
-_LOOKED_AT, _PARTS = 1000, 200_000  # Episodes, and about how many parts of episodes, at most
+# %% ../../../nbs/storage/pool/pool.ipynb #4211c628
+_LOOKED_AT, _PARTS = 500, 100_000  # Episodes, and about how many parts of episodes, at most
 
 @patch
 def _glance(self: PoolIndex, version: int) -> Glance:
@@ -1073,7 +1075,9 @@ def _glance(self: PoolIndex, version: int) -> Glance:
     totals = known["totals"]
     most = min(_LOOKED_AT, max(16, _PARTS * totals.episodes // max(1, totals.parts)))
     every = max(1, -(-len(ids) // most))
-    some = [parts for id in ids[::every] if (parts := index.parts(id, version))]
+    begin = np.arange(0, len(ids), every)  # of stretches; one is drawn from each, as drivers may come in turns
+    drawn = np.minimum(begin + np.random.default_rng(0).integers(0, every, len(begin)), len(ids) - 1)
+    some = [parts for i in drawn if (parts := index.parts(ids[i], version))]
     if known["number"] == version: return Glance(version, totals.episodes, totals.steps, totals.nbytes, some)
     parts = [part for parts in some for part in parts]
     sums = sum(part.length for part in parts), sum(part.nbytes for part in parts)
@@ -1088,7 +1092,7 @@ def _shown(self: PoolIndex) -> dict[str, Any]:
     state = "open" if self.mode == "a" else "read-only" if self._at is None else "a snapshot, read-only"
     return {"state": state, **glance.facts(schema.levels if schema else ())}
 
-# %% ../../../nbs/storage/pool/pool.ipynb #c39c59d8
+# %% ../../../nbs/storage/pool/pool.ipynb #1665d26a
 class Pool(PoolCopier):
     "A durable, append-only, versioned log of episodes"
     durable: ClassVar[bool] = False  # Whether what `store` acknowledged survives a crash
