@@ -26,7 +26,7 @@ __all__ = ['Transition', 'Batch', 'make_batch', 'BufferHandle', 'BufferRows', 'B
 from ...errors import ClosedError, NotEnoughData, QueryError, SnapshotNotFound, at_the_door
 from ...data.schema import Schema, brief, is_whole
 from ...data.core import Episode, ItemT, PoolQuery, as_episode
-from ..pool.pool import Pool, forkable, forkable_lock
+from ..pool.pool import Pool, forkable, forkable_lock, safe_url
 from ..pool.memory import MemoryPool
 from .rows import Rows
 from .sampler import Draw, Sampler, Uniform, sampler_state
@@ -63,7 +63,7 @@ class Transition(tuple):
 
 _TRANSITION = ("state", "action", "reward", "nstate")
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #135f7806
+# %% ../../../nbs/storage/buffer/buffer.ipynb #1b0883b7
 class Batch(Transition):
     "`(state, action, reward, nstate)`, with the rest as attributes"
     terminated: np.ndarray  # `(batch,)` bool: the task came to its end here
@@ -158,7 +158,7 @@ def _frame(self: Batch, role: str) -> pd.DataFrame:
     frame.columns.names = ["role", "name", "element"]
     return frame
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #9cb891ad
+# %% ../../../nbs/storage/buffer/buffer.ipynb #10e149fb
 @patch
 def _element_names(self: Batch) -> Iterator[str]:
     "What each element of state, action and reward is called"
@@ -178,7 +178,7 @@ def _first_rows(self: Batch, most: int, columns: int) -> Iterator[tuple]:
         shown = [f"{x:.4g}" if isinstance(x, np.floating) else str(x) for x in numbers]
         yield id[:8], step, pd.Timestamp(time), *shown
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #2f10997b
+# %% ../../../nbs/storage/buffer/buffer.ipynb #5e766d30
 @patch
 def _repr_html_(self: Batch, most: int = 5, columns: int = 8) -> str:
     "Shapes and dtypes, and the first rows with who and when"
@@ -321,7 +321,7 @@ def _load(self: BufferHandle) -> None:
         view.look(self.pool.version)
         self._install(view)
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #0f3a1052
+# %% ../../../nbs/storage/buffer/buffer.ipynb #ee41694e
 @patch
 def _has_loaded(self: BufferHandle) -> bool: return hasattr(self, "_view") and bool(self._view.versions)
 
@@ -343,7 +343,7 @@ def _check_storable(self: BufferHandle, item: Any) -> None:
     else: schema = as_episode(item, self.pool.schema).schema
     self.query.check(schema)
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #d85e5709
+# %% ../../../nbs/storage/buffer/buffer.ipynb #8c25ed1e
 class BufferRows(BufferHandle[ItemT]):
     "The rows that a buffer has of its pool"
     def store(self,
@@ -418,7 +418,7 @@ class BufferDraws(BufferRows[ItemT]):
         if not self.sampler.in_range: rows.check(draw.rows)
         return draw
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #814e705a
+# %% ../../../nbs/storage/buffer/buffer.ipynb #fae6eec9
 @patch
 def _emptiness(self: BufferDraws, view: View) -> str:
     there = "" if self._own else f" of {self.pool!r}"
@@ -427,7 +427,7 @@ def _emptiness(self: BufferDraws, view: View) -> str:
     remedy = "store() an episode, or refresh() once others did"
     return f"this buffer is empty, there is no step to draw: {what}; {remedy}"
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #a6373d7b
+# %% ../../../nbs/storage/buffer/buffer.ipynb #bd6a20a6
 @patch
 def _go_own_way(self: BufferDraws) -> None:
     "In a forked child: a generator by the parent's and the number of the worker, where it has one"
@@ -437,7 +437,7 @@ def _go_own_way(self: BufferDraws) -> None:
     rng = np.random.default_rng(np.random.SeedSequence(entropy, spawn_key=worker))
     vars(self).update(_rng=rng, _astray=False)
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #02a589bd
+# %% ../../../nbs/storage/buffer/buffer.ipynb #e75d25e7
 def _whole(n: Any) -> bool: return is_whole(n, 0, 2**53)
 def _unlike(than: str, got: Any) -> ValueError: return ValueError(f"expected {than}, got {brief(got)}")
 
@@ -568,7 +568,7 @@ def _arrive(kind: type[BufferState], options: dict, state: Optional[dict], rng: 
     buffer._rng.bit_generator.state = rng
     return buffer
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #f37f8253
+# %% ../../../nbs/storage/buffer/buffer.ipynb #d3726b8b
 class Buffer(BufferState[ItemT]):
     """
     The abstract class of a buffer: the experience that a learner draws minibatches from.
@@ -608,9 +608,11 @@ class Buffer(BufferState[ItemT]):
 
     def __dir__(self) -> list[str]: return [name for name in super().__dir__() if not name.startswith("_")]
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(filter(None, self._facts().values()))})"
+        facts = self._facts()
+        if facts["query"]: facts["query"] = f"where {facts['query']}"
+        return f"{type(self).__name__}({', '.join(filter(None, facts.values()))})"
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #8976b60e
+# %% ../../../nbs/storage/buffer/buffer.ipynb #17d391ec
 def _short(text: str, most: int = 120) -> str:
     "Text on one line, and not too long"
     text = " ".join(text.split())
@@ -631,8 +633,15 @@ def _facts(self: Buffer) -> dict[str, Optional[str]]:
         holds=held, memory=memory, states=kept,
         ring=f"ring of the last {get('capacity'):,} steps" if get("capacity") else None,
         draws=f"batches of {get('batch_size')} by {_short(brief(get('sampler'), 200))}",
-        pool="pool of its own" if get("_own") else _short(brief(get("pool"), 400), 200),
+        pool="pool of its own" if get("_own") else _in_words(get("pool")),
         query=None if get("query") == PoolQuery() else _short(str(get("query"))), seen=_looks(seen))
+
+def _in_words(pool: Any) -> str:
+    "Which pool this is, without asking it: its own words may wait for a commit"
+    if not isinstance(url := getattr(pool, "url", None), str): return _short(brief(pool, 200))
+    at, closed = getattr(pool, "_at", None), getattr(pool, "closed", False)
+    said = [repr(safe_url(url)), *(["closed"] if closed else []), *([] if at is None else [f"version {at}"])]
+    return _short(f"{type(pool).__name__}({', '.join(said)})", 200)
 
 def _looks(versions: list[list[int]]) -> Optional[str]:
     "The versions at which a view looked; of many the last"
