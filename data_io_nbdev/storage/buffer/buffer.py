@@ -63,7 +63,7 @@ class Transition(tuple):
 
 _TRANSITION = ("state", "action", "reward", "nstate")
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #1b0883b7
+# %% ../../../nbs/storage/buffer/buffer.ipynb #4c462611
 class Batch(Transition):
     "`(state, action, reward, nstate)`, with the rest as attributes"
     terminated: np.ndarray  # `(batch,)` bool: the task came to its end here
@@ -158,7 +158,7 @@ def _frame(self: Batch, role: str) -> pd.DataFrame:
     frame.columns.names = ["role", "name", "element"]
     return frame
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #10e149fb
+# %% ../../../nbs/storage/buffer/buffer.ipynb #a0b8481a
 @patch
 def _element_names(self: Batch) -> Iterator[str]:
     "What each element of state, action and reward is called"
@@ -178,7 +178,7 @@ def _first_rows(self: Batch, most: int, columns: int) -> Iterator[tuple]:
         shown = [f"{x:.4g}" if isinstance(x, np.floating) else str(x) for x in numbers]
         yield id[:8], step, pd.Timestamp(time), *shown
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #5e766d30
+# %% ../../../nbs/storage/buffer/buffer.ipynb #0019bfcc
 @patch
 def _repr_html_(self: Batch, most: int = 5, columns: int = 8) -> str:
     "Shapes and dtypes, and the first rows with who and when"
@@ -321,7 +321,7 @@ def _load(self: BufferHandle) -> None:
         view.look(self.pool.version)
         self._install(view)
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #ee41694e
+# %% ../../../nbs/storage/buffer/buffer.ipynb #084ef15a
 @patch
 def _has_loaded(self: BufferHandle) -> bool: return hasattr(self, "_view") and bool(self._view.versions)
 
@@ -343,7 +343,7 @@ def _check_storable(self: BufferHandle, item: Any) -> None:
     else: schema = as_episode(item, self.pool.schema).schema
     self.query.check(schema)
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #8c25ed1e
+# %% ../../../nbs/storage/buffer/buffer.ipynb #1ca85d7f
 class BufferRows(BufferHandle[ItemT]):
     "The rows that a buffer has of its pool"
     def store(self,
@@ -418,7 +418,7 @@ class BufferDraws(BufferRows[ItemT]):
         if not self.sampler.in_range: rows.check(draw.rows)
         return draw
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #fae6eec9
+# %% ../../../nbs/storage/buffer/buffer.ipynb #6958edda
 @patch
 def _emptiness(self: BufferDraws, view: View) -> str:
     there = "" if self._own else f" of {self.pool!r}"
@@ -427,7 +427,7 @@ def _emptiness(self: BufferDraws, view: View) -> str:
     remedy = "store() an episode, or refresh() once others did"
     return f"this buffer is empty, there is no step to draw: {what}; {remedy}"
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #bd6a20a6
+# %% ../../../nbs/storage/buffer/buffer.ipynb #111a438d
 @patch
 def _go_own_way(self: BufferDraws) -> None:
     "In a forked child: a generator by the parent's and the number of the worker, where it has one"
@@ -437,7 +437,7 @@ def _go_own_way(self: BufferDraws) -> None:
     rng = np.random.default_rng(np.random.SeedSequence(entropy, spawn_key=worker))
     vars(self).update(_rng=rng, _astray=False)
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #e75d25e7
+# %% ../../../nbs/storage/buffer/buffer.ipynb #18bdb854
 def _whole(n: Any) -> bool: return is_whole(n, 0, 2**53)
 def _unlike(than: str, got: Any) -> ValueError: return ValueError(f"expected {than}, got {brief(got)}")
 
@@ -568,7 +568,7 @@ def _arrive(kind: type[BufferState], options: dict, state: Optional[dict], rng: 
     buffer._rng.bit_generator.state = rng
     return buffer
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #d3726b8b
+# %% ../../../nbs/storage/buffer/buffer.ipynb #f3c4544f
 class Buffer(BufferState[ItemT]):
     """
     The abstract class of a buffer: the experience that a learner draws minibatches from.
@@ -612,29 +612,11 @@ class Buffer(BufferState[ItemT]):
         if facts["query"]: facts["query"] = f"where {facts['query']}"
         return f"{type(self).__name__}({', '.join(filter(None, facts.values()))})"
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #17d391ec
+# %% ../../../nbs/storage/buffer/buffer.ipynb #382c1d36
 def _short(text: str, most: int = 120) -> str:
     "Text on one line, and not too long"
     text = " ".join(text.split())
     return text if len(text) <= most else text[:most - 1] + "…"
-
-@patch
-def _facts(self: Buffer) -> dict[str, Optional[str]]:
-    "What there is to show, by name; nothing is loaded, opened or waited for"
-    from data_io_nbdev.data.show import in_bytes
-    get = {"query": PoolQuery(), **vars(self)}.get
-    rows, seen = copy.copy(getattr(get("_view"), "rows", None)), getattr(get("_view"), "versions", ())
-    held, memory, kept = "no rows" if seen else "not loaded", None, None
-    if rows is not None:
-        held, memory = f"{len(rows):,} rows", in_bytes(rows.nbytes)
-        kept = f"each state {'once' if rows.once else 'twice'}"
-    if get("_finalizer") and not self._is_open(): held = "closed"
-    return dict(
-        holds=held, memory=memory, states=kept,
-        ring=f"ring of the last {get('capacity'):,} steps" if get("capacity") else None,
-        draws=f"batches of {get('batch_size')} by {_short(brief(get('sampler'), 200))}",
-        pool="pool of its own" if get("_own") else _in_words(get("pool")),
-        query=None if get("query") == PoolQuery() else _short(str(get("query"))), seen=_looks(seen))
 
 def _in_words(pool: Any) -> str:
     "Which pool this is, without asking it: its own words may wait for a commit"
@@ -653,6 +635,25 @@ def _looks(versions: list[list[int]]) -> Optional[str]:
     texts = [f"{a}" if a == b else f"{a} to {b}" for a, b in pairs]
     word = "version" if texts == [f"{versions[0][0]}"] else "versions"
     return f"{word} {'…, ' if len(versions) > 4 else ''}{', '.join(texts)}"
+
+# %% ../../../nbs/storage/buffer/buffer.ipynb #df7a52f7
+@patch
+def _facts(self: Buffer) -> dict[str, Optional[str]]:
+    "What there is to show, by name; nothing is loaded, opened or waited for"
+    from data_io_nbdev.data.show import in_bytes
+    get = {"query": PoolQuery(), **vars(self)}.get
+    rows, seen = copy.copy(getattr(get("_view"), "rows", None)), getattr(get("_view"), "versions", ())
+    held, memory, kept = "no rows" if seen else "not loaded", None, None
+    if rows is not None:
+        held, memory = f"{len(rows):,} rows", in_bytes(rows.nbytes)
+        kept = f"each state {'once' if rows.once else 'twice'}"
+    if get("_finalizer") and not self._is_open(): held = "closed"
+    return dict(
+        holds=held, memory=memory, states=kept,
+        ring=f"ring of the last {get('capacity'):,} steps" if get("capacity") else None,
+        draws=f"batches of {get('batch_size')} by {_short(brief(get('sampler'), 200))}",
+        pool="pool of its own" if get("_own") else _in_words(get("pool")),
+        query=None if get("query") == PoolQuery() else _short(str(get("query"))), seen=_looks(seen))
 
 @patch
 def _repr_html_(self: Buffer) -> str:

@@ -198,7 +198,7 @@ def _read_mark(folder: Path, name: str = _MARK) -> dict:
     if text != _mark(about) or about["package"] != _PACKAGE: raise ValueError("no mark")
     return about
 
-# %% ../../../nbs/storage/buffer/mapped.ipynb #af5d04bc
+# %% ../../../nbs/storage/buffer/mapped.ipynb #a3fc27f2
 def _key(folder: Path) -> str:
     "The key that a folder is called after, also while it is being removed"
     return m[1] if (m := re.fullmatch(r"\.(.+)-[0-9a-f]{16}", folder.name)) else folder.name
@@ -348,7 +348,7 @@ def _seal_rows(folder: Path, key: str, rows: Rows) -> list: # Size, bytes in use
 
 def _place(key: str, name: str) -> str: return f"{_PACKAGE} {_FORMAT} {key} {name}"
 
-# %% ../../../nbs/storage/buffer/mapped.ipynb #0ab3da64
+# %% ../../../nbs/storage/buffer/mapped.ipynb #813f1dea
 def _checked(folder: Path, about: dict, name: str) -> BinaryIO:
     "A file of an entry; raises `ValueError` for one that has other bytes than were written"
     file, (size, n, sums) = _open(folder / name), about["files"][name]
@@ -368,7 +368,7 @@ def _array(file: BinaryIO) -> np.ndarray:
     if dtype.hasobject or file.tell() + n * dtype.itemsize != size: raise ValueError("of another size")
     return np.asarray(np.memmap(file, dtype, "r", file.tell(), (n,)))
 
-# %% ../../../nbs/storage/buffer/mapped.ipynb #ca036e7b
+# %% ../../../nbs/storage/buffer/mapped.ipynb #f9545350
 def _make_sense(runs: np.ndarray, steps: int, slots: int, once: bool) -> bool:
     "Whether runs are behind one another, and just as many steps and slots as there are"
     serial, slot, length = (runs[name] for name in ("serial", "slot", "length"))
@@ -467,7 +467,7 @@ class Cache(CacheReader):
         "Let go at once of what will not be an entry"
         if isinstance(rows.allocate, _Site): rows.allocate.close()
 
-# %% ../../../nbs/storage/buffer/mapped.ipynb #b3bfc2c3
+# %% ../../../nbs/storage/buffer/mapped.ipynb #cb30f49e
 @patch
 def _settle(self: Cache, key: str, rows: Rows, folder: Path) -> Optional[Rows]:
     "Give a sealed site its name: the rows as they are there then"

@@ -187,7 +187,7 @@ def _make_room(self: RowArray, first: int, need: int) -> None:
     for a, b in zip(ends, ends[1:]): data[a % len(data):][:b - a] = self.data[a % size:][:b - a]
     self.data, self._shown = data, None  # nobody else has this one
 
-# %% ../../../nbs/storage/buffer/rows.ipynb #30bcdc48
+# %% ../../../nbs/storage/buffer/rows.ipynb #203b0b61
 class RowLog(RowArray):
     "What entered an array, and what left it"
     def append(self,
@@ -262,7 +262,7 @@ class Taken(NamedTuple):
 
 _PAIR = np.array([0, 1])  # a row, and the one that holds its next state
 
-# %% ../../../nbs/storage/buffer/rows.ipynb #0a0ed2de
+# %% ../../../nbs/storage/buffer/rows.ipynb #739a097d
 class RowReader(RowLog):
     "Rows that are drawn"
     def take(self,
@@ -345,7 +345,7 @@ class Rows(RowReader):
         blocks = dict(zip(("state", "action", "reward", "nstate"), taken.transition))
         return times, {r: (blocks[r] if r in blocks else taken.rows[r]).copy() for r in self.schema.roles}
 
-# %% ../../../nbs/storage/buffer/rows.ipynb #cfb6b253
+# %% ../../../nbs/storage/buffer/rows.ipynb #1bf37a40
 def _places(names: np.ndarray, wanted: Sequence[int]) -> Iterator[int]:
     "Where some of the names are; a few are found faster one by one"
     alike = [np.isin(names, wanted)] if len(wanted) > 16 else [names == name for name in wanted]
