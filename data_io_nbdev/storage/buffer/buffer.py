@@ -9,42 +9,35 @@ import json
 import multiprocessing
 import re
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import Any, ClassVar, Generic, Optional, Tuple, TypeVar, get_args, get_origin
+from itertools import islice
+from typing import Any, ClassVar, Generic, NamedTuple, Optional, Tuple, TypeVar, get_args, get_origin
 import numpy as np
 import pandas as pd  # type: ignore
+from fastcore.basics import patch
 
 # %% auto #0
-__all__ = ['Batch', 'make_batch', 'Buffer']
+__all__ = ['Transition', 'Batch', 'make_batch', 'BufferHandle', 'BufferRows', 'BufferDraws', 'BufferState', 'Buffer']
 
 # %% ../../../nbs/storage/buffer/buffer.ipynb #bc09b2f9
 from ...errors import ClosedError, NotEnoughData, QueryError, SnapshotNotFound, at_the_door
 from ...data.schema import Schema, brief, is_whole
 from ...data.core import Episode, ItemT, PoolQuery, as_episode
-from ..pool.pool import Pool, forkable, forkable_lock
+from ..pool.pool import Pool, forkable, forkable_lock, safe_url
 from ..pool.memory import MemoryPool
 from .rows import Rows
 from .sampler import Draw, Sampler, Uniform, sampler_state
 from .view import Home, View
 
 # %% ../../../nbs/storage/buffer/buffer.ipynb #8afbb212
-class Batch(tuple):
-    "`(state, action, reward, nstate)`, with the rest as attributes"
-    terminated: np.ndarray  # `(batch,)` bool: the task came to its end here
-    truncated: np.ndarray  # `(batch,)` bool: somebody stopped looking here
-    info: np.ndarray  # `(batch, *info)`, where the schema has it
-    mask: np.ndarray  # `(batch,)` or `(batch, length)` bool: False is padding
-    weight: np.ndarray  # `(batch,)` importance weights, 1 unless the sampler gives others
-    episode: np.ndarray  # Id of each row's episode in the pool; "" in padding
-    step: np.ndarray  # Its number in the episode: the machine's, or else its position; -1 in padding
-    timestamp: np.ndarray  # datetime64[us], UTC; NaT in padding
+class Transition(tuple):
+    "`(state, action, reward, nstate)`, with names"
+    schema: Schema  # Of the steps
 
-    schema: Schema
-
-    def __new__(cls, transition: Iterable[np.ndarray], rest: dict[str, Any]) -> Batch:
+    def __new__(cls, transition: Iterable[np.ndarray], rest: dict[str, Any]) -> Transition:
         self = tuple.__new__(cls, transition)
         self.__dict__ = rest
         return self
@@ -57,9 +50,6 @@ class Batch(tuple):
     def reward(self) -> np.ndarray: return self[2]  # `(batch, *reward)`, `(batch,)` for one scalar
     @property
     def nstate(self) -> np.ndarray: return self[3]  # `(batch, *state)`
-    @property
-    def index(self) -> np.ndarray: # Serial number of each row in its buffer, never used again; -1 in padding
-        return self.__dict__["index"] if "index" in self.__dict__ else self.__getattr__("index")  # not tuple.index
 
     def fields(self,
         role: str, # `state`, `action`, `reward`, `nstate` or `info`
@@ -67,18 +57,46 @@ class Batch(tuple):
         "The fields of a role by name"
         return self.schema.split(role, getattr(self, role))
 
+    def __repr__(self) -> str:
+        arrays = (f"{role} {a.shape} {a.dtype}" for role, a in zip(_TRANSITION, self))
+        return f"{type(self).__name__}({', '.join(arrays)})"
+
+_TRANSITION = ("state", "action", "reward", "nstate")
+
+# %% ../../../nbs/storage/buffer/buffer.ipynb #4c462611
+class Batch(Transition):
+    "`(state, action, reward, nstate)`, with the rest as attributes"
+    terminated: np.ndarray  # `(batch,)` bool: the task came to its end here
+    truncated: np.ndarray  # `(batch,)` bool: the recording was cut off here
+    info: np.ndarray  # `(batch, *info)`, where the schema has it
+    mask: np.ndarray  # `(batch,)` or `(batch, length)` bool: False is padding
+    weight: np.ndarray  # `(batch,)` importance weights, 1 unless the sampler gives others
+    episode: np.ndarray  # Id of each row's episode in the pool; "" in padding
+    step: np.ndarray  # Its number in the episode: the machine's, or else its position; -1 in padding
+    timestamp: np.ndarray  # datetime64[us], UTC; NaT in padding
+
+    @property
+    def index(self) -> np.ndarray: # Serial number of each row in its buffer, never used again; -1 in padding
+        found = self.__dict__.get("index")  # not tuple.index
+        return self.__getattr__("index") if found is None else found
+
     def frames(self) -> tuple[pd.DataFrame, ...]: # One row a step, padding left out
         "State, action, reward and nstate as four frames, indexed by episode and time stamp"
-        return tuple(_batch_frame(self, role) for role in ("state", "action", "reward", "nstate"))
+        return tuple(self._frame(role) for role in _TRANSITION)
 
     def __getattr__(self, name: str) -> np.ndarray:
-        if name.startswith("__") or name not in _LAZY: raise AttributeError(f"a batch has no {name!r}")
-        self.__dict__.update(_LAZY[name](self))
+        if name not in _REST: raise AttributeError(f"a batch has no {name!r}")
+        self.__dict__.update(self._look_up(name))
         return self.__dict__[name]
 
+    def __dir__(self) -> list[str]: return [*_TRANSITION, *self._names(), "schema", "fields", "frames"]
     def __reduce__(self):
-        rest = {name: getattr(self, name) for name in _LAZY if name != "info" or "info" in self.schema.roles}
+        rest = {name: getattr(self, name) for name in self._names()}
         return Batch, (tuple(map(np.ascontiguousarray, self)), {**rest, "schema": self.schema})
+
+_COLUMNS, _ONES = ("terminated", "truncated", "info"), {"mask": "bool", "weight": "float32"}
+_TRACED = ("episode", "step", "timestamp", "index")
+_REST = (*_COLUMNS, *_ONES, *_TRACED)
 
 # %% ../../../nbs/storage/buffer/buffer.ipynb #13fb6521
 def _spread(values: np.ndarray, mask: np.ndarray, blank: Any = None) -> np.ndarray:
@@ -88,49 +106,13 @@ def _spread(values: np.ndarray, mask: np.ndarray, blank: Any = None) -> np.ndarr
     out[mask] = values
     return out
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #3c87b859
-def _trace(batch: Batch) -> dict[str, np.ndarray]:
-    "Where the rows of a batch came from"
-    found = batch._ledger.trace(batch._slots)
-    if batch._mask is None: return found
-    blank = dict(index=-1, episode="", step=-1, timestamp=np.datetime64("NaT", "us"))
-    return {name: _spread(values, batch._mask, blank[name]) for name, values in found.items()}
-
-def _column(name: str):
-    def column(batch: Batch) -> dict[str, np.ndarray]:
-        if name not in batch._rows.dtype.names: raise AttributeError(f"the schema of this batch has no {name!r}")
-        return {name: batch._rows[name]}
-    return column
-
-def _default(name: str, dtype: str):
-    def ones(batch): return {name: np.ones(len(batch[2]), dtype) if (given := batch.__dict__[f"_{name}"]) is None else given}
-    return ones
-
-_LAZY = {
-    **{name: _trace for name in ("index", "episode", "step", "timestamp")},
-    **{name: _column(name) for name in ("terminated", "truncated", "info")},
-    "mask": _default("mask", "bool"), "weight": _default("weight", "float32"),
-}
-
-# %% ../../../nbs/storage/buffer/buffer.ipynb #c86f5784
-def _batch_frame(batch: Batch, role: str) -> pd.DataFrame:
-    "One role of a batch as a frame"
-    real, columns = batch.mask, {}
-    for name, values in batch.fields(role).items():
-        for i, column in enumerate(values[real].reshape(int(real.sum()), -1).T): columns[role, name, i] = column
-    times = pd.DatetimeIndex(batch.timestamp[real]).tz_localize("UTC")
-    index = pd.MultiIndex.from_arrays([batch.episode[real], times], names=["episode", "timestamp"])
-    frame = pd.DataFrame(columns, index)
-    frame.columns.names = ["role", "name", "element"]
-    return frame
-
 # %% ../../../nbs/storage/buffer/buffer.ipynb #1332c345
 def make_batch(
     rows: Rows, # Where the steps are
     draw: Draw, # Which of them
     found: Optional[np.ndarray] = None, # What `rows.fetch` gave for them, if it was asked already
-) -> Batch:
-    "The rows of a draw as a batch; what a mask hides is zero"
+) -> Batch: # What a mask hides is zero
+    "The rows of a draw as a batch"
     wanted, mask, weight = draw
     wanted = wanted if mask is None else wanted[mask]
     transition, flags, slots = rows.take(wanted) if found is None else rows.arrange(rows.slots(wanted), found)
@@ -138,26 +120,87 @@ def make_batch(
     return Batch(transition, {"schema": rows.schema, "_rows": flags, "_mask": mask, "_weight": weight,
                               "_slots": slots, "_ledger": rows.ledger})
 
+# %% ../../../nbs/storage/buffer/buffer.ipynb #3c87b859
+@patch
+def _look_up(self: Batch, name: str) -> dict[str, np.ndarray]:
+    "An attribute beyond the four arrays, and what is found with it"
+    if name in _TRACED: return self._trace()
+    if name in _ONES:
+        given = self.__dict__[f"_{name}"]
+        return {name: np.ones(len(self[2]), _ONES[name]) if given is None else given}
+    if name not in self.schema.roles: raise AttributeError(f"the schema of this batch has no {name!r}")
+    return {name: self._rows[name]}
+
+@patch
+def _names(self: Batch) -> list[str]:
+    "What can be looked up"
+    return [name for name in _REST if name not in _COLUMNS or name in self.schema.roles]
+
+@patch
+def _trace(self: Batch) -> dict[str, np.ndarray]:
+    "Where the rows came from"
+    found = self._ledger.trace(self._slots)
+    if self._mask is None: return found
+    blank = dict(index=-1, episode="", step=-1, timestamp=np.datetime64("NaT", "us"))
+    return {name: _spread(values, self._mask, blank[name]) for name, values in found.items()}
+
+# %% ../../../nbs/storage/buffer/buffer.ipynb #c86f5784
+@patch
+def _frame(self: Batch, role: str) -> pd.DataFrame:
+    "One role of a batch as a frame"
+    real, columns = self.mask, {}
+    for name, values in self.fields(role).items():
+        elements = values[real].reshape(int(real.sum()), -1).T
+        columns.update({(role, name, i): column for i, column in enumerate(elements)})
+    times = pd.DatetimeIndex(self.timestamp[real]).tz_localize("UTC")
+    index = pd.MultiIndex.from_arrays([self.episode[real], times], names=["episode", "timestamp"])
+    frame = pd.DataFrame(columns, index)
+    frame.columns.names = ["role", "name", "element"]
+    return frame
+
+# %% ../../../nbs/storage/buffer/buffer.ipynb #a0b8481a
+@patch
+def _element_names(self: Batch) -> Iterator[str]:
+    "What each element of state, action and reward is called"
+    for role in _TRANSITION[:3]:
+        for f in self.schema.of(role):
+            places = [""] if f.shape in ((), (1,)) else map(list, np.ndindex(f.shape))
+            yield from (f"{role} {f.name}{place}" for place in places)
+
+@patch
+def _first_rows(self: Batch, most: int, columns: int) -> Iterator[tuple]:
+    "The first real steps as text: whose, which, when, and some of their numbers"
+    places = [tuple(place) for place in np.argwhere(self.mask)[:most]]
+    traced = self._ledger.trace(self._slots[:most]) if "episode" not in self.__dict__ else {
+        name: [self.__dict__[name][place] for place in places] for name in ("episode", "step", "timestamp")}
+    for place, id, step, time in zip(places, traced["episode"], traced["step"], traced["timestamp"]):
+        numbers = islice((x for block in self[:3] for x in block[place].ravel()[:columns]), columns)
+        shown = [f"{x:.4g}" if isinstance(x, np.floating) else str(x) for x in numbers]
+        yield id[:8], step, pd.Timestamp(time), *shown
+
+# %% ../../../nbs/storage/buffer/buffer.ipynb #0019bfcc
+@patch
+def _repr_html_(self: Batch, most: int = 5, columns: int = 8) -> str:
+    "Shapes and dtypes, and the first rows with who and when"
+    from data_io_nbdev.data.show import card, element, shortened, table
+    mask, roles = self.mask, [*_TRANSITION, *(name for name in self._names() if name in _COLUMNS)]
+    fields = {role: shortened([f.name for f in self.schema.of(role)], 6) for role in roles}
+    arrays = [(role, ", ".join(fields[role]), getattr(self, role)) for role in roles]
+    if mask.ndim > 1: arrays.append(("mask", "", mask))
+    steps = int(mask.sum())
+    size = f"{steps:,} steps" if mask.ndim == 1 else f"{len(mask):,} sequences, {steps:,} steps"
+    heads = list(islice(self._element_names(), columns))
+    every = sum(int(np.prod(self.schema.block(role).shape)) for role in _TRANSITION[:3])
+    return card(f"Batch of {size}",
+                table(["", "fields", "shape", "dtype"], [(*names, a.shape, a.dtype) for *names, a in arrays]),
+                table(["episode", "step", "timestamp (UTC)", *heads], self._first_rows(most, columns)),
+                element("div", f"{min(most, steps)} of {steps:,} steps, {len(heads)} of {every:,} columns",
+                        style="opacity:.65"))
+
 # %% ../../../nbs/storage/buffer/buffer.ipynb #4a4fb538
-@dataclass(kw_only=True, eq=False)
-class Buffer(abc.ABC, Generic[ItemT]):
-    """
-    The abstract class of a buffer: the experience that a learner draws minibatches from.
-
-    Inheriting classes (MemoryBuffer, DaskBuffer, MongoBuffer, or your own) provide `load`, `close` and `sample`.
-
-    Methods:
-        - load()
-        - save()
-        - store()
-        - sample()
-
-    Attributes:
-        - pool: the pool object for storing the data
-        - batch_size: the batch size for sampling
-        - _type_T: the type of the data item (e.g. Record, Episode, etc.)
-    """
-
+@dataclass(kw_only=True, eq=False, repr=False)
+class BufferHandle(abc.ABC, Generic[ItemT]):
+    "The options of a buffer, and its hold on a pool"
     pool: Optional[Pool]  # Where the episodes are; None gives the buffer a MemoryPool of its own
     batch_size: int  # Items in a batch
     query: PoolQuery = PoolQuery()  # Which episodes, and which of their steps
@@ -172,12 +215,378 @@ class Buffer(abc.ABC, Generic[ItemT]):
         """Get the concrete type of the data item (e.g. Record, Episode, etc.)"""
         super().__init_subclass__(**kwargs)
         if name := _item_type(cls): cls._type_T = name
+        if "__repr__" not in vars(cls): cls.__repr__ = cls.__repr__  # else @dataclass writes one
 
     def __post_init__(self):
         """Use a weakref finalizer to make sure that the pool is closed when the object is destroyed"""
         with at_the_door:
-            _check_options(self)
-            _set_up(self)
+            self._check_options()
+            self._set_up()
+
+    def _home(self) -> Home: return Home()  # where the rows of a view live
+    def _forked(self) -> None: self._astray = True  # the generator is the parent's, and so are its numbers
+
+# %% ../../../nbs/storage/buffer/buffer.ipynb #b2ca0934
+def _item_type(cls: type) -> Optional[str]:
+    "The name of the item type in a class statement, None where it names none"
+    for base in cls.__dict__.get("__orig_bases__", ()):
+        origin, arg = get_origin(base), (*get_args(base), None)[0]
+        if isinstance(origin, type) and issubclass(origin, BufferHandle) and not isinstance(arg, TypeVar):
+            return getattr(arg, "__forward_arg__", None) or getattr(arg, "__name__", str(arg))
+    return None
+
+# %% ../../../nbs/storage/buffer/buffer.ipynb #bf0f9208
+@patch
+def _check_options(self: BufferHandle) -> None:
+    "Raise `QueryError` for options that make no buffer"
+    _positive("batch_size", self.batch_size)
+    if self.capacity is not None: _positive("capacity", self.capacity)
+    for name, kind in (("query", PoolQuery), ("sampler", Sampler)):
+        value = getattr(self, name)
+        if not isinstance(value, kind): raise QueryError(f"{name}: expected a {kind.__name__}, got {value!r}")
+    if self.pool is None and self.capacity is not None and self.query != PoolQuery():
+        raise QueryError("a ring with a pool of its own keeps all that it is given: take a query away, "
+                         "or give it a pool")
+    if self.states not in ("auto", "once", "twice"):
+        raise QueryError(f"states is 'auto', 'once' or 'twice', got {self.states!r}")
+
+def _positive(name: str, n: Any) -> None:
+    if not isinstance(n, (int, np.integer)) or isinstance(n, bool) or n < 1:
+        raise QueryError(f"{name}: expected a whole number from 1, got {n!r}")
+
+# %% ../../../nbs/storage/buffer/buffer.ipynb #dc41bbf0
+@patch
+def _acquire(self: BufferHandle) -> None:
+    "Hold the pool, and see to it that it is let go once: by `close`, by the garbage collector, or at exit"
+    pool, resources, me = self.pool, ExitStack(), object()
+    counts = hasattr(pool, "_hold")
+    release = partial(pool._release, me) if counts else pool.close  # anything with a `close` will do
+    resources.callback(release)
+    vars(self).update(_resources=resources, _release=release if counts else None, _closed=False,
+                      _finalizer=weakref.finalize(self, resources.close))
+    if counts: pool._hold(me)  # last: what lets it go again is registered
+
+@patch
+def _is_open(self: BufferHandle) -> bool: return self._finalizer.alive and not self._closed
+
+@patch
+def _check_open(self: BufferHandle) -> None:
+    if not self._is_open(): raise ClosedError("this buffer is closed; buffer.load() opens it again")
+
+@patch
+def _close(self: BufferHandle) -> None:
+    "Let go of the rows and of the pool"
+    with self._moving:
+        vars(self).update(_view=self._new_view(), _closed=True)
+        if self._release: self._release()  # should this break off, the finalizer does it once more
+        self._finalizer()
+
+# %% ../../../nbs/storage/buffer/buffer.ipynb #0408cf37
+@patch
+def _new_view(self: BufferHandle, **changes: Any) -> View:
+    "A view that has not looked yet"
+    options = dict(query=self.query, states=self.states, capacity=self.capacity, own=self._own)
+    return View(self.pool, lock=self._lock, **{**options, "home": self._home(), **changes})
+
+@patch
+def _set_up(self: BufferHandle) -> None:
+    "Everything that is not an option"
+    self._own, self._rng = self.pool is None, np.random.default_rng(self.seed)
+    if self._own: self.pool = MemoryPool()
+    if self.capacity is not None: self.capacity = int(self.capacity)
+    self._lock = forkable_lock()  # held while rows change or are drawn
+    self._moving = forkable_lock()  # held while the view moves on; always taken before the other
+    self._view, self._astray = self._new_view(), False
+    self._acquire()
+    forkable(self)
+    if self._own: self._load()
+
+# %% ../../../nbs/storage/buffer/buffer.ipynb #73044d35
+@patch
+def _install(self: BufferHandle, view: View, *changes: Callable[[], None], **options: Any) -> None:
+    "Draw from a view from now on, and change what else goes with it, in one step"
+    before = self._view  # let go when all is done
+    view.adopt(*changes, partial(dict.update, vars(self), {"_view": view, **options}))
+    del before
+
+@patch
+def _load(self: BufferHandle) -> None:
+    "Read the pool at its newest version; what was loaded before stays until this is done"
+    with self._moving:
+        if not self._is_open():  # and perhaps its pool was closed with it
+            self._finalizer()
+            self.pool.load()
+            self._acquire()
+        view = self._new_view()
+        view.look(self.pool.version)
+        self._install(view)
+
+# %% ../../../nbs/storage/buffer/buffer.ipynb #084ef15a
+@patch
+def _has_loaded(self: BufferHandle) -> bool: return hasattr(self, "_view") and bool(self._view.versions)
+
+@patch
+def _loaded(self: BufferHandle) -> View:
+    "What the buffer has seen, loaded if need be"
+    with self._moving:
+        if not self._view.versions:
+            self._check_open()
+            self.load()
+        return self._view
+
+@patch
+def _check_storable(self: BufferHandle, item: Any) -> None:
+    "What cannot be drawn here is not stored here: raise for it before anything is committed"
+    if hasattr(self, "_finalizer"): self._check_open()
+    if not self._has_loaded() or self._view.rows is not None: return
+    if isinstance(item, pd.DataFrame): schema = Schema.from_frame(item)  # storing it says what else is wrong
+    else: schema = as_episode(item, self.pool.schema).schema
+    self.query.check(schema)
+
+# %% ../../../nbs/storage/buffer/buffer.ipynb #1ca85d7f
+class BufferRows(BufferHandle[ItemT]):
+    "The rows that a buffer has of its pool"
+    def store(self,
+        episode: ItemT, # An episode, a record of one step, or a frame; as the pool takes it
+    ) -> str: # Id of the episode
+        """
+        Deposit an item (record/episode) into the pool; once loaded, the buffer has its rows at once
+        """
+        with at_the_door:
+            self._check_storable(episode)
+            id = self.pool.store(episode)
+            if self._has_loaded(): self.refresh()
+            return id
+
+    def find(self,
+        query: PoolQuery, # Or an id, or several
+    ) -> Iterator[Episode]: # As the pool gives them
+        """
+        find items by query, id or ids
+        """
+        with at_the_door: return self.pool.find(query)
+
+    def save(self,
+        path=None, # Where to; None is where the pool came from
+        overwrite=False, # Replace another file that is there
+    ):
+        """
+        save the pool, with all that it holds, to one file that MemoryPool opens
+        """
+        with at_the_door: self.pool.save(path, overwrite)
+
+    def refresh(self) -> int: # How many rows are new
+        "Take in what others have committed since: new rows go to the end, hidden episodes are drawn no more"
+        with at_the_door, self._moving:
+            if not self._view.versions: return len(self._loaded())
+            return self._view.look(self.pool.version)
+
+    @property
+    def nbytes(self) -> int: # Of the rows
+        "Bytes of memory that the rows take"
+        return self._view.rows.nbytes if self._view else 0
+
+    def __len__(self) -> int: return len(self._loaded())  # rows that can be drawn
+    def __bool__(self) -> bool: return True  # an empty buffer is still a buffer
+
+# %% ../../../nbs/storage/buffer/buffer.ipynb #2d4033fe
+class BufferDraws(BufferRows[ItemT]):
+    "Minibatches, as the sampler wants them"
+    def _draw(self, n: Optional[int]) -> Batch:
+        "A batch of `n` items, by default `batch_size`; raises `NotEnoughData` where there is no row"
+        if n is None: n = self.batch_size
+        else: _positive("n", n)
+        view = self._view
+        if not view.versions: view = self._loaded()
+        with self._lock:
+            if self._astray: self._go_own_way()
+            if not view.rows: raise NotEnoughData(self._emptiness(view))
+            if self.sampler.in_one_step: return self._batch(n, view.rows)
+            before = self._rng.bit_generator.state, copy.deepcopy(self.sampler.state_dict())
+            try: return self._batch(n, view.rows)
+            except BaseException:  # the next draw is the one that this would have been
+                self._rng.bit_generator.state = before[0]
+                self.sampler.load_state_dict(before[1])
+                raise
+
+    def _batch(self, n: int, rows: Rows) -> Batch:  # under the lock
+        return make_batch(rows, self._choose(n, rows))
+
+    def _choose(self, n: int, rows: Rows) -> Draw:
+        "What the sampler wants next"
+        draw = self.sampler.draw(n, self._rng, rows)
+        if not self.sampler.in_range: rows.check(draw.rows)
+        return draw
+
+# %% ../../../nbs/storage/buffer/buffer.ipynb #6958edda
+@patch
+def _emptiness(self: BufferDraws, view: View) -> str:
+    there = "" if self._own else f" of {self.pool!r}"
+    asked = "" if self.query == PoolQuery() else f" that matches {self.query!r}"
+    what = f"version {view.versions[-1][1]}{there} has no step{asked}"
+    remedy = "store() an episode, or refresh() once others did"
+    return f"this buffer is empty, there is no step to draw: {what}; {remedy}"
+
+# %% ../../../nbs/storage/buffer/buffer.ipynb #111a438d
+@patch
+def _go_own_way(self: BufferDraws) -> None:
+    "In a forked child: a generator by the parent's and the number of the worker, where it has one"
+    worker = multiprocessing.current_process()._identity
+    state = json.dumps(self._rng.bit_generator.state, sort_keys=True)
+    entropy = int(hashlib.sha256(state.encode()).hexdigest(), 16) if worker else None
+    rng = np.random.default_rng(np.random.SeedSequence(entropy, spawn_key=worker))
+    vars(self).update(_rng=rng, _astray=False)
+
+# %% ../../../nbs/storage/buffer/buffer.ipynb #18bdb854
+def _whole(n: Any) -> bool: return is_whole(n, 0, 2**53)
+def _unlike(than: str, got: Any) -> ValueError: return ValueError(f"expected {than}, got {brief(got)}")
+
+def _pairs(versions: Any) -> list[tuple[int, int]]:
+    "Versions as pairs `(first, last)`; raises `ValueError` where they are none, or out of order"
+    listed = versions if isinstance(versions, (list, tuple)) else ()
+    pairs = [tuple(pair) if isinstance(pair, (list, tuple)) else () for pair in listed]
+    if not pairs or not all(len(p) == 2 and all(map(_whole, p)) and p[0] <= p[1] for p in pairs):
+        raise _unlike("versions as pairs (first, last)", versions)
+    if all(a[1] < b[0] for a, b in zip(pairs, pairs[1:])): return pairs
+    raise _unlike("versions that follow each other", versions)
+
+def _check_counts(capacity: Any, serial: Any, rows: Any, trail: Any) -> None:
+    "Raise `ValueError` unless the numbers of a state agree"
+    if not (capacity is None or (_whole(capacity) and capacity)): raise _unlike("a capacity from 1", capacity)
+    if not (_whole(serial) and _whole(rows) and rows <= serial):
+        raise _unlike("no more rows than serial numbers", (rows, serial))
+    if capacity is not None and rows > capacity: raise _unlike(f"no more than {capacity} rows", rows)
+    if not isinstance(trail, str) or not re.fullmatch("[0-9a-f]{64}" if rows else "|[0-9a-f]{64}", trail):
+        raise _unlike("a SHA-256 as trail", trail)
+
+def _generator(state: Any) -> np.random.Generator:
+    "A generator in a state; raises what numpy raises, and `ValueError` where it took another"
+    rng = np.random.default_rng()
+    rng.bit_generator.state = state
+    if rng.bit_generator.state == state and state["has_uint32"] in (0, 1): return rng
+    raise ValueError("numbers that no generator has")
+
+# %% ../../../nbs/storage/buffer/buffer.ipynb #41208a92
+class _State(NamedTuple):
+    "A state, taken apart"
+    query: PoolQuery
+    capacity: Optional[int]
+    versions: list[tuple[int, int]]
+    serial: int
+    rows: int
+    trail: str
+    sampler: dict[str, Any]
+    rng: np.random.Generator
+
+def _parse_state(state: Any) -> _State:
+    "Raises `QueryError` for what is no state, or a newer one"
+    if not isinstance(state, dict) or not is_whole(state.get("format"), 1, 1):
+        raise QueryError(f"expected a state of format 1, got {brief(state)}; "
+                         "a newer one needs a newer version")
+    try:
+        told = _State(*(state[name] for name in _State._fields))
+        query, versions, sampler = PoolQuery.from_json(told.query), _pairs(told.versions), told.sampler
+        _check_counts(told.capacity, told.serial, told.rows, told.trail)
+        if not isinstance(sampler, dict) or not isinstance(sampler.get("kind"), str):
+            raise _unlike("a sampler and its kind", sampler)
+        json.dumps(sampler)  # raises `TypeError` and others for what is no JSON
+        return told._replace(query=query, versions=versions, rng=_generator(told.rng))
+    except QueryError: raise
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as e:
+        raise QueryError(f"no state of a buffer: {brief(e, 200)}") from e
+
+# %% ../../../nbs/storage/buffer/buffer.ipynb #18416680
+@patch
+def _check_state(self: BufferDraws, told: _State) -> None:
+    "Raise unless this sampler and this pool can go on from a state"
+    if (kind := told.sampler["kind"]) != type(self.sampler).__name__:
+        raise QueryError(f"this state was drawn by {brief(kind)}, and the buffer has {self.sampler!r}")
+    first, last = told.versions[0][0], told.versions[-1][1]
+    oldest, newest = self.pool._oldest(), self.pool.version
+    if last > newest or (first < oldest and told.capacity is None):
+        there = f"{self.pool!r} has {oldest} to {newest}"
+        raise SnapshotNotFound(f"the state is of versions {first} to {last}; {there}")
+
+@patch
+def _replayed(self: BufferDraws, told: _State) -> View:
+    "A view that has seen what another one had; raises `SnapshotNotFound` where the pool gives other rows"
+    options = dict(query=told.query, capacity=told.capacity)
+    view = self._new_view(**options).replay(told.versions)
+    lost = told.serial - view.serial
+    if lost > 0 and told.capacity is not None and told.versions[0][0] < self.pool._oldest():
+        view = self._new_view(begin=lost, **options).replay(told.versions)
+    as_many = (len(view), view.serial) == (told.rows, told.serial)
+    if as_many and (view.begin or view.trail == told.trail): return view
+    there = f"{self.pool!r} gives {len(view)}, or others"
+    raise SnapshotNotFound(f"the state has {told.rows} rows, {there}: another pool?")
+
+@patch
+def _resumed(self: BufferDraws, state: dict[str, Any]) -> Sampler:
+    "A copy of the sampler that goes on from a state"
+    sampler = copy.deepcopy(self.sampler)
+    try: sampler.load_state_dict(state)
+    except Exception as e: raise QueryError(f"{sampler!r} cannot go on from {brief(state)}: {e!r}") from e
+    return sampler
+
+# %% ../../../nbs/storage/buffer/buffer.ipynb #25041ad8
+class BufferState(BufferDraws[ItemT]):
+    "What a buffer needs to stop and go on, here or in another process"
+    def state_dict(self) -> dict[str, Any]: # Plain JSON values
+        "What is needed to go on, bit for bit: query, versions, sampler and generator"
+        with at_the_door:
+            view = self._loaded()
+            with self._lock:
+                asked = dict(query=view.query.to_json(), capacity=view.capacity)
+                seen = dict(versions=[list(v) for v in view.versions], serial=view.serial, rows=len(view))
+                drawn = dict(sampler=sampler_state(self.sampler), rng=self._rng.bit_generator.state)
+                return dict(format=1, **asked, **seen, trail=view.trail, **drawn)
+
+    def load_state_dict(self,
+        state: dict[str, Any], # From `state_dict`; of a buffer on this pool, or on the one it was saved from
+    ) -> None:
+        "Go on where a buffer stopped; raises `SnapshotNotFound` where the pool does not hold its versions"
+        with at_the_door:
+            self._check_open()
+            told = _parse_state(state)
+            self._check_state(told)
+            with self._moving:
+                view, sampler = self._replayed(told), self._resumed(told.sampler)
+                resume = partial(dict.update, vars(self.sampler), vars(sampler))
+                options = dict(query=told.query, capacity=told.capacity, _rng=told.rng, _astray=False)
+                self._install(view, resume, **options)
+
+    def __reduce__(self):
+        names = [f.name for f in fields(self) if f.init and f.name not in self._STAYS]
+        options = {name: getattr(self, name) for name in names}
+        state = self.state_dict() if self._view.versions else None
+        return _arrive, (type(self), options, state, self._rng.bit_generator.state)
+
+def _arrive(kind: type[BufferState], options: dict, state: Optional[dict], rng: dict) -> BufferState:
+    "A buffer in another process"
+    buffer = kind(**options)
+    if state: buffer.load_state_dict(state)
+    buffer._rng.bit_generator.state = rng
+    return buffer
+
+# %% ../../../nbs/storage/buffer/buffer.ipynb #f3c4544f
+class Buffer(BufferState[ItemT]):
+    """
+    The abstract class of a buffer: the experience that a learner draws minibatches from.
+
+    Inheriting classes (MemoryBuffer, DaskBuffer, MongoBuffer, or your own) provide `load`, `close` and
+    `sample`.
+
+    Methods:
+        - load()
+        - save()
+        - store()
+        - sample()
+
+    Attributes:
+        - pool: the pool object for storing the data
+        - batch_size: the batch size for sampling
+        - _type_T: the type of the data item (e.g. Record, Episode, etc.)
+    """
 
     @abc.abstractmethod
     def load(self):
@@ -191,276 +600,62 @@ class Buffer(abc.ABC, Generic[ItemT]):
         close the pool, for destructor
         """
 
-    def store(self, episode: ItemT):
-        """
-        Deposit an item (record/episode) into the pool; once loaded, the buffer has its rows at once
-        """
-        with at_the_door:
-            _check_storable(self, episode)
-            id = self.pool.store(episode)
-            if _has_loaded(self): self.refresh()
-            return id
-
-    def find(self, query: PoolQuery):
-        """
-        find items by query, id or ids
-        """
-        with at_the_door: return self.pool.find(query)
-
-    def save(self, path=None, overwrite=False):
-        """
-        save the pool, with all that it holds, to one file that MemoryPool opens
-        """
-        with at_the_door: self.pool.save(path, overwrite)
-
     @abc.abstractmethod
     def sample(self) -> Tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """
         sample data pool to get (state, action, reward, nstate) as a tuple of 4 arrays
         """
 
-    def refresh(self) -> int: # How many rows are new
-        "Take in what others have committed since: new rows go to the end, hidden episodes are drawn no more"
-        with at_the_door: return _refresh(self)
+    def __dir__(self) -> list[str]: return [name for name in super().__dir__() if not name.startswith("_")]
+    def __repr__(self) -> str:
+        facts = self._facts()
+        if facts["query"]: facts["query"] = f"where {facts['query']}"
+        return f"{type(self).__name__}({', '.join(filter(None, facts.values()))})"
 
-    def state_dict(self) -> dict[str, Any]: # Plain JSON values
-        "What is needed to go on, bit for bit: query, versions, sampler and generator"
-        with at_the_door: return _state_dict(self)
+# %% ../../../nbs/storage/buffer/buffer.ipynb #382c1d36
+def _short(text: str, most: int = 120) -> str:
+    "Text on one line, and not too long"
+    text = " ".join(text.split())
+    return text if len(text) <= most else text[:most - 1] + "…"
 
-    def load_state_dict(self,
-        state: dict[str, Any], # From `state_dict`, of a buffer on this pool, or on the pool that it was saved from
-    ) -> None:
-        "Go on where a buffer stopped; raises `SnapshotNotFound` where the pool does not hold its versions"
-        with at_the_door: _load_state(self, state)
+def _in_words(pool: Any) -> str:
+    "Which pool this is, without asking it: its own words may wait for a commit"
+    if not isinstance(url := getattr(pool, "url", None), str): return _short(brief(pool, 200))
+    at, closed = getattr(pool, "_at", None), getattr(pool, "closed", False)
+    said = [repr(safe_url(url)), *(["closed"] if closed else []), *([] if at is None else [f"version {at}"])]
+    return _short(f"{type(pool).__name__}({', '.join(said)})", 200)
 
-    @property
-    def nbytes(self) -> int: # Of the rows
-        "Bytes of memory that the rows take"
-        return self._view.rows.nbytes if self._view else 0
+def _looks(versions: list[list[int]]) -> Optional[str]:
+    "The versions at which a view looked; of many the last"
+    pairs: list = []
+    for first, last in versions[-4:]:
+        if pairs and pairs[-1][1] == first - 1: pairs[-1] = pairs[-1][0], last
+        else: pairs.append((first, last))
+    if not pairs: return None
+    texts = [f"{a}" if a == b else f"{a} to {b}" for a, b in pairs]
+    word = "version" if texts == [f"{versions[0][0]}"] else "versions"
+    return f"{word} {'…, ' if len(versions) > 4 else ''}{', '.join(texts)}"
 
-    def __len__(self) -> int: return len(_loaded(self))  # rows that can be drawn
-    def __bool__(self) -> bool: return True  # an empty buffer is still a buffer
-    def __reduce__(self): return _arrive, (type(self), *_luggage(self))
-    def _forked(self) -> None: self._astray = True  # the generator is the parent's, and so are its numbers
-    def _home(self) -> Home: return Home()  # where the rows of a view live
-    def _load(self) -> None: _load(self)
-    def _draw(self, n: Optional[int]) -> Batch: return _draw(self, n)
-    def _batch(self, n: int, rows: Rows) -> Batch: return make_batch(rows, self._choose(n, rows))  # under the lock
+# %% ../../../nbs/storage/buffer/buffer.ipynb #df7a52f7
+@patch
+def _facts(self: Buffer) -> dict[str, Optional[str]]:
+    "What there is to show, by name; nothing is loaded, opened or waited for"
+    from data_io_nbdev.data.show import in_bytes
+    get = {"query": PoolQuery(), **vars(self)}.get
+    rows, seen = copy.copy(getattr(get("_view"), "rows", None)), getattr(get("_view"), "versions", ())
+    held, memory, kept = "no rows" if seen else "not loaded", None, None
+    if rows is not None:
+        held, memory = f"{len(rows):,} rows", in_bytes(rows.nbytes)
+        kept = f"each state {'once' if rows.once else 'twice'}"
+    if get("_finalizer") and not self._is_open(): held = "closed"
+    return dict(
+        holds=held, memory=memory, states=kept,
+        ring=f"ring of the last {get('capacity'):,} steps" if get("capacity") else None,
+        draws=f"batches of {get('batch_size')} by {_short(brief(get('sampler'), 200))}",
+        pool="pool of its own" if get("_own") else _in_words(get("pool")),
+        query=None if get("query") == PoolQuery() else _short(str(get("query"))), seen=_looks(seen))
 
-    def _choose(self, n: int, rows: Rows) -> Draw:
-        "What the sampler wants next"
-        draw = self.sampler.draw(n, self._rng, rows)
-        if not self.sampler.in_range: rows.check(draw.rows)
-        return draw
-
-    def _close(self) -> None: _close(self)
-
-# %% ../../../nbs/storage/buffer/buffer.ipynb #b2ca0934
-def _item_type(cls: type) -> Optional[str]:
-    "The name of the item type in a class statement, None where it names none"
-    for base in cls.__dict__.get("__orig_bases__", ()):
-        origin, arg = get_origin(base), (*get_args(base), None)[0]
-        if isinstance(origin, type) and issubclass(origin, Buffer) and not isinstance(arg, TypeVar):
-            return getattr(arg, "__forward_arg__", None) or getattr(arg, "__name__", str(arg))
-    return None
-
-# %% ../../../nbs/storage/buffer/buffer.ipynb #bf0f9208
-def _check_options(buffer: Buffer) -> None:
-    "Raise `QueryError` for options that make no buffer"
-    _positive("batch_size", buffer.batch_size)
-    if buffer.capacity is not None: _positive("capacity", buffer.capacity)
-    for name, kind in (("query", PoolQuery), ("sampler", Sampler)):
-        value = getattr(buffer, name)
-        if not isinstance(value, kind): raise QueryError(f"{name}: expected a {kind.__name__}, got {value!r}")
-    if buffer.pool is None and buffer.capacity is not None and buffer.query != PoolQuery():
-        raise QueryError("a ring with a pool of its own keeps all that it is given: take a query away, or give it a pool")
-    if buffer.states not in ("auto", "once", "twice"):
-        raise QueryError(f"states is 'auto', 'once' or 'twice', got {buffer.states!r}")
-
-def _positive(name: str, n: Any) -> None:
-    if not isinstance(n, (int, np.integer)) or isinstance(n, bool) or n < 1:
-        raise QueryError(f"{name}: expected a whole number from 1, got {n!r}")
-
-# %% ../../../nbs/storage/buffer/buffer.ipynb #dc41bbf0
-def _set_up(buffer: Buffer) -> None:
-    "Everything that is not an option"
-    buffer._own, buffer._rng = buffer.pool is None, np.random.default_rng(buffer.seed)
-    if buffer._own: buffer.pool = MemoryPool()
-    if buffer.capacity is not None: buffer.capacity = int(buffer.capacity)
-    buffer._lock = forkable_lock()  # held while rows change or are drawn
-    buffer._moving = forkable_lock()  # held while the view moves on; always taken before the other
-    buffer._view, buffer._astray = _new_view(buffer), False
-    _acquire(buffer)
-    forkable(buffer)
-    if buffer._own: buffer._load()
-
-def _acquire(buffer: Buffer) -> None:
-    "Hold the pool, and see to it that it is let go once: by `close`, by the garbage collector, or at exit"
-    pool, resources, me = buffer.pool, ExitStack(), object()
-    counts = hasattr(pool, "_hold")
-    release = partial(pool._release, me) if counts else pool.close  # anything with a `close` will do
-    resources.callback(release)
-    vars(buffer).update(_resources=resources, _release=release if counts else None, _closed=False,
-                        _finalizer=weakref.finalize(buffer, resources.close))
-    if counts: pool._hold(me)  # last: what lets it go again is registered
-
-# %% ../../../nbs/storage/buffer/buffer.ipynb #0408cf37
-def _is_open(buffer: Buffer) -> bool: return buffer._finalizer.alive and not buffer._closed
-
-def _check_open(buffer: Buffer) -> None:
-    if not _is_open(buffer): raise ClosedError("this buffer is closed; buffer.load() opens it again")
-
-def _close(buffer: Buffer) -> None:
-    with buffer._moving:
-        vars(buffer).update(_view=_new_view(buffer), _closed=True)
-        if buffer._release: buffer._release()  # should this break off, the finalizer does it once more
-        buffer._finalizer()
-
-# %% ../../../nbs/storage/buffer/buffer.ipynb #73044d35
-def _new_view(buffer: Buffer, **changes: Any) -> View:
-    "A view that has not looked yet"
-    options = dict(query=buffer.query, states=buffer.states, capacity=buffer.capacity, own=buffer._own, home=buffer._home())
-    return View(buffer.pool, lock=buffer._lock, **{**options, **changes})
-
-def _load(buffer: Buffer) -> None:
-    "Read the pool at its newest version; what was loaded before stays until this is done"
-    with buffer._moving:
-        if not _is_open(buffer):  # and perhaps its pool was closed with it
-            buffer._finalizer()
-            buffer.pool.load()
-            _acquire(buffer)
-        view = _new_view(buffer)
-        view.look(buffer.pool.version)
-        _install(buffer, view)
-
-def _install(buffer: Buffer, view: View, *changes: Callable[[], None], **options: Any) -> None:
-    "Draw from a view from now on, and change what else goes with it, in one step"
-    before = buffer._view  # let go when all is done
-    view.adopt(*changes, partial(dict.update, vars(buffer), {"_view": view, **options}))
-    del before
-
-def _refresh(buffer: Buffer) -> int:
-    with buffer._moving:
-        if not buffer._view.versions: return len(_loaded(buffer))
-        return buffer._view.look(buffer.pool.version)
-
-def _loaded(buffer: Buffer) -> View:
-    "What the buffer has seen, loaded if need be"
-    with buffer._moving:
-        if not buffer._view.versions:
-            _check_open(buffer)
-            buffer.load()
-        return buffer._view
-
-def _has_loaded(buffer: Buffer) -> bool: return hasattr(buffer, "_view") and bool(buffer._view.versions)
-
-def _check_storable(buffer: Buffer, item: Any) -> None:
-    "What cannot be drawn here is not stored here: raise for it before anything is committed"
-    if hasattr(buffer, "_finalizer"): _check_open(buffer)
-    if _has_loaded(buffer) and buffer._view.rows is None:  # a frame's schema only: storing it tells what is to be told
-        buffer.query.check(Schema.from_frame(item) if isinstance(item, pd.DataFrame) else as_episode(item, buffer.pool.schema).schema)
-
-# %% ../../../nbs/storage/buffer/buffer.ipynb #2d4033fe
-def _draw(buffer: Buffer, n: Optional[int]) -> Batch:
-    "A batch of `n` items, by default `batch_size`; raises `NotEnoughData` where there is no row"
-    if n is None: n = buffer.batch_size
-    else: _positive("n", n)
-    view = buffer._view
-    if not view.versions: view = _loaded(buffer)
-    with buffer._lock:
-        if buffer._astray: _go_own_way(buffer)
-        if not view.rows: raise NotEnoughData(_emptiness(buffer, view))
-        if buffer.sampler.in_one_step: return buffer._batch(n, view.rows)
-        before = buffer._rng.bit_generator.state, copy.deepcopy(buffer.sampler.state_dict())
-        try: return buffer._batch(n, view.rows)
-        except BaseException:  # the next draw is the one that this would have been
-            buffer._rng.bit_generator.state = before[0]
-            buffer.sampler.load_state_dict(before[1])
-            raise
-
-def _emptiness(buffer: Buffer, view: View) -> str:
-    there = "" if buffer._own else f" of {buffer.pool!r}"
-    what = f"version {view.versions[-1][1]}{there} has no step" + ("" if buffer.query == PoolQuery() else f" that matches {buffer.query!r}")
-    return f"this buffer is empty, there is no step to draw: {what}; store() an episode, or refresh() once others did"
-
-def _go_own_way(buffer: Buffer) -> None:
-    "In a forked child: go on with a generator of its own, by the parent's and the number of the worker, where it has one"
-    state, worker = json.dumps(buffer._rng.bit_generator.state, sort_keys=True), multiprocessing.current_process()._identity
-    entropy = int(hashlib.sha256(state.encode()).hexdigest(), 16) if worker else None
-    vars(buffer).update(_rng=np.random.default_rng(np.random.SeedSequence(entropy, spawn_key=worker)), _astray=False)
-
-# %% ../../../nbs/storage/buffer/buffer.ipynb #18416680
-def _state_dict(buffer: Buffer) -> dict[str, Any]:
-    view = _loaded(buffer)
-    with buffer._lock:
-        seen = dict(query=view.query.to_json(), capacity=view.capacity, versions=[list(v) for v in view.versions],
-                    serial=view.serial, rows=len(view), trail=view.trail)
-        return dict(format=1, **seen, sampler=sampler_state(buffer.sampler), rng=buffer._rng.bit_generator.state)
-
-# %% ../../../nbs/storage/buffer/buffer.ipynb #25041ad8
-def _load_state(buffer: Buffer, state: dict[str, Any]) -> None:
-    _check_open(buffer)
-    query, capacity, versions, serial, rows, rng = _parse_state(state)
-    if (kind := state["sampler"]["kind"]) != type(buffer.sampler).__name__:
-        raise QueryError(f"this state was drawn by {brief(kind)}, and the buffer has {buffer.sampler!r}")
-    first, last, oldest, newest = versions[0][0], versions[-1][1], buffer.pool._oldest(), buffer.pool.version
-    if last > newest or (first < oldest and capacity is None):
-        raise SnapshotNotFound(f"the state is of versions {first} to {last}; {buffer.pool!r} has {oldest} to {newest}")
-    with buffer._moving:
-        view = _new_view(buffer, query=query, capacity=capacity).replay(versions)
-        if (lost := serial - view.serial) > 0 and first < oldest and capacity is not None:
-            view = _new_view(buffer, begin=lost, query=query, capacity=capacity).replay(versions)
-        if (len(view), view.serial) != (rows, serial) or (not view.begin and view.trail != state["trail"]):
-            raise SnapshotNotFound(f"the state has {rows} rows, {buffer.pool!r} gives {len(view)}, or others: another pool?")
-        sampler = copy.deepcopy(buffer.sampler)
-        try: sampler.load_state_dict(state["sampler"])
-        except Exception as e: raise QueryError(f"{sampler!r} cannot go on from {brief(state['sampler'])}: {e!r}") from e
-        _install(buffer, view, partial(dict.update, vars(buffer.sampler), vars(sampler)), query=query, capacity=capacity, _rng=rng, _astray=False)
-
-# %% ../../../nbs/storage/buffer/buffer.ipynb #41208a92
-def _parse_state(state: Any) -> tuple:
-    "What a state says; raises `QueryError` for one that is none, or newer"
-    if not isinstance(state, dict) or not is_whole(state.get("format"), 1, 1):
-        raise QueryError(f"expected a state of format 1, got {brief(state)}; a newer one needs a newer version")
-    try:
-        query, capacity, versions, serial, rows, trail, sampler, rng = (
-            state[k] for k in ("query", "capacity", "versions", "serial", "rows", "trail", "sampler", "rng"))
-        return PoolQuery.from_json(query), *_counts(capacity, versions, serial, rows, trail, sampler), _generator(rng)
-    except QueryError: raise
-    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as e:
-        raise QueryError(f"no state of a buffer: {brief(e, 200)}") from e
-
-def _counts(capacity: Any, versions: Any, serial: Any, rows: Any, trail: Any, sampler: Any) -> tuple:
-    "`(capacity, versions, serial, rows)` of a state in which they agree; raises `ValueError`"
-    def whole(n: Any) -> bool: return is_whole(n, 0, 2**53)
-    def other(than: str, got: Any) -> ValueError: return ValueError(f"expected {than}, got {brief(got)}")
-    if capacity is not None and not (whole(capacity) and capacity): raise other("a capacity from 1", capacity)
-    pairs = [tuple(pair) if isinstance(pair, (list, tuple)) else () for pair in versions] if isinstance(versions, (list, tuple)) else []
-    if not pairs or not all(len(pair) == 2 and all(map(whole, pair)) and pair[0] <= pair[1] for pair in pairs):
-        raise other("versions as pairs (first, last)", versions)
-    if any(a[1] >= b[0] for a, b in zip(pairs, pairs[1:])): raise other("versions that follow each other", versions)
-    if not (whole(serial) and whole(rows) and rows <= serial): raise other("no more rows than serial numbers", (rows, serial))
-    if capacity is not None and rows > capacity: raise other(f"no more than {capacity} rows", rows)
-    if not isinstance(trail, str) or not re.fullmatch("[0-9a-f]{64}" if rows else "|[0-9a-f]{64}", trail): raise other("a SHA-256 as trail", trail)
-    if not isinstance(sampler, dict) or not isinstance(sampler.get("kind"), str): raise other("a sampler and its kind", sampler)
-    json.dumps(sampler)  # raises `TypeError` and others for what is no JSON
-    return capacity, pairs, serial, rows
-
-def _generator(state: Any) -> np.random.Generator:
-    "A generator in a state; raises what numpy raises, and `ValueError` where it took another"
-    rng = np.random.default_rng()
-    rng.bit_generator.state = state
-    if rng.bit_generator.state != state or state["has_uint32"] not in (0, 1): raise ValueError("numbers that no generator has")
-    return rng
-
-# %% ../../../nbs/storage/buffer/buffer.ipynb #e54ce42a
-def _luggage(buffer: Buffer) -> tuple[dict[str, Any], Optional[dict[str, Any]], dict[str, Any]]:
-    "What a buffer is made of again: options, what it has seen, its generator"
-    options = {f.name: getattr(buffer, f.name) for f in fields(buffer) if f.init and f.name not in buffer._STAYS}
-    return options, _state_dict(buffer) if buffer._view.versions else None, buffer._rng.bit_generator.state
-
-def _arrive(kind: type[Buffer], options: dict[str, Any], state: Optional[dict[str, Any]], rng: dict[str, Any]) -> Buffer:
-    buffer = kind(**options)
-    if state: buffer.load_state_dict(state)
-    buffer._rng.bit_generator.state = rng
-    return buffer
+@patch
+def _repr_html_(self: Buffer) -> str:
+    from data_io_nbdev.data.show import card, facts
+    return card(type(self).__name__, facts(self._facts()))

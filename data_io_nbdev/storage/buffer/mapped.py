@@ -23,11 +23,12 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Optional
 import numpy as np
+from fastcore.basics import patch
 try: import fcntl
 except ImportError: fcntl = None  # type: ignore  # Windows
 
 # %% auto #0
-__all__ = ['file_array', 'still', 'move_out', 'cache_key', 'Cache']
+__all__ = ['file_array', 'still', 'move_out', 'cache_key', 'CacheFolder', 'CacheReader', 'Cache']
 
 # %% ../../../nbs/storage/buffer/mapped.ipynb #47e97051
 from ...errors import PoolUnavailable, tell
@@ -55,7 +56,7 @@ def _take_room(file: BinaryIO, n: int) -> None:
 def file_array(
     path: Path, # A new file; in a folder, it has no name and is gone with the array
     n: int, # Rows
-    dtype: np.dtype,
+    dtype: np.dtype, # Of a row
 ) -> np.ndarray: # `(n,)`
     "Room for rows on disk; raises `PoolUnavailable` where there is none"
     if not n: return np.empty(0, dtype)
@@ -64,13 +65,14 @@ def file_array(
             _take_room(f, n * dtype.itemsize)
             room = np.memmap(f, dtype, "r+", shape=(n,))
     except OSError as e:
-        raise PoolUnavailable(f"no room for {n * dtype.itemsize / 1e9:.1f} GB of rows at {str(path)!r}; cache= names another folder: {e}") from e
+        raise PoolUnavailable(f"no room for {n * dtype.itemsize / 1e9:.1f} GB of rows at {str(path)!r}; "
+                              f"cache= names another folder: {e}") from e
     room.born = os.getpid(), _FORKS[0]
     return np.asarray(room)
 
 # %% ../../../nbs/storage/buffer/mapped.ipynb #caa64db5
-_STILL = threading.RLock()  # held by whoever must not be forked in the middle
-_SITES: weakref.WeakSet = weakref.WeakSet()  # where something is being built
+_STILL = threading.RLock()  # held by a thread that must not be forked in the middle
+_SITES: weakref.WeakSet = weakref.WeakSet()  # folders in which something is being built
 
 def _in_parent() -> None:
     _FORKS[0] += 1
@@ -81,16 +83,21 @@ def _in_child() -> None:
     _STILL._at_fork_reinit()
     for site in list(_SITES): site.leave()
 
-if hasattr(os, "register_at_fork"): os.register_at_fork(before=_STILL.acquire, after_in_parent=_in_parent, after_in_child=_in_child)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_STILL.acquire, after_in_parent=_in_parent, after_in_child=_in_child)
 
 def _is_room(rows: Rows) -> bool: return isinstance(rows.data.base, np.memmap) and rows.data.base.mode == "r+"
 
-def still(rows: Rows) -> Any: # A context manager
+def still(
+    rows: Rows, # About to change
+) -> Any: # A context manager
     "Put forks off while rows change that a child would share"
     return _STILL if _is_room(rows) else nullcontext()
 
-def move_out(rows: Rows) -> None:
-    "Before rows change: give them a room of their own, where a fork would make them disturb somebody"
+def move_out(
+    rows: Rows, # About to change
+) -> None:
+    "Copy rows that a fork shares, where their changes would disturb another process"
     if not _is_room(rows): return
     process, forks = rows.data.base.born
     if process == os.getpid() and (forks == _FORKS[0] or not rows.capacity): return
@@ -102,74 +109,51 @@ def move_out(rows: Rows) -> None:
 _FORMAT = 2  # 1 had no mark
 
 def cache_key(
-    schema: Schema,
+    schema: Schema, # Of the steps
     query: PoolQuery, # Whose time range cuts the episodes
     once: bool, # Each state is kept once
     parts: Sequence[Part], # In the order in which they enter
 ) -> str:
     "A name for rows that says what is in them"
-    about = hashlib.sha256(json.dumps([_FORMAT, schema.to_json(), query.time, once, row_dtype(schema, once).str]).encode())
+    layout = [_FORMAT, schema.to_json(), query.time, once, row_dtype(schema, once).str]
+    about = hashlib.sha256(json.dumps(layout).encode())
     for part in parts: about.update(f"{part.id} {part.offset} {part.digest}".encode())
     return about.hexdigest()[:40]
 
 # %% ../../../nbs/storage/buffer/mapped.ipynb #95d113ec
-class Cache:
-    "Rows that were loaded once; bounded, those that were not used for the longest time go first"
+class CacheFolder:
+    "A folder for rows, and how much may be in it"
     def __init__(self,
         folder: Optional[str | os.PathLike] = None, # By default `data_io_nbdev` in the user's cache folder
         limit: Optional[int] = None, # Bytes; by default half of what the disk has for it
     ):
         self.folder, self.limit = Path(plain_path(folder or _users_folder())).absolute(), limit
 
-    def private(self, n: int, dtype: np.dtype) -> np.ndarray:
-        "Room that nobody else sees, as long as nobody forks; raises `PoolUnavailable` where there is none"
-        _make_folder(self)
+    def private(self,
+        n: int, # Rows
+        dtype: np.dtype, # Of a row
+    ) -> np.ndarray: # `(n,)`; raises `PoolUnavailable` where there is no room
+        "Room that no other process sees, as long as this one does not fork"
+        self._make()
         return file_array(self.folder, n, dtype)
 
-    def build(self,
-        schema: Schema,
-        once: bool, # Keep each state once
-        reserve: int, # Steps to make room for
-    ) -> Rows: # To be filled, then kept
-        "Empty rows that can become an entry; raises `PoolUnavailable` where there is no room"
-        return _build(self, schema, once, reserve)
+    def _make(self) -> None:
+        try: self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e: raise self._unwritable(e) from e
 
-    def keep(self,
-        key: str,
-        rows: Rows, # From `build`, filled
-    ) -> Rows: # The same, as the entry has them
-        "Make rows an entry; where that fails it is said, and the rows are as good as before"
-        return _keep(self, key, rows)
+    def _unwritable(self, e: OSError) -> PoolUnavailable:
+        remedy = "cache= names another folder, and resident='memory' needs none"
+        return PoolUnavailable(f"nothing can be built in the cache at {str(self.folder)!r}; {remedy}: {e}")
 
-    def drop(self,
-        rows: Rows, # From `build`
-    ) -> None:
-        "Let go at once of what will not be an entry"
-        if isinstance(rows.allocate, _Site): rows.allocate.close()
-
-    def recall(self,
-        key: str,
-        schema: Schema,
-        once: bool,
-    ) -> Optional[Rows]:
-        "The rows of an entry; `None` where there is none, or a damaged one"
-        return _recall(self, key, schema, once)
-
-def _users_folder() -> Path: return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "data_io_nbdev"
-
-def _unwritable(cache: Cache, e: OSError) -> PoolUnavailable:
-    return PoolUnavailable(f"nothing can be built in the cache at {str(cache.folder)!r}; cache= names another folder, and "
-                           f"resident='memory' needs none: {e}")
-
-def _make_folder(cache: Cache) -> None:
-    try: cache.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise _unwritable(cache, e) from e
+def _users_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "data_io_nbdev"
 
 # %% ../../../nbs/storage/buffer/mapped.ipynb #0dbd293a
-_BLOCK, _BLOCKS, _PIECE = 4 << 20, 4096, 1 << 18  # Bytes of a block, at least; blocks of a file, at most; bytes that are read at once
+_BLOCK, _BLOCKS = 4 << 20, 4096  # Bytes of a block, at least; blocks of a file, at most
+_PIECE = 1 << 18  # Bytes that are read at once
 
 def _sums(
-    file: BinaryIO,
+    file: BinaryIO, # Open for reading
     place: str, # Where it belongs
     n: int, # So many of its bytes, from the first
 ) -> str: # Eight hex digits for each block
@@ -197,13 +181,14 @@ _FILES, _GROWING = ("rows.bin", "runs.npy", "times.npy"), "rows.new"
 _RUN = ("serial", "slot", "step", "length", "episode")
 
 def _open(path: Path, mode: str = "rb") -> BinaryIO:
-    "Open a regular file that may be anything: a pipe would wait for somebody to write to it"
+    "Open a regular file, and nothing else: a pipe would wait for a writer"
     file = open(path, mode, opener=lambda path, flags: os.open(path, flags | getattr(os, "O_NONBLOCK", 0)))
     if stat.S_ISREG(os.fstat(file.fileno()).st_mode): return file
     file.close()
     raise ValueError(f"{str(path)!r} is no file")
 
-def _mark(about: dict) -> bytes: return json.dumps({**about, "crc": zlib.crc32(json.dumps(about).encode())}).encode()
+def _mark(about: dict) -> bytes:
+    return json.dumps({**about, "crc": zlib.crc32(json.dumps(about).encode())}).encode()
 
 def _read_mark(folder: Path, name: str = _MARK) -> dict:
     "What a mark of ours says; raises unless every byte of it is as it was written"
@@ -213,6 +198,7 @@ def _read_mark(folder: Path, name: str = _MARK) -> dict:
     if text != _mark(about) or about["package"] != _PACKAGE: raise ValueError("no mark")
     return about
 
+# %% ../../../nbs/storage/buffer/mapped.ipynb #a3fc27f2
 def _key(folder: Path) -> str:
     "The key that a folder is called after, also while it is being removed"
     return m[1] if (m := re.fullmatch(r"\.(.+)-[0-9a-f]{16}", folder.name)) else folder.name
@@ -227,26 +213,30 @@ def _is_entry(folder: Path) -> bool:
     except Exception: return False
 
 def _has_runs(folder: Path) -> bool:
-    if not re.fullmatch("[0-9a-f]{40}", _key(folder)) or {*os.listdir(folder)} - {_MARK, _SITE} != {*_FILES}: return False
-    with _open(folder / "runs.npy") as f: return np.lib.format.read_magic(f) == (1, 0) and np.lib.format.read_array_header_1_0(f)[2].names == _RUN
+    if not re.fullmatch("[0-9a-f]{40}", _key(folder)): return False
+    if {*os.listdir(folder)} - {_MARK, _SITE} != {*_FILES}: return False
+    with _open(folder / "runs.npy") as f:
+        if np.lib.format.read_magic(f) != (1, 0): return False
+        return np.lib.format.read_array_header_1_0(f)[2].names == _RUN
 
 # %% ../../../nbs/storage/buffer/mapped.ipynb #000148ca
 def _remove(folder: Path) -> bool: # Whether its room is free again
-    "Remove what we put into a folder, marks last, and the folder, unless somebody else put something there"
+    "Remove what we put into a folder, marks last, and the folder, unless it has other files"
     ours = (*_FILES, _GROWING, _MARK, _SITE)
     try:
-        if folder.name[0] != "." and {*os.listdir(folder)} <= {*ours}:  # a new one may take its place meanwhile
+        if folder.name[0] != "." and {*os.listdir(folder)} <= {*ours}:  # a new one may come meanwhile
             folder = folder.rename(folder.with_name(f".{folder.name}-{secrets.token_hex(8)}"))
         for name in ours: (folder / name).unlink(missing_ok=True)
         folder.rmdir()
-    except OSError as e: return e.errno in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST)  # somebody was quicker, or something stays
+    except OSError as e:  # another process was quicker, or a file of somebody else stays
+        return e.errno in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST)
     return True
 
 # %% ../../../nbs/storage/buffer/mapped.ipynb #2b9256b5
 _WEEK = 7 * 24 * 3600  # Seconds
 
-def _lock(file: BinaryIO) -> Optional[bool]: # `None` where nobody can say
-    "Lock a file until it is closed, unless somebody else has: whether that went well"
+def _lock(file: BinaryIO) -> Optional[bool]: # `None` where the file system cannot say
+    "Lock a file until it is closed: whether that went well, or another process has it"
     if fcntl is None: return None
     try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError: return False
@@ -255,7 +245,7 @@ def _lock(file: BinaryIO) -> Optional[bool]: # `None` where nobody can say
 
 class _Site:
     "A folder in which an entry is built; what was not kept is removed with it"
-    def __init__(self, cache: Cache):
+    def __init__(self, cache: CacheFolder):
         self.cache, self.folder, self._mark = cache, cache.folder / f".{secrets.token_hex(8)}", []
         self.close = weakref.finalize(self, _clear, self.folder, self._mark, os.getpid())
         try:
@@ -264,7 +254,8 @@ class _Site:
                 self._mark.append(open(self.folder / _SITE, "xb", buffering=0))
                 _SITES.add(self)
             _lock(self._mark[0])
-            self._mark[0].write(_mark(dict(package=_PACKAGE, format=_FORMAT, site=self.folder.name, host=_host(), process=os.getpid())))
+            writer = dict(site=self.folder.name, host=_host(), process=os.getpid())
+            self._mark[0].write(_mark(dict(package=_PACKAGE, format=_FORMAT, **writer)))
         except BaseException:
             self.close()
             raise
@@ -272,7 +263,7 @@ class _Site:
     def __call__(self, n: int, dtype: np.dtype) -> np.ndarray:
         array = file_array(self.folder / _GROWING, n, dtype)
         try: os.replace(self.folder / _GROWING, self.folder / "rows.bin")
-        except OSError as e: raise _unwritable(self.cache, e) from e
+        except OSError as e: raise self.cache._unwritable(e) from e
         return array
 
     def leave(self) -> None:
@@ -286,17 +277,6 @@ def _clear(folder: Path, mark: list, process: int) -> None:
     if os.getpid() != process: return
     _remove(folder)
     for file in mark: file.close()
-
-def _build(cache: Cache, schema: Schema, once: bool, reserve: int) -> Rows:
-    _make_folder(cache)
-    try:
-        _make_space(cache, reserve * (row_dtype(schema, once).itemsize + 8) * (_SPARE + 1) // _SPARE)
-        site = _Site(cache)
-    except OSError as e: raise _unwritable(cache, e) from e
-    try: return Rows(schema, once, reserve=reserve, allocate=site)
-    except BaseException:
-        site.close()
-        raise
 
 # %% ../../../nbs/storage/buffer/mapped.ipynb #34d23e38
 def _is_site(folder: Path) -> bool:
@@ -321,59 +301,28 @@ def _size(folder: Path) -> int:
     try: return sum(f.stat(follow_symlinks=False).st_blocks * 512 for f in os.scandir(folder))
     except OSError: return 0  # it went meanwhile
 
-def _make_space(cache: Cache, need: int, but: str = "") -> None:
+@patch
+def _make_space(self: CacheFolder, need: int, but: str = "") -> None:
     "Remove what dead writers left, and entries until so many bytes more are within the limit"
     entries, held = [], 0
-    for folder in [Path(e.path) for e in os.scandir(cache.folder) if e.is_dir(follow_symlinks=False)]:
+    for folder in [Path(e.path) for e in os.scandir(self.folder) if e.is_dir(follow_symlinks=False)]:
         site = _is_site(folder)
         if not (site or _is_entry(folder)): continue
         if folder.name[0] == "." and (not site or _is_left(folder)) and _remove(folder): continue
         held += (size := _size(folder))
-        with suppress(OSError): entries += [] if site or folder.name == but else [(folder.stat().st_mtime, size, folder)]
-    limit = (shutil.disk_usage(cache.folder).free + held) / 2 if cache.limit is None else cache.limit
+        if site or folder.name == but: continue
+        with suppress(OSError): entries.append((folder.stat().st_mtime, size, folder))
+    limit = (shutil.disk_usage(self.folder).free + held) / 2 if self.limit is None else self.limit
     for _, size, folder in sorted(entries):
         if held + need <= limit: return
         if _remove(folder): held -= size
 
-# %% ../../../nbs/storage/buffer/mapped.ipynb #71a95ab1
-def _keep(cache: Cache, key: str, rows: Rows) -> Rows:
-    site, kept = rows.allocate, None
-    rows.allocate = cache.private  # from here on this is no place to build at
-    try:
-        if len(rows):
-            _seal(site.folder, key, rows)
-            kept = _settle(cache, key, rows, site.folder)
-            _make_space(cache, 0, key)
-    except OSError as e:
-        if kept is None: tell(f"rows could not be kept in the cache at {str(cache.folder)!r}, so the next process reads them again: {e}")
-    finally: site.close()
-    return rows if kept is None else kept
-
-def _settle(cache: Cache, key: str, rows: Rows, folder: Path) -> Optional[Rows]:
-    "Give a sealed site its name: the rows as they are there then"
-    for left in range(9, -1, -1):
-        try:
-            folder.rename(cache.folder / key)
-            with suppress(OSError): (cache.folder / key / _SITE).unlink()
-        except OSError:  # somebody else was quicker, with the same rows; damaged or evicted, they are gone after this
-            if not left: raise
-        if (kept := _recall(cache, key, rows.schema, rows.once)) is not None: return kept
-        if not folder.exists(): return None
-
 # %% ../../../nbs/storage/buffer/mapped.ipynb #94ff0017
 def _seal(folder: Path, key: str, rows: Rows) -> None:
     "Write beside rows what makes an entry of them"
-    runs, files, step = rows.ledger.runs, {}, rows.dtype.itemsize
-    with open(folder / "rows.bin", "r+b") as f:
-        n, there = rows.slot + rows.slot // _SPARE, len(rows.data)
-        try: _reserve(f, there * step, n * step)
-        except (OSError, AttributeError): n = there  # no room, or a file system that cannot say
-        rows.data = np.asarray(np.memmap(f, rows.dtype, "c", shape=(n,)))
-        f.truncate(n * step)
-        os.fsync(f.fileno())
-        files["rows.bin"] = [n * step, rows.slot * step, _sums(f, _place(key, "rows.bin"), rows.slot * step)]
-    table = np.array([(r.serial, r.slot, r.step, len(r.times), r.episode) for r in runs],
-                     [*((name, "int64") for name in _RUN[:-1]), ("episode", f"U{max(len(r.episode) for r in runs)}")])
+    runs, files = rows.ledger.runs, {"rows.bin": _seal_rows(folder, key, rows)}
+    columns = [*((name, "int64") for name in _RUN[:-1]), ("episode", f"U{max(len(r.episode) for r in runs)}")]
+    table = np.array([(r.serial, r.slot, r.step, len(r.times), r.episode) for r in runs], columns)
     for name, array in (("runs.npy", table), ("times.npy", np.concatenate([r.times for r in runs]))):
         with open(folder / name, "x+b") as f:
             np.save(f, array, allow_pickle=False)
@@ -385,37 +334,27 @@ def _seal(folder: Path, key: str, rows: Rows) -> None:
         f.flush()
         os.fsync(f.fileno())
 
+def _seal_rows(folder: Path, key: str, rows: Rows) -> list: # Size, bytes in use, checksums
+    "Cut the file of the rows to what an entry has"
+    step, there = rows.dtype.itemsize, len(rows.data)
+    with open(folder / "rows.bin", "r+b") as f:
+        n = rows.slot + rows.slot // _SPARE
+        try: _reserve(f, there * step, n * step)
+        except (OSError, AttributeError): n = there  # no room, or a file system that cannot say
+        rows.data = np.asarray(np.memmap(f, rows.dtype, "c", shape=(n,)))
+        f.truncate(n * step)
+        os.fsync(f.fileno())
+        return [n * step, rows.slot * step, _sums(f, _place(key, "rows.bin"), rows.slot * step)]
+
 def _place(key: str, name: str) -> str: return f"{_PACKAGE} {_FORMAT} {key} {name}"
 
-# %% ../../../nbs/storage/buffer/mapped.ipynb #2294a8f3
-def _recall(cache: Cache, key: str, schema: Schema, once: bool) -> Optional[Rows]:
-    folder = cache.folder / key
-    try: rows = _opened(folder, schema, once)
-    except Exception:  # damage has many faces
-        if _is_entry(folder): _remove(folder)
-        return None
-    rows.allocate = cache.private
-    with suppress(OSError): os.utime(folder)
-    return rows
-
-def _opened(folder: Path, schema: Schema, once: bool) -> Rows:
-    about, rows = _read_mark(folder), Rows(schema, once)
-    if (about["format"], about["key"]) != (_FORMAT, folder.name): raise ValueError("of another format, or of another key")
-    with _checked(folder, about, "runs.npy") as f: runs = _array(f)
-    with _checked(folder, about, "times.npy") as f: times = _array(f)
-    with _checked(folder, about, "rows.bin") as f:
-        if not _make_sense(runs, len(times), about["slots"], once): raise ValueError("runs that do not follow each other")
-        rows.data = np.asarray(np.memmap(f, rows.dtype, "c", shape=(_slots(folder, about, rows.dtype.itemsize),)))
-    ends = np.cumsum(runs["length"])
-    for (serial, slot, step, _, episode), begin, end in zip(runs.tolist(), (ends - runs["length"]).tolist(), ends.tolist()):
-        rows.register(Run(episode, serial, slot, step, times[begin:end]))
-    return rows
-
+# %% ../../../nbs/storage/buffer/mapped.ipynb #813f1dea
 def _checked(folder: Path, about: dict, name: str) -> BinaryIO:
     "A file of an entry; raises `ValueError` for one that has other bytes than were written"
     file, (size, n, sums) = _open(folder / name), about["files"][name]
     try:
-        if os.fstat(file.fileno()).st_size == size and _sums(file, _place(folder.name, name), n) == sums: return file
+        there = os.fstat(file.fileno()).st_size
+        if there == size and _sums(file, _place(folder.name, name), n) == sums: return file
         raise ValueError(f"{name} has other bytes than were written")
     except BaseException:
         file.close()
@@ -425,17 +364,19 @@ def _array(file: BinaryIO) -> np.ndarray:
     "The array of an `.npy` file, mapped; raises `ValueError` where it says another size than it has"
     np.lib.format.read_magic(file)
     (n,), _, dtype = np.lib.format.read_array_header_1_0(file)
-    if dtype.hasobject or file.tell() + n * dtype.itemsize != os.fstat(file.fileno()).st_size: raise ValueError("of another size")
+    size = os.fstat(file.fileno()).st_size
+    if dtype.hasobject or file.tell() + n * dtype.itemsize != size: raise ValueError("of another size")
     return np.asarray(np.memmap(file, dtype, "r", file.tell(), (n,)))
 
+# %% ../../../nbs/storage/buffer/mapped.ipynb #f9545350
 def _make_sense(runs: np.ndarray, steps: int, slots: int, once: bool) -> bool:
     "Whether runs are behind one another, and just as many steps and slots as there are"
     serial, slot, length = (runs[name] for name in ("serial", "slot", "length"))
     if not len(runs) or length.min() < 1 or length.max() > slots: return False
     ends, behind = np.cumsum(length), slot + length + once
     gaps = slot[1:] - behind[:-1]  # -1 where a run begins in the state in which the last one ended
-    return bool(serial[0] == slot[0] == 0 and (serial[1:] == ends[:-1]).all() and ((gaps == 0) | (gaps == -once)).all()
-                and ends[-1] == steps and behind[-1] == slots)
+    in_order = (serial[1:] == ends[:-1]).all() and ((gaps == 0) | (gaps == -once)).all()
+    return bool(serial[0] == slot[0] == 0 and in_order and ends[-1] == steps and behind[-1] == slots)
 
 def _slots(folder: Path, about: dict, step: int) -> int:
     "How many slots of an entry can be touched: the spare ones, too, if the disk has room for them"
@@ -443,6 +384,98 @@ def _slots(folder: Path, about: dict, step: int) -> int:
     if n != slots * step or size < n or size % step: raise ValueError("rows of another size")
     if size == n: return slots
     try:
-        with open(folder / "rows.bin", "r+b") as f: _reserve(f, n, size)  # it may have come here as a copy with holes
+        with open(folder / "rows.bin", "r+b") as f: _reserve(f, n, size)  # a copy may have holes
     except (OSError, AttributeError): return slots
     return size // step
+
+# %% ../../../nbs/storage/buffer/mapped.ipynb #2294a8f3
+class CacheReader(CacheFolder):
+    "The entries of a folder"
+    def recall(self,
+        key: str, # From `cache_key`
+        schema: Schema, # Of the steps
+        once: bool, # Each state is kept once
+    ) -> Optional[Rows]: # `None` where there is no entry, or a damaged one
+        "The rows of an entry"
+        folder = self.folder / key
+        try: rows = _opened(folder, schema, once)
+        except Exception:  # damage has many faces
+            if _is_entry(folder): _remove(folder)
+            return None
+        rows.allocate = self.private
+        with suppress(OSError): os.utime(folder)
+        return rows
+
+def _opened(folder: Path, schema: Schema, once: bool) -> Rows:
+    "The rows of an entry, mapped; raises for whatever is wrong with it"
+    about, rows = _read_mark(folder), Rows(schema, once)
+    if (about["format"], about["key"]) != (_FORMAT, folder.name):
+        raise ValueError("of another format, or of another key")
+    with _checked(folder, about, "runs.npy") as f: runs = _array(f)
+    with _checked(folder, about, "times.npy") as f: times = _array(f)
+    with _checked(folder, about, "rows.bin") as f:
+        sound = _make_sense(runs, len(times), about["slots"], once)
+        if not sound: raise ValueError("runs that do not follow each other")
+        slots = _slots(folder, about, rows.dtype.itemsize)
+        rows.data = np.asarray(np.memmap(f, rows.dtype, "c", shape=(slots,)))
+    ends = np.cumsum(runs["length"])
+    begins = (ends - runs["length"]).tolist()
+    for (serial, slot, step, _, episode), begin, end in zip(runs.tolist(), begins, ends.tolist()):
+        rows.register(Run(episode, serial, slot, step, times[begin:end]))
+    return rows
+
+# %% ../../../nbs/storage/buffer/mapped.ipynb #71a95ab1
+class Cache(CacheReader):
+    "Rows that were loaded once; bounded, those that were not used for the longest time go first"
+    def build(self,
+        schema: Schema, # Of the steps
+        once: bool, # Keep each state once
+        reserve: int, # Steps to make room for
+    ) -> Rows: # To be filled, then kept
+        "Empty rows that can become an entry; raises `PoolUnavailable` where there is no room"
+        self._make()
+        try:
+            self._make_space(reserve * (row_dtype(schema, once).itemsize + 8) * (_SPARE + 1) // _SPARE)
+            site = _Site(self)
+        except OSError as e: raise self._unwritable(e) from e
+        try: return Rows(schema, once, reserve=reserve, allocate=site)
+        except BaseException:
+            site.close()
+            raise
+
+    def keep(self,
+        key: str, # From `cache_key`
+        rows: Rows, # From `build`, filled
+    ) -> Rows: # The same, as the entry has them
+        "Make rows an entry; where that fails a warning says so, and the rows are as good as before"
+        site, kept = rows.allocate, None
+        rows.allocate = self.private  # from here on this is no place to build at
+        try:
+            if len(rows):
+                _seal(site.folder, key, rows)
+                kept = self._settle(key, rows, site.folder)
+                self._make_space(0, key)
+        except OSError as e:
+            if kept is None: tell(f"rows could not be kept in the cache at {str(self.folder)!r}, "
+                                  f"so the next process reads them again: {e}")
+        finally: site.close()
+        return rows if kept is None else kept
+
+    def drop(self,
+        rows: Rows, # From `build`
+    ) -> None:
+        "Let go at once of what will not be an entry"
+        if isinstance(rows.allocate, _Site): rows.allocate.close()
+
+# %% ../../../nbs/storage/buffer/mapped.ipynb #cb30f49e
+@patch
+def _settle(self: Cache, key: str, rows: Rows, folder: Path) -> Optional[Rows]:
+    "Give a sealed site its name: the rows as they are there then"
+    for left in range(9, -1, -1):
+        try:
+            folder.rename(self.folder / key)
+            with suppress(OSError): (self.folder / key / _SITE).unlink()
+        except OSError:  # another process was quicker, with the same rows; damaged ones are gone after this
+            if not left: raise
+        if (kept := self.recall(key, rows.schema, rows.once)) is not None: return kept
+        if not folder.exists(): return None

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Optional
 import numpy as np
+from fastcore.basics import patch
 
 # %% auto #0
-__all__ = ['row_dtype', 'Growing', 'Line', 'Run', 'Ledger', 'Taken', 'Rows']
+__all__ = ['row_dtype', 'Growing', 'Line', 'Run', 'Ledger', 'RowArray', 'RowLog', 'Taken', 'RowReader', 'Rows']
 
 # %% ../../../nbs/storage/buffer/rows.ipynb #3b56103b
 from ...errors import QueryError
@@ -20,7 +21,7 @@ from ...data.core import Episode, same_steps
 
 # %% ../../../nbs/storage/buffer/rows.ipynb #2cab2056
 def row_dtype(
-    schema: Schema,
+    schema: Schema, # Of the steps
     once: bool, # Leave `nstate` to the row behind
 ) -> np.dtype: # Structured, one field a role, aligned so that views of a batch are aligned too
     "The layout of one row"
@@ -28,9 +29,13 @@ def row_dtype(
 
 # %% ../../../nbs/storage/buffer/rows.ipynb #0d75be12
 class Growing:
-    "A one-dimensional int64 array. `push` at the end and `drop` at the front give new ones, which share its room"
+    "An int64 array. `push` at the end and `drop` at the front give new ones, which share its room"
     __slots__ = ("_room", "_from", "_to")
-    def __init__(self, room: np.ndarray = np.empty(0, "int64"), begin: int = 0, end: Optional[int] = None):
+    def __init__(self,
+        room: np.ndarray = np.empty(0, "int64"), # `(n,)` int64
+        begin: int = 0, # Where the values begin in it
+        end: Optional[int] = None, # Behind the last one; by default the end of the room
+    ):
         self._room, self._from, self._to = room, begin, len(room) if end is None else end
 
     @property
@@ -39,7 +44,10 @@ class Growing:
         return self._room[self._from:self._to]
     def __len__(self) -> int: return self._to - self._from
 
-    def push(self, values: Sequence[int] | np.ndarray) -> Growing: # What was pushed to the same one before is overwritten
+    def push(self,
+        values: Sequence[int] | np.ndarray, # Go to the end
+    ) -> Growing: # What was pushed to the same one before is overwritten
+        "With more values"
         room, begin, end, n = self._room, self._from, self._to, len(values)
         if end + n > len(room):
             room, begin, end = np.empty(2 * (len(self) + n), "int64"), 0, len(self)
@@ -47,26 +55,41 @@ class Growing:
         room[end:end + n] = values
         return Growing(room, begin, end + n)
 
-    def drop(self, n: int) -> Growing: return Growing(self._room, self._from + n, self._to)
+    def drop(self,
+        n: int, # How many, from the front
+    ) -> Growing:
+        "Without the first values"
+        return Growing(self._room, self._from + n, self._to)
 
 # %% ../../../nbs/storage/buffer/rows.ipynb #e6d16bc3
 class Line:
-    "Things in a line. `push` at the end and `drop` at the front give new ones, which share its room"
+    "Objects in a line. `push` at the end and `drop` at the front give new ones, which share its room"
     __slots__ = ("_room", "_from", "_to")
-    def __init__(self, room: Optional[list] = None, begin: int = 0, end: int = 0):
+    def __init__(self,
+        room: Optional[list] = None, # Of any objects
+        begin: int = 0, # Where the line begins in it
+        end: int = 0, # Behind its last one
+    ):
         self._room, self._from, self._to = [] if room is None else room, begin, end
 
     def __len__(self) -> int: return self._to - self._from
     def __iter__(self) -> Iterator[Any]: return map(self._room.__getitem__, range(self._from, self._to))
     def __getitem__(self, i: int) -> Any: return self._room[i + (self._from if i >= 0 else self._to)]
 
-    def push(self, *things: Any) -> Line: # What was pushed to the same one before is overwritten
+    def push(self,
+        *things: Any, # Go to the end
+    ) -> Line: # What was pushed to the same one before is overwritten
+        "With more objects"
         self._room[self._to:] = things
         return Line(self._room, self._from, self._to + len(things))
 
-    def drop(self, n: int) -> Line:
+    def drop(self,
+        n: int, # How many, from the front
+    ) -> Line:
+        "Without the first objects"
         begin = self._from + n
-        return Line(self._room, begin, self._to) if 2 * begin <= self._to else Line(self._room[begin:self._to], 0, self._to - begin)
+        if 2 * begin <= self._to: return Line(self._room, begin, self._to)
+        return Line(self._room[begin:self._to], 0, self._to - begin)
 
 # %% ../../../nbs/storage/buffer/rows.ipynb #38b9da6b
 class Run(NamedTuple):
@@ -97,39 +120,35 @@ class Ledger(NamedTuple):
                     episode=np.array([r.episode for r in runs], "U"),
                     step=inside + np.array([r.step for r in runs], "int64"), timestamp=times.view("M8[us]"))
 
-# %% ../../../nbs/storage/buffer/rows.ipynb #d5eb3353
-class Taken(NamedTuple):
-    "Rows for a batch"
-    transition: tuple[np.ndarray, ...]  # state, action, reward, nstate, each `(n, *block)`
-    rows: np.ndarray  # `(n,)` structured: every role but perhaps `nstate`
-    slots: np.ndarray  # `(n,)` int64: where they were
-
 # %% ../../../nbs/storage/buffer/rows.ipynb #0c73793b
-class Rows:
-    "Steps as rows of one structured array: unbounded, or a ring of the last `capacity` steps"
+class RowArray:
+    "One structured array: unbounded, or a ring"
     def __init__(self,
-        schema: Schema,
+        schema: Schema, # Of the steps
         once: bool = False, # Keep each state once
         capacity: Optional[int] = None, # Keep the last so many steps
         reserve: int = 0, # Steps to make room for at once
         begin: int = 0, # Serial number of the first row
-        allocate: Callable[[int, np.dtype], np.ndarray] = np.empty, # Gives the array: in memory, or somewhere else
+        allocate: Callable[[int, np.dtype], np.ndarray] = np.empty, # Gives the array
     ):
         self.schema, self.once, self.capacity, self.allocate = schema, once, capacity, allocate
         self.dtype = row_dtype(schema, once)
         room = capacity + capacity // 16 if capacity else reserve
         try: self.data = allocate(room + once * (1 + room // 64), self.dtype)
-        except (MemoryError, ValueError) as e:  # numpy's words for more than there is, and for more than can be
-            raise QueryError(f"no room for {capacity or reserve} steps of {self.dtype.itemsize} bytes; a smaller capacity= keeps fewer: {e}") from e
+        except (MemoryError, ValueError) as e:  # numpy: more than there is, more than can be
+            raise QueryError(f"no room for {capacity or reserve} steps of {self.dtype.itemsize} bytes; "
+                             f"a smaller capacity= keeps fewer: {e}") from e
         self.begin = self.serial = self.slot = begin  # of the first row; the next row's
         self._slots = Growing() if once else None  # logical row to slot; None while they run in step
-        self._runs, self._firsts, self._names = Line(), Growing(), Growing()  # slots in which they begin, hashes of their episodes' ids
+        self._runs, self._firsts, self._names = Line(), Growing(), Growing()  # first slots, hashes of ids
         self._episodes: Optional[list[np.ndarray]] = None
-        self._shown: Optional[int] = None  # the first slot that others may be drawing from, which must stay as it is
+        self._shown: Optional[int] = None  # first slot that others may draw from, and that must stay
         self.ledger = Ledger(self._firsts.values, self._runs)
 
     def __len__(self) -> int: return self.serial - self.oldest() if self._slots is None else len(self._slots)
-    def oldest(self, more: int = 0) -> int: # After `more` steps
+    def oldest(self,
+        more: int = 0, # After so many more steps
+    ) -> int:
         "Serial number of the oldest row that is still here"
         return max(self.begin, self.serial + more - self.capacity) if self.capacity else self.begin
 
@@ -139,34 +158,62 @@ class Rows:
         filled = min(self.slot, len(self.data))
         return filled * self.dtype.itemsize + (0 if self._slots is None else self._slots.values.nbytes)
 
-    def fork(self) -> Rows: # Shares every array
-        "The same rows, to be changed beside; of several forks only one may be `merge`d"
-        new = object.__new__(type(self))
-        vars(new).update(vars(self), _shown=_slot_of(self, self.oldest()) if self.capacity else None)
-        return new
+# %% ../../../nbs/storage/buffer/rows.ipynb #fa9de96e
+def _stretches(slot: int, n: int, size: int) -> list[tuple[int, int]]:
+    "Where `n` slots from `slot` on lie side by side in a ring: `(from, to)` pairs, counted from `slot`"
+    whole = size - slot % size
+    return [(0, n)] if n <= whole else [(0, whole), (whole, n)]
 
-    def merge(self,
-        fork: Rows, # With all its changes
-    ) -> Callable[[], None]: # To be called once, with whatever else must change at the same time
-        "Become a fork, in one step"
-        fork._shown = None
-        return partial(dict.update, vars(self), vars(fork))
+# %% ../../../nbs/storage/buffer/rows.ipynb #b4a4b8f0
+_RESERVE = 64 << 20  # Bytes of address space to begin with: malloc gives so much back whole
 
+@patch
+def _slot_of(self: RowArray, serial: int) -> int:
+    "The slot of a row by its serial number; of the next row where there is none"
+    i = bisect_right(self._runs, serial, key=lambda run: run.serial) - 1
+    if i < 0 or serial >= self._runs[i].end: return self.slot
+    return self._runs[i].slot + serial - self._runs[i].serial
+
+@patch
+def _make_room(self: RowArray, first: int, need: int) -> None:
+    "Make room for slots up to `need`, keeping what is in those from `first` on"
+    size, shown = len(self.data), first if self._shown is None else min(first, self._shown)
+    if need - shown <= size if self.capacity else need <= size: return
+    least = _RESERVE // self.dtype.itemsize
+    room = need - shown + size // 16 if self.capacity else max(need, 2 * size, least)
+    data = self.allocate(room, self.dtype)
+    wraps = {slot for n in (size, len(data)) if n for slot in range(first - first % n + n, self.slot, n)}
+    ends = sorted({first, self.slot, *wraps})  # between two of these, slots lie side by side in both arrays
+    for a, b in zip(ends, ends[1:]): data[a % len(data):][:b - a] = self.data[a % size:][:b - a]
+    self.data, self._shown = data, None  # nobody else has this one
+
+# %% ../../../nbs/storage/buffer/rows.ipynb #203b0b61
+class RowLog(RowArray):
+    "What entered an array, and what left it"
     def append(self,
         episode: Episode, # Steps to add behind the last row
     ) -> int: # Serial number of the first
         "Add steps; in a ring the oldest leave"
-        return _append(self, episode)
+        begin, capacity = self.serial, self.capacity
+        if capacity and len(episode) > capacity:  # only its end stays, but every step gets its number
+            skip = len(episode) - capacity
+            self.evict(self.serial)
+            self.begin = self.serial = self.serial + skip
+            self.slot, episode = self.slot + skip, episode[skip:]
+        breaks = (np.flatnonzero(~episode.links) + 1).tolist() if self.once else []
+        for a, b in zip([0, *breaks], [*breaks, len(episode)]): self._append_run(episode[a:b])
+        return begin
 
     def evict(self,
         oldest: int, # The serial number of the first row that stays
     ) -> None:
         "Forget the rows before a serial number"
         if (slots := self._slots) is not None:
-            self._slots = slots.drop(int(np.searchsorted(slots.values, _slot_of(self, oldest))))
+            self._slots = slots.drop(int(np.searchsorted(slots.values, self._slot_of(oldest))))
         gone = next((n for n, run in enumerate(self._runs) if run.end > oldest), len(self._runs))
         if not gone: return
-        self._runs, self._firsts, self._names = self._runs.drop(gone), self._firsts.drop(gone), self._names.drop(gone)
+        self._runs, self._firsts = self._runs.drop(gone), self._firsts.drop(gone)
+        self._names = self._names.drop(gone)
 
     def register(self,
         run: Run, # Its steps are in their slots
@@ -179,12 +226,45 @@ class Rows:
         self.serial, self.slot = self.serial + n, run.slot + n + self.once
         self._episodes, self.ledger = None, Ledger(self._firsts.values, self._runs)
 
-    def hide(self,
-        ids: Iterable[str], # Of episodes
-    ) -> None:
-        "Draw the rows of some episodes no more"
-        _hide(self, ids)
+# %% ../../../nbs/storage/buffer/rows.ipynb #f2ea4cbf
+@patch
+def _append_run(self: RowLog, steps: Episode) -> None:
+    "Add steps each of which begins in the state in which the one before it ended"
+    n, oldest = len(steps), self.oldest(more=len(steps))
+    slot = self.slot - (self.once and oldest < self.serial and self._goes_on(steps))
+    self._make_room(self._slot_of(oldest) if self.capacity else self.begin, slot + n + self.once)
+    if self.capacity: self.evict(oldest)
+    size = len(self.data)
+    for a, b in _stretches(slot, n, size):
+        for role in self.dtype.names: self.data[role][(slot + a) % size:][:b - a] = steps.blocks[role][a:b]
+    if self.once: self.data["state"][(slot + n) % size] = steps.nstate[-1]
+    self.register(Run(steps.id, self.serial, slot, _first_step(steps), steps.times))
 
+def _first_step(steps: Episode) -> int: return steps.offset if steps.first is None else steps.first
+
+@patch
+def _goes_on(self: RowLog, steps: Episode) -> bool:
+    "Whether steps begin in the very state in which the last run ended"
+    last = self._runs[-1] if self._runs else None
+    if not last or last.episode != steps.id or self._names.values[-1] == _HIDDEN: return False
+    if last.step + len(last.times) != _first_step(steps): return False
+    ended = self.data["state"][[(self.slot - 1) % len(self.data)]]
+    return bool(same_steps(ended, steps.state[:1])[0])
+
+_HIDDEN = -1  # instead of the hash of an id; Python gives nothing that hash
+
+# %% ../../../nbs/storage/buffer/rows.ipynb #d5eb3353
+class Taken(NamedTuple):
+    "Rows for a batch"
+    transition: tuple[np.ndarray, ...]  # state, action, reward, nstate, each `(n, *block)`
+    rows: np.ndarray  # `(n,)` structured: every role but perhaps `nstate`
+    slots: np.ndarray  # `(n,)` int64: where they were
+
+_PAIR = np.array([0, 1])  # a row, and the one that holds its next state
+
+# %% ../../../nbs/storage/buffer/rows.ipynb #739a097d
+class RowReader(RowLog):
+    "Rows that are drawn"
     def take(self,
         rows: np.ndarray, # `(n,)` int64 logical row numbers, which must exist
     ) -> Taken:
@@ -200,7 +280,7 @@ class Rows:
 
     def fetch(self,
         slots: np.ndarray, # `(n,)` int64
-    ) -> np.ndarray: # `(n,)` structured; `(n, 2)`, each row with the one that holds its next state, where states are kept once
+    ) -> np.ndarray: # `(n,)` structured; where states are kept once `(n, 2)`: rows, and those behind
         "What is in some slots, copied"
         if self.once: slots = slots[:, None] + _PAIR
         return self.data.take(slots % len(self.data) if self.capacity else slots)
@@ -210,7 +290,8 @@ class Rows:
         found: np.ndarray, # What `fetch` gave for them
     ) -> Taken:
         "Rows for a batch from what was fetched"
-        if not self.once: return Taken((found["state"], found["action"], found["reward"], found["nstate"]), found, slots)
+        if not self.once:
+            return Taken((found["state"], found["action"], found["reward"], found["nstate"]), found, slots)
         rows, states = found[:, 0], found["state"]
         return Taken((states[:, 0], rows["action"], rows["reward"], states[:, 1]), rows, slots)
 
@@ -221,124 +302,78 @@ class Rows:
         if rows.size and not 0 <= rows.min() <= rows.max() < len(self):
             raise IndexError(f"rows 0 to {len(self) - 1} can be drawn, got {rows.min()} to {rows.max()}")
 
+# %% ../../../nbs/storage/buffer/rows.ipynb #43e9b206
+class Rows(RowReader):
+    "Steps as rows of one structured array: unbounded, or a ring of the last `capacity` steps"
+    def fork(self) -> Rows: # Shares every array
+        "The same rows, to be changed beside; of several forks only one may be `merge`d"
+        new = object.__new__(type(self))
+        vars(new).update(vars(self), _shown=self._slot_of(self.oldest()) if self.capacity else None)
+        return new
+
+    def merge(self,
+        fork: Rows, # With all its changes
+    ) -> Callable[[], None]: # To be called once, with whatever else must change at the same time
+        "Become a fork, in one step"
+        fork._shown = None
+        return partial(dict.update, vars(self), vars(fork))
+
+    def hide(self,
+        ids: Iterable[str], # Of episodes
+    ) -> None:
+        "Draw the rows of some episodes no more"
+        slots = np.arange(self.oldest(), self.serial) if self._slots is None else self._slots.values
+        ids, keep, names = set(ids), np.ones(len(slots), bool), self._names.values.copy()
+        for i in _places(names, [hash(id) for id in ids]):
+            if (run := self._runs[i]).episode not in ids: continue
+            a, b = np.searchsorted(slots, [run.slot, run.slot + len(run.times)])
+            keep[a:b], names[i] = False, _HIDDEN
+        self._names, self._slots, self._episodes = Growing(names), Growing(slots[keep]), None
+
     def episodes(self) -> list[np.ndarray]: # Logical rows of each, in the order in which they entered
         "Every episode that can be drawn"
-        return _episodes(self)
+        if self._episodes is None: self._episodes = self._gathered()
+        return self._episodes
 
     def read(self,
         serial: int, # Of the first row
         n: int, # How many
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]: # `(n,)` times, and role to `(n, *block)`
         "Steps by serial number, hidden ones too, as an episode has them"
-        return _read(self, serial, n)
+        times, at = self._found(serial, n)
+        taken = self.arrange(at, self.fetch(at))
+        blocks = dict(zip(("state", "action", "reward", "nstate"), taken.transition))
+        return times, {r: (blocks[r] if r in blocks else taken.rows[r]).copy() for r in self.schema.roles}
 
-# %% ../../../nbs/storage/buffer/rows.ipynb #fa9de96e
-def _stretches(slot: int, n: int, size: int) -> list[tuple[int, int]]:
-    "Where `n` slots from `slot` on lie side by side in a ring: `(from, to)` pairs, counted from `slot`"
-    whole = size - slot % size
-    return [(0, n)] if n <= whole else [(0, whole), (whole, n)]
+# %% ../../../nbs/storage/buffer/rows.ipynb #1bf37a40
+def _places(names: np.ndarray, wanted: Sequence[int]) -> Iterator[int]:
+    "Where some of the names are; a few are found faster one by one"
+    alike = [np.isin(names, wanted)] if len(wanted) > 16 else [names == name for name in wanted]
+    return (i for found in alike for i in np.flatnonzero(found).tolist())
 
-# %% ../../../nbs/storage/buffer/rows.ipynb #b4a4b8f0
-_RESERVE = 64 << 20  # Bytes of address space to begin with: so much malloc gives back whole, and keeps nothing
+@patch
+def _gathered(self: Rows) -> list[np.ndarray]:
+    "The logical rows of each episode"
+    runs: dict[str, list[Run]] = {}
+    for run, name in zip(self._runs, self._names.values.tolist()):
+        if name != _HIDDEN: runs.setdefault(run.episode, []).append(run)
+    return [np.concatenate([self._logical(run) for run in of_one]) for of_one in runs.values()]
 
-def _make_room(rows: Rows, first: int, need: int) -> None:
-    "Make room for slots up to `need`, keeping what is in those from `first` on"
-    size, shown = len(rows.data), first if rows._shown is None else min(first, rows._shown)
-    if need - shown <= size if rows.capacity else need <= size: return
-    room = need - shown + size // 16 if rows.capacity else max(need, 2 * size, _RESERVE // rows.dtype.itemsize)
-    data = rows.allocate(room, rows.dtype)
-    wraps = {slot for n in (size, len(data)) if n for slot in range(first - first % n + n, rows.slot, n)}
-    ends = sorted({first, rows.slot, *wraps})  # between two of these, slots lie side by side in both arrays
-    for a, b in zip(ends, ends[1:]): data[a % len(data):][:b - a] = rows.data[a % size:][:b - a]
-    rows.data, rows._shown = data, None  # nobody else has this one
-
-# %% ../../../nbs/storage/buffer/rows.ipynb #8b02fbe1
-def _slot_of(rows: Rows, serial: int) -> int:
-    "The slot of a row by its serial number; of the next row where there is none"
-    i = bisect_right(rows._runs, serial, key=lambda run: run.serial) - 1
-    if i < 0 or serial >= rows._runs[i].end: return rows.slot
-    return rows._runs[i].slot + serial - rows._runs[i].serial
-
-
-
-# %% ../../../nbs/storage/buffer/rows.ipynb #da45efdf
-def _append(rows: Rows, episode: Episode) -> int:
-    begin = rows.serial
-    if rows.capacity and len(episode) > rows.capacity:  # only its end stays, but every step gets its number
-        skip = len(episode) - rows.capacity
-        rows.evict(rows.serial)
-        rows.begin = rows.serial = rows.serial + skip
-        rows.slot, episode = rows.slot + skip, episode[skip:]
-    breaks = (np.flatnonzero(~episode.links) + 1).tolist() if rows.once else []
-    for a, b in zip([0, *breaks], [*breaks, len(episode)]): _append_run(rows, episode[a:b])
-    return begin
-
-# %% ../../../nbs/storage/buffer/rows.ipynb #f2ea4cbf
-def _append_run(rows: Rows, steps: Episode) -> None:
-    n, oldest = len(steps), rows.oldest(more=len(steps))
-    slot = rows.slot - (rows.once and oldest < rows.serial and _goes_on(rows, steps))
-    _make_room(rows, _slot_of(rows, oldest) if rows.capacity else rows.begin, slot + n + rows.once)
-    if rows.capacity: rows.evict(oldest)
-    size = len(rows.data)
-    for a, b in _stretches(slot, n, size):
-        for role in rows.dtype.names: rows.data[role][(slot + a) % size:][:b - a] = steps.blocks[role][a:b]
-    if rows.once: rows.data["state"][(slot + n) % size] = steps.nstate[-1]
-    rows.register(Run(steps.id, rows.serial, slot, _first_step(steps), steps.times))
-
-
-
-# %% ../../../nbs/storage/buffer/rows.ipynb #0c7f2232
-def _first_step(steps: Episode) -> int: return steps.offset if steps.first is None else steps.first
-
-def _goes_on(rows: Rows, steps: Episode) -> bool:
-    "Whether steps begin in the very state in which the last run ended"
-    last = rows._runs[-1] if rows._runs else None
-    if not last or last.episode != steps.id or rows._names.values[-1] == _HIDDEN: return False
-    if last.step + len(last.times) != _first_step(steps): return False
-    return bool(same_steps(rows.data["state"][[(rows.slot - 1) % len(rows.data)]], steps.state[:1])[0])
-
-# %% ../../../nbs/storage/buffer/rows.ipynb #5f725d33
-_HIDDEN = -1  # instead of the hash of an id; Python gives nothing that hash
-
-def _hide(rows: Rows, ids: Iterable[str]) -> None:
-    slots = np.arange(rows.oldest(), rows.serial) if rows._slots is None else rows._slots.values
-    ids, keep, names = set(ids), np.ones(len(slots), bool), rows._names.values.copy()
-    wanted = [hash(id) for id in ids]
-    alike = [np.isin(names, wanted)] if len(wanted) > 16 else [names == name for name in wanted]  # a few are found faster one by one
-    for i in (i for found in alike for i in np.flatnonzero(found).tolist()):
-        if (run := rows._runs[i]).episode not in ids: continue
-        a, b = np.searchsorted(slots, [run.slot, run.slot + len(run.times)])
-        keep[a:b], names[i] = False, _HIDDEN
-    rows._names, rows._slots, rows._episodes = Growing(names), Growing(slots[keep]), None
-
-# %% ../../../nbs/storage/buffer/rows.ipynb #6962b587
-_PAIR = np.array([0, 1])  # a row, and the one that holds its next state
-
-# %% ../../../nbs/storage/buffer/rows.ipynb #43e9b206
-def _episodes(rows: Rows) -> list[np.ndarray]:
-    if rows._episodes is None:
-        runs: dict[str, list[Run]] = {}
-        for run, name in zip(rows._runs, rows._names.values.tolist()):
-            if name != _HIDDEN: runs.setdefault(run.episode, []).append(run)
-        rows._episodes = [np.concatenate([_logical(rows, run) for run in of_one]) for of_one in runs.values()]
-    return rows._episodes
-
-def _logical(rows: Rows, run: Run) -> np.ndarray:
+@patch
+def _logical(self: Rows, run: Run) -> np.ndarray:
     "The logical rows of a run"
-    if rows._slots is None: return np.arange(max(0, run.serial - rows.oldest()), run.end - rows.oldest())
-    return np.arange(*np.searchsorted(rows._slots.values, [run.slot, run.slot + len(run.times)]))
+    if self._slots is not None:
+        return np.arange(*np.searchsorted(self._slots.values, [run.slot, run.slot + len(run.times)]))
+    return np.arange(max(0, run.serial - self.oldest()), run.end - self.oldest())
 
-# %% ../../../nbs/storage/buffer/rows.ipynb #95f3e1b3
-def _read(rows: Rows, serial: int, n: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+@patch
+def _found(self: Rows, serial: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+    "The times and slots of some steps"
     times, slots = [], []
-    begin = bisect_right(rows._runs, serial, key=lambda run: run.serial) - 1
-    for run in (rows._runs[i] for i in range(begin, len(rows._runs))):
+    begin = bisect_right(self._runs, serial, key=lambda run: run.serial) - 1
+    for run in (self._runs[i] for i in range(begin, len(self._runs))):
         a, b = max(serial, run.serial) - run.serial, min(serial + n, run.end) - run.serial
         if a >= b: break
         times.append(run.times[a:b])
         slots.append(np.arange(run.slot + a, run.slot + b))
-    at = np.concatenate(slots)
-    taken = rows.arrange(at, rows.fetch(at))
-    blocks = dict(zip(("state", "action", "reward", "nstate"), taken.transition))
-    blocks.update({r: taken.rows[r] for r in rows.schema.roles if r not in blocks})
-    return np.concatenate(times), {r: blocks[r].copy() for r in rows.schema.roles}
+    return np.concatenate(times), np.concatenate(slots)

@@ -27,13 +27,13 @@ class Draw(NamedTuple):
 class Sampler(abc.ABC):
     "Decides which rows make the next batch"
     in_range: ClassVar[bool] = False  # True where every draw is a row that exists, which saves checking
-    in_one_step: ClassVar[bool] = False  # True where a draw changes nothing but `rng`, by one call: then there is nothing to undo
+    in_one_step: ClassVar[bool] = False  # True where a draw changes nothing but `rng`, by one call
 
     @abc.abstractmethod
     def draw(self,
         n: int, # Items in the batch
         rng: np.random.Generator, # The only source of chance, so that a seed makes every draw reproducible
-        rows: Drawable, # What there is; never empty
+        rows: Drawable, # The rows that there are; never empty
     ) -> Draw:
         "The next batch"
 
@@ -41,7 +41,9 @@ class Sampler(abc.ABC):
         "What to remember between batches, as plain JSON values"
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self,
+        state: dict[str, Any], # From `state_dict`; it may hold more, such as the sampler's kind
+    ) -> None:
         "Go on from a `state_dict`"
 
     def __repr__(self) -> str: return f"{type(self).__name__}()"

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any, Optional
+from fastcore.basics import patch
 
 # %% auto #0
-__all__ = ['unseen', 'keep_once', 'Lent', 'Home', 'View']
+__all__ = ['unseen', 'keep_once', 'Lent', 'Home', 'Seen', 'View']
 
 # %% ../../../nbs/storage/buffer/view.ipynb #0d388ce0
 from ...errors import SnapshotNotFound
@@ -34,7 +35,7 @@ def unseen(
 # %% ../../../nbs/storage/buffer/view.ipynb #16b10b32
 def keep_once(
     states: str, # "once" or "twice"; "auto" chooses
-    schema: Schema,
+    schema: Schema, # Of the steps
     parts: Sequence[Part], # The first to be taken in
 ) -> bool:
     "Whether rows keep each state once"
@@ -67,48 +68,48 @@ class Lent:
 class Home:
     "Where rows live, and how steps get there: in memory, read by the pool"
     def read(self,
-        view: View,
+        view: View, # As it was before
         parts: Sequence[Part], # New ones
     ) -> Iterable[Any]: # What `enter` takes, in the order of the parts
-        "What must be read before anybody is kept from drawing; on the first look nobody draws yet, and it may be lazy"
+        "Read what is new while others still draw. On the first look nobody draws yet: then it may be lazy"
         return view.pool._read(parts) if not view.versions else list(view.pool._read(parts))
 
     def rows(self,
-        view: View,
-        schema: Schema,
+        view: View, # It has no rows yet
+        schema: Schema, # Of the steps
         parts: Sequence[Part], # That will enter first
     ) -> Rows:
         "Rows for a view that has none"
-        return Rows(schema, keep_once(view.states, schema, parts), view.capacity, sum(part.length for part in parts), view.begin)
+        once, steps = keep_once(view.states, schema, parts), sum(part.length for part in parts)
+        return Rows(schema, once, view.capacity, steps, view.begin)
 
     def enter(self,
-        view: View,
+        view: View, # One that nobody draws from yet
         parts: Sequence[Part], # New ones
         steps: Iterable[Any], # From `read`
     ) -> None:
-        "Rows for the parts, in their order; the view is one that nobody draws from yet"
+        "Rows for the parts, in their order"
         for part, episode in zip(parts, steps):
             view.append(part, episode)
             view.note(part)
 
 # %% ../../../nbs/storage/buffer/view.ipynb #3c74507d
-class View:
-    "What a buffer has seen of its pool"
+class Seen:
+    "What was taken in of a pool"
     def __init__(self,
         pool: Pool, # Looked at
         query: PoolQuery, # Through this
         lock: Any, # Held while rows change
         states: str = "auto", # Keep each state "once" or "twice"
         capacity: Optional[int] = None, # Keep the last so many steps
-        own: bool = False, # The pool is the buffer's own: it reads from the rows, and forgets what leaves them
+        own: bool = False, # The buffer's own pool: it reads from the rows, and forgets what leaves them
         begin: int = 0, # Serial number of the first row
         home: Optional[Home] = None, # Where rows live; by default in memory
     ):
-        self.home = home or Home()
         self.pool, self.query, self.lock, self.states = pool, query, lock, states
-        self.capacity, self.own, self.begin = capacity, own, begin
+        self.capacity, self.own, self.begin, self.home = capacity, own, begin, home or Home()
         self.rows: Optional[Rows] = None  # until there is a schema
-        self.versions: list[list[int]] = []  # [first, last]: looked at each of these, and at every one between
+        self.versions: list[list[int]] = []  # [first, last]: looked at these and all between
         self.trail = ""  # a digest of every part that entered, in order
         self._held: dict[str, tuple[int, int]] = {}  # id to its life, and how many of its steps were taken in
         self._news: dict[str, tuple[int, int]] = {}  # what a fork will add to that
@@ -121,33 +122,116 @@ class View:
     def serial(self) -> int: return self.begin if self.rows is None else self.rows.serial  # of the next row
 
     def append(self,
-        part: Part,
+        part: Part, # Of the log
         episode: Episode, # Its steps
     ) -> None:
         "Rows for one part, as far as the query's time range goes"
         wanted = steps_in(episode.times, self.query)
         if wanted.start >= wanted.stop: return
         serial, whole = self.rows.append(episode[wanted]), wanted.stop - wanted.start == part.length
-        if self.own and whole: self._entered = self._entered.push((part, serial))  # a part that was cut stays with the pool
+        if not (self.own and whole): return  # a part that was cut stays with the pool
+        self._entered = self._entered.push((part, serial))
 
     def note(self,
-        part: Part,
+        part: Part, # Of the log
     ) -> None:
         "Remember that a part has entered"
         self.trail = hashlib.sha256(f"{self.trail} {part.id} {part.digest}".encode()).hexdigest()
         self._news[part.id] = part.life, part.offset + part.length
 
+# %% ../../../nbs/storage/buffer/view.ipynb #95e287c5
+@patch
+def _difference(self: Seen,
+    changed: Iterable[str], # Ids of episodes that changed since the last look
+    found: Sequence[Sequence[Part]], # The parts of each episode that matches now
+) -> tuple[dict, list[Part]]: # Ids of the episodes whose rows must go, and the parts that are new
+    "What a look must change"
+    lives, held = {parts[0].id: parts[0].life for parts in found}, self._held
+    gone = dict.fromkeys(id for id in changed if id in held and lives.get(id) != held[id][0])
+    fresh: list[Part] = []
+    for parts in found:
+        id = parts[0].id
+        fresh += unseen(parts, 0 if id in gone or id not in held else held[id][1])
+    return gone, fresh
+
+# %% ../../../nbs/storage/buffer/view.ipynb #f9de116c
+@patch
+def _fork(self: Seen) -> Seen:
+    fork = object.__new__(type(self))
+    vars(fork).update(vars(self), _news={}, rows=None if self.rows is None else self.rows.fork())
+    return fork
+
+@patch
+def _change(self: Seen, changes: Iterable[Callable[[], Any]], left: Sequence[Part]) -> None:
+    "Make changes while nobody draws; the own pool forgets the parts that left"
+    with self.lock:
+        if not self.own: return in_one_step(*changes)
+        with self.pool._lock: in_one_step(*changes, *self.pool._forgetting(left))
+
+@patch
+def _merge(self: Seen, fork: Seen, gone: Iterable[str]) -> None:
+    "Become a fork, without the episodes that are gone, in one step"
+    rows = fork.rows if self.rows is None else self.rows  # what others hold stays the same object
+    changes = [partial(dict.pop, self._held, id) for id in gone]
+    changes.append(partial(dict.update, self._held, fork._news))
+    if rows is not fork.rows: changes.append(rows.merge(fork.rows))
+    left = fork._settle(rows, self.serial, changes) if self._adopted else []
+    before = [*vars(self).values(), *(() if rows is None else vars(rows).values())]  # let go when all is done
+    vars(fork).update(rows=rows, _news={})
+    self._change([*changes, partial(dict.update, vars(self), vars(fork))], left)
+    del before
+
+# %% ../../../nbs/storage/buffer/view.ipynb #488dfd1d
+@patch
+def _settle(self: Seen, rows: Rows, new: int, changes: list) -> list[Part]:
+    """Add what the own pool must change: it reads from `rows` what entered since serial `new`.
+    Gives the parts that left the ring"""
+    oldest, entered = self.rows.oldest() if self.rows is not None else 0, self._entered
+    stays = (n for n, (part, serial) in enumerate(entered) if serial + part.length > oldest)
+    gone = next(stays, len(entered))
+    self._entered = entered.drop(gone)
+    if self._entered and self._entered[0][1] < oldest:  # some of its steps will be overwritten
+        part = self._entered[0][0]
+        changes.append(lending(part, part.where.read()))
+    for part, serial in map(self._entered.__getitem__, reversed(range(len(self._entered)))):
+        if serial < max(new, oldest): break
+        changes.append(lending(part, Lent(rows, self.lock, part, serial)))
+    return [part for part, _ in islice(entered, gone)]
+
+# %% ../../../nbs/storage/buffer/view.ipynb #2b174183
+class View(Seen):
+    "What a buffer has seen of its pool"
     def look(self,
         version: int, # Of the pool, at or behind the last one
     ) -> int: # How many rows are new
         "Take in what changed up to a version: all of it, or not at all"
-        return _look(self, version)
+        pool, since = self.pool, self.versions[-1][1] if self.versions else None
+        if since is not None and version <= since: return 0
+        changed = None if since is None else list(pool._changed(since, version))
+        schema = pool._schema(version)
+        if schema: self.query.check(schema)
+        gone, fresh = self._difference(changed or (), pool._select(self.query, version, changed))
+        steps, fork = self.home.read(self, fresh), self._fork()
+        if gone: fork.rows.hide(gone)
+        if fresh and fork.rows is None: fork.rows = self.home.rows(self, schema, fresh)
+        self.home.enter(fork, fresh, steps)
+        fork.versions = _looked(self.versions, version)
+        new = fork.serial - self.serial
+        self._merge(fork, gone)
+        return new
 
     def adopt(self,
         *changes: Callable[[], None], # What else must change at the same time
     ) -> None:
         "From now on these are the rows that count: an own pool reads from them, and forgets what leaves them"
-        _adopt(self, changes)
+        if not self.own: return self._change(changes, ())
+        more: list = []
+        left = self._settle(self.rows, 0, more)
+        mine = {part.where for part, serial in self._entered}
+        for part in self.pool._catch_up(self.pool.version).every_part():  # what other rows had is kept again
+            if not callable(part.where.steps) or part.where in mine: continue
+            more.append(lending(part, part.where.read()))
+        self._change([*more, partial(dict.update, vars(self), _adopted=True), *changes], left)
 
     def replay(self,
         versions: Iterable[Sequence[int]], # `(first, last)`
@@ -157,78 +241,8 @@ class View:
             for version in range(first, last + 1): self.look(version)
         return self
 
-# %% ../../../nbs/storage/buffer/view.ipynb #2b174183
-def _look(view: View, version: int) -> int:
-    pool, since = view.pool, view.versions[-1][1] if view.versions else None
-    if since is not None and version <= since: return 0
-    changed = None if since is None else list(pool._changed(since, version))
-    schema = pool._schema(version)
-    if schema: view.query.check(schema)
-    found = pool._select(view.query, version, changed)
-    gone, fresh = _difference(view, changed or (), found)
-    steps, fork = view.home.read(view, fresh), _fork(view)
-    if gone: fork.rows.hide(gone)
-    if fresh and fork.rows is None: fork.rows = view.home.rows(view, schema, fresh)
-    view.home.enter(fork, fresh, steps)
-    goes_on = since == version - 1 and len(view.versions) > 1
-    fork.versions = [*view.versions[:-1], [view.versions[-1][0], version]] if goes_on else [*view.versions, [version, version]]
-    new = fork.serial - view.serial
-    _merge(view, fork, gone)
-    return new
-
-def _fork(view: View) -> View:
-    fork = object.__new__(View)
-    vars(fork).update(vars(view), _news={}, rows=None if view.rows is None else view.rows.fork())
-    return fork
-
-def _merge(view: View, fork: View, gone: Iterable[str]) -> None:
-    "Become a fork, without the episodes that are gone, in one step"
-    rows = fork.rows if view.rows is None else view.rows  # what others hold stays the same object
-    changes = [*(partial(dict.pop, view._held, id) for id in gone), partial(dict.update, view._held, fork._news)]
-    if rows is not fork.rows: changes.append(rows.merge(fork.rows))
-    left = _settle(fork, rows, view.serial, changes) if view._adopted else []
-    before = [*vars(view).values(), *(() if rows is None else vars(rows).values())]  # let go when all is done
-    vars(fork).update(rows=rows, _news={})
-    _change(view, [*changes, partial(dict.update, vars(view), vars(fork))], left)
-    del before
-
-def _change(view: View, changes: Iterable[Callable[[], Any]], left: Sequence[Part]) -> None:
-    "Make changes while nobody draws; the own pool forgets the parts that left"
-    with view.lock:
-        if not view.own: return in_one_step(*changes)
-        with view.pool._lock: in_one_step(*changes, *view.pool._forgetting(left))
-
-# %% ../../../nbs/storage/buffer/view.ipynb #95e287c5
-def _difference(view: View, changed: Iterable[str], found: Sequence[Sequence[Part]]) -> tuple[dict, list[Part]]:
-    "The ids of the episodes whose rows must go, and the parts that are new"
-    lives = {parts[0].id: parts[0].life for parts in found}
-    gone = dict.fromkeys(id for id in changed if id in view._held and lives.get(id) != view._held[id][0])
-    fresh: list[Part] = []
-    for parts in found:
-        id = parts[0].id
-        fresh += unseen(parts, 0 if id in gone or id not in view._held else view._held[id][1])
-    return gone, fresh
-
-# %% ../../../nbs/storage/buffer/view.ipynb #488dfd1d
-def _settle(view: View, rows: Rows, new: int, changes: list) -> list[Part]:
-    "Add what the own pool must change: it reads from `rows` what entered since serial `new`. Gives the parts that left the ring"
-    oldest, entered = view.rows.oldest() if view.rows is not None else 0, view._entered
-    gone = next((n for n, (part, serial) in enumerate(entered) if serial + part.length > oldest), len(entered))
-    view._entered = entered.drop(gone)
-    if view._entered and view._entered[0][1] < oldest:  # some of its steps will be overwritten
-        part = view._entered[0][0]
-        changes.append(lending(part, part.where.read()))
-    for part, serial in map(view._entered.__getitem__, reversed(range(len(view._entered)))):
-        if serial < max(new, oldest): break
-        changes.append(lending(part, Lent(rows, view.lock, part, serial)))
-    return [part for part, _ in islice(entered, gone)]
-
 # %% ../../../nbs/storage/buffer/view.ipynb #547a63a5
-def _adopt(view: View, more: Iterable[Callable[[], Any]]) -> None:
-    if not view.own: return _change(view, more, ())
-    changes: list = []
-    left = _settle(view, view.rows, 0, changes)
-    mine = {part.where for part, serial in view._entered}
-    for part in view.pool._catch_up(view.pool.version).every_part():  # what other rows had is kept again
-        if callable(part.where.steps) and part.where not in mine: changes.append(lending(part, part.where.read()))
-    _change(view, [*changes, partial(dict.update, vars(view), _adopted=True), *more], left)
+def _looked(versions: list[list[int]], version: int) -> list[list[int]]:
+    "The versions of another look"
+    goes_on = len(versions) > 1 and versions[-1][1] == version - 1
+    return [*versions[:-1], [versions[-1][0], version]] if goes_on else [*versions, [version, version]]
