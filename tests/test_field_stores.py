@@ -463,7 +463,7 @@ def test_a_folder_that_others_read(tmp_path, name):
         warnings.simplefilter("error")
         pool = DaskPool(tmp_path / name)
         pool.store(drive())
-        delta._checkpoint(pool._lake, 1)
+        pool._lake._checkpoint(1)
     assert deltalake.DeltaTable(str(tmp_path / name)).version() == 1
 
 

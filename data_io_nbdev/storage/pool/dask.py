@@ -28,7 +28,7 @@ from ...data.schema import Schema
 from ...data.core import Episode
 from .pool import Commit, Index, Part, Pool, check_writable, damage_line, damages, in_bulk, safe_url
 from .parquet import File, Rows, parquet_bytes, read_episodes
-from .delta import Entry, Lake, flaws, open_lake, said_by, unreachable
+from .delta import Entry, Lake, open_lake, unreachable
 
 # %% ../../../nbs/storage/pool/dask.ipynb #d3bbb2fe
 _WINDOW = 4 << 20  # Bytes of steps that are read at once
@@ -70,7 +70,7 @@ def _read_run(lake: Lake, schema: Schema, run: Sequence[Part], whole: bool = Fal
     except FileNotFoundError: raise
     except Exception as e:
         if isinstance(e, PoolUnavailable): raise
-        said, cause = said_by(lake, e)
+        said, cause = lake.said(e)
         if unreachable(e): raise PoolUnavailable(f"{safe_url(lake.url)}: {path} cannot be read: {said}") from cause
         if not (lake.settled or whole): return _read_run(lake, schema, run, whole=True)  # it may be the store that failed
         if len(run) > 1: return [episode for part in run for episode in _read_run(lake, schema, [part], whole)]
@@ -176,7 +176,7 @@ def _reachable(pool: DaskPool) -> Iterator[None]:
     try: yield
     except DataIOError: raise
     except (OSError, MemoryError) as e:
-        said, cause = said_by(pool._lake, e)
+        said, cause = pool._lake.said(e)
         raise PoolUnavailable(f"{pool.url!r}: {said}") from cause
 
 # %% ../../../nbs/storage/pool/dask.ipynb #e9f0bfda
@@ -422,7 +422,7 @@ def _verify(pool: DaskPool) -> list[str]:
             found = list(damages(pool, parts))
             if not found and (wrong := _file_damage(pool, parts[0])): found = [damage_line(part, wrong) for part in parts]
             lines += found
-        return [*lines, *(flaws(pool._lake, pool.version, pool._index.schema_at(1)) if pool.version else ())]
+        return [*lines, *(pool._lake._flaws(pool.version, pool._index.schema_at(1)) if pool.version else ())]
 
 def _file_damage(pool: DaskPool, part: Part) -> str:
     "What is wrong with the file of a part as a whole; empty when it is sound"
@@ -436,5 +436,5 @@ def _file_damage(pool: DaskPool, part: Part) -> str:
         return ""  # it is elsewhere by now, or given up
     except OSError as e:
         if unreachable(e) or not pool._lake.settled: raise
-        return f"{file.path} cannot be read: {said_by(pool._lake, e)[0]}"
+        return f"{file.path} cannot be read: {pool._lake.said(e)[0]}"
     return "" if crc == file.crc else f"{file.path} has other bytes than were written"
