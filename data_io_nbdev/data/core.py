@@ -14,10 +14,11 @@ from functools import lru_cache
 from typing import Any, Optional, TypeVar
 import numpy as np
 import pandas as pd  # type: ignore
+from fastcore.basics import patch
 
 # %% auto #0
 __all__ = ['FIRST', 'LAST', 'RESET', 'ItemT', 'from_us', 'utc_us', 'one_us', 'episode_id', 'same_steps', 'state_digest', 'Steps',
-           'Episode', 'tell_gaps', 'conform', 'concat', 'Record', 'records', 'as_episode', 'PoolQuery', 'steps_in']
+           'Episode', 'conform', 'concat', 'Record', 'records', 'as_episode', 'PoolQuery', 'steps_in']
 
 # %% ../../nbs/data/core.ipynb #3570aca1
 from ..errors import DataIOError, QueryError, SchemaError, at_the_door, tell
@@ -563,26 +564,27 @@ def _check_start(start: int, times: np.ndarray) -> None:
                           "an episode starts with its first step or before it: give the first time stamp as episodestart")
 
 # %% ../../nbs/data/core.ipynb #23f79909
-def tell_gaps(
-    episode: Episode, # New steps
-    before: Optional[int] = None, # UTC microseconds of the step before them; by default they begin the episode
+@patch
+def _tell_gaps(self: Episode,
+    before: Optional[int] = None, # UTC microseconds of the step before these; by default they begin the episode
 ) -> None:
     "Warn where more than a day passes between an episode's start and its first step, or between two steps"
-    since = episode.start if before is None else before
-    if episode.times[-1] - since <= _DAY: return
-    times, step = np.append(since, episode.times), episode.step
+    since = self.start if before is None else before
+    if self.times[-1] - since <= _DAY: return
+    times, step = np.append(since, self.times), self.step
     late = np.flatnonzero(np.diff(times) > _DAY)
     if not len(late): return
     i = int(late[0])
-    a, b = (from_us(t, episode.zone).isoformat() for t in times[i:i + 2])
+    a, b = (from_us(t, self.zone).isoformat() for t in times[i:i + 2])
     whence = f"step {step[i - 1]}" if i else "the step before" if before is not None else "episodestart"
-    tell(f"{episode}: {_span(times[i + 1] - times[i])} pass between {whence}, {a}, and step {step[i]}, {b}{', and more elsewhere' * (len(late) > 1)}; "
+    tell(f"{self}: {_span(times[i + 1] - times[i])} pass between {whence}, {a}, and step {step[i]}, {b}"
+         f"{', and more elsewhere' * (len(late) > 1)}; "
          "was the clock right, and is this one episode? start=(from, to) asks for its episodestart")
 
 # %% ../../nbs/data/core.ipynb #64279110
 def _told(e: Episode) -> Episode:
     "An episode whose spans were told; one that is numbered from the middle is a later part"
-    tell_gaps(e, int(e.times[0]) if e.first else None)
+    e._tell_gaps(int(e.times[0]) if e.first else None)
     return e
 
 # %% ../../nbs/data/core.ipynb #556382f0

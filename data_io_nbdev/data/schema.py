@@ -16,11 +16,12 @@ from itertools import islice
 from typing import Any, Optional, TypeVar
 import numpy as np
 import pandas as pd  # type: ignore
+from fastcore.basics import patch
 
 # %% auto #0
 __all__ = ['ROLES', 'FLAGS', 'KINDS', 'RESERVED', 'Units', 'lazy', 'brief', 'is_text', 'plain_text', 'whole', 'is_whole',
            'listed', 'Field', 'dtype_name', 'identity_value', 'who_value', 'kind_of', 'Schema', 'may_cast', 'cast',
-           'columns_of', 'is_time', 'with_units']
+           'columns_of', 'is_time']
 
 # %% ../../nbs/data/schema.ipynb #03cefeaf
 from ..errors import SchemaError, at_the_door, require
@@ -499,8 +500,8 @@ def _the_field(schema: Schema, roles: Sequence[str], name: Any, unit: Any) -> Fi
     if not is_text(unit) or not unit: raise SchemaError(f"{found[0].role} {name}: a unit is text, got {brief(unit)}")
     return found[0]
 
-def with_units(
-    schema: Schema,
+@patch
+def _with_units(self: Schema,
     units: Any, # `{"speed": "m/s"}`, or by role: `{"state": {"speed": "m/s"}}`
 ) -> Schema: # The same fields
     "Units for fields that have none; raises `SchemaError` for a field that is not there, or has another unit"
@@ -510,10 +511,11 @@ def with_units(
     for key, value in units.items():
         roles, names = ((key,), value) if isinstance(value, Mapping) else (ROLES, {key: value})
         for name, unit in names.items():
-            f = _the_field(schema, roles, name, unit)
-            if f.unit not in (None, "", unit): raise SchemaError(f"{f} was stored so, and cannot be made {unit}; convert the values")
+            f = _the_field(self, roles, name, unit)
+            if f.unit not in (None, "", unit):
+                raise SchemaError(f"{f} was stored so, and cannot be made {unit}; convert the values")
             new[f.role, f.name] = unit
-    return replace(schema, fields=tuple(replace(f, unit=new.get((f.role, f.name), f.unit)) for f in schema.fields))
+    return replace(self, fields=tuple(replace(f, unit=new.get((f.role, f.name), f.unit)) for f in self.fields))
 
 # %% ../../nbs/data/schema.ipynb #7cc461e3
 def _to_json(schema: Schema) -> str:

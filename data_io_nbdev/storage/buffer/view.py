@@ -19,7 +19,7 @@ from ...errors import SnapshotNotFound
 from ...data.schema import Schema
 from ...data.core import Episode, PoolQuery, steps_in
 from ..pool.pool import Part, Pool, in_one_step
-from ..pool.memory import episode_of, forgetting, lending
+from ..pool.memory import episode_of, lending
 from .rows import Line, Rows, row_dtype
 
 # %% ../../../nbs/storage/buffer/view.ipynb #05672a89
@@ -196,7 +196,7 @@ def _change(view: View, changes: Iterable[Callable[[], Any]], left: Sequence[Par
     "Make changes while nobody draws; the own pool forgets the parts that left"
     with view.lock:
         if not view.own: return in_one_step(*changes)
-        with view.pool._lock: in_one_step(*changes, *forgetting(view.pool, left))
+        with view.pool._lock: in_one_step(*changes, *view.pool._forgetting(left))
 
 # %% ../../../nbs/storage/buffer/view.ipynb #95e287c5
 def _difference(view: View, changed: Iterable[str], found: Sequence[Sequence[Part]]) -> tuple[dict, list[Part]]:

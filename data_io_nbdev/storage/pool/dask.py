@@ -26,7 +26,7 @@ __all__ = ['windows', 'read_window', 'write_files', 'files_of', 'DaskPool', 'liv
 from ...errors import CorruptData, DataIOError, PoolNotFound, PoolUnavailable, QueryError, SchemaError, SnapshotNotFound, at_the_door
 from ...data.schema import Schema
 from ...data.core import Episode
-from .pool import Commit, Index, Part, Pool, check_writable, damage_line, damages, in_bulk, safe_url
+from .pool import Commit, Index, Part, Pool, in_bulk, safe_url
 from .parquet import File, Rows, parquet_bytes, read_episodes
 from .delta import Entry, Lake, open_lake, unreachable
 
@@ -359,7 +359,7 @@ def _round(pool: DaskPool, version: int, size: int) -> tuple[list[Part], int]: #
     return [], 0
 
 def _compact(pool: DaskPool, size: int) -> int:
-    check_writable(pool)
+    pool._check_writable()
     while _put_back(pool, pool._catch_up(pool.version).number + 1): pass
     done, size = 0, min(size, _FILE)
     while (found := _round(pool, version := pool.version, size))[1]:
@@ -382,7 +382,7 @@ def _vacuum(pool: DaskPool, older_than: str | pd.Timedelta, dry_run: bool) -> li
     try: seconds = pd.Timedelta(older_than).total_seconds()
     except ValueError as e: raise QueryError(f"older_than: expected a duration such as '365D', got {older_than!r}") from e
     if not seconds >= 0: raise QueryError(f"older_than: expected a duration from 0, got {older_than!r}")
-    if not dry_run: check_writable(pool)
+    if not dry_run: pool._check_writable()
     with _reachable(pool): there, entries = pool._lake.listing(), list(pool._lake.entries(0, pool.version))
     ever = {f.path for e in entries for f in e.files}
     then, times = (time.time() - seconds) * 1000, [e.time for e in entries]
@@ -419,8 +419,8 @@ def _verify(pool: DaskPool) -> list[str]:
     lines = []
     with _reachable(pool):
         for path, parts in files.items():
-            found = list(damages(pool, parts))
-            if not found and (wrong := _file_damage(pool, parts[0])): found = [damage_line(part, wrong) for part in parts]
+            found = list(pool._damages(parts))
+            if not found and (wrong := _file_damage(pool, parts[0])): found = [part._damage_line(wrong) for part in parts]
             lines += found
         return [*lines, *(pool._lake._flaws(pool.version, pool._index.schema_at(1)) if pool.version else ())]
 

@@ -22,16 +22,17 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar, Optional
+from fastcore.basics import patch
 import numpy as np
 
 # %% auto #0
-__all__ = ['FORMAT', 'NEWEST', 'episode_of', 'sync_folder', 'replace_file', 'Kept', 'MemoryPool', 'lending', 'forgetting']
+__all__ = ['FORMAT', 'NEWEST', 'episode_of', 'sync_folder', 'replace_file', 'Kept', 'MemoryPool', 'lending']
 
 # %% ../../../nbs/storage/pool/memory.ipynb #890a161c
 from ...errors import CorruptData, DataIOError, PoolNotFound, PoolUnavailable, ReadOnly, SnapshotNotFound, at_the_door
 from ...data.schema import Schema, who_value
 from ...data.core import Episode, from_us
-from .pool import Commit, Part, Pool, forkable_lock, in_one_step, plain_path, view
+from .pool import Commit, Part, Pool, forkable_lock, in_one_step, plain_path
 
 # %% ../../../nbs/storage/pool/memory.ipynb #989210b7
 FORMAT, NEWEST = 2, 3  # the newest is a log in which fields are given units
@@ -270,7 +271,7 @@ def _same(url: str, mode: str, at: Optional[int]) -> MemoryPool:
     if url not in _NAMED:
         raise PoolNotFound(f"{url} lives in the memory of another process; save(path) it, and send the pool of that file, MemoryPool(path)")
     pool = _NAMED[url]
-    return pool if mode == "a" else view(pool, at)
+    return pool if mode == "a" else pool._view(at)
 
 # %% ../../../nbs/storage/pool/memory.ipynb #d6cd1fb6
 class Kept:
@@ -341,7 +342,7 @@ class MemoryPool(Pool):
         if not url.startswith("memory://"): return cls(url, mode, **options)
         if url in _NAMED:
             _NAMED[url].load()
-            return _NAMED[url] if mode == "a" else view(_NAMED[url])
+            return _NAMED[url] if mode == "a" else _NAMED[url]._view()
         return cls(mode=mode, name=url.removeprefix("memory://"), **options)
 
     def __reduce__(self): return super().__reduce__() if self.path else (_same, (self.url, self.mode, self._at))
@@ -474,14 +475,14 @@ def lending(
     "What changes where a part's steps are"
     return partial(setattr, part.where, "steps", steps)
 
-def forgetting(
-    pool: MemoryPool, # Its lock is held until the changes were made
+@patch
+def _forgetting(self: MemoryPool, # Its lock is held until the changes were made
     parts: Sequence[Part], # The oldest of their episodes
 ) -> list[Callable[[], None]]:
     "What drops parts from every version, for good"
     if not parts: return []
-    gone, log, last = {part.where for part in parts}, pool._log, pool._shared["last"]
-    lives, changes = pool._catch_up(last).lives, [partial(dict.update, pool._shared, oldest=last)]
+    gone, log, last = {part.where for part in parts}, self._log, self._shared["last"]
+    lives, changes = self._catch_up(last).lives, [partial(dict.update, self._shared, oldest=last)]
     for commit in {part.version: log[part.version] for part in parts}.values():
         put = tuple(part for part in commit.put if part.where not in gone)
         if put or commit.hide: changes.append(partial(dict.update, log, {commit.number: commit._replace(put=put)}))

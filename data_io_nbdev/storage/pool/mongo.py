@@ -30,7 +30,7 @@ __all__ = ['FORMAT', 'NEWEST', 'seal', 'sealed', 'is_intact', 'Place', 'level_fi
 from ...errors import CorruptData, DataIOError, PoolNotFound, PoolUnavailable, QueryError, SchemaError, at_the_door, require
 from ...data.schema import Schema, brief, is_text, is_whole
 from ...data.core import Episode, PoolQuery
-from .pool import Commit, Index, Part, Pool, damages, in_bulk, quoted, safe_url, secret_option
+from .pool import Commit, Index, Part, Pool, in_bulk, quoted, safe_url, secret_option
 
 # %% ../../../nbs/storage/pool/mongo.ipynb #2914413d
 pa = require("pyarrow", "mongo")
@@ -763,4 +763,4 @@ def _verify(pool: MongoPool) -> list[str]:
         wrong += [f"commit {commit.number} hides episode {brief(id)}, which was not there" for id in commit.hide if not index.parts(id, index.number)]
         index.apply(commit)
     said, there = _count(pool, version), sum(bool(index.parts(id, version)) for id in index.lives)
-    return wrong + ([] if said == there else [_miscounted(pool, version, said, there)]) + list(damages(pool, index.every_part()))
+    return wrong + ([] if said == there else [_miscounted(pool, version, said, there)]) + list(pool._damages(index.every_part()))

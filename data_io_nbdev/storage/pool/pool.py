@@ -32,16 +32,15 @@ import pandas as pd  # type: ignore
 
 # %% auto #0
 __all__ = ['BACKENDS', 'Part', 'part_of', 'Commit', 'in_one_step', 'Index', 'new_steps', 'matches', 'PoolBackend', 'forkable',
-           'forkable_lock', 'PoolHandle', 'PoolIndex', 'PoolReader', 'Pool', 'in_bulk', 'check_writable', 'Plan',
-           'view', 'unlike', 'damage', 'damages', 'damage_line', 'Backend', 'backend', 'open_pool', 'path_text',
-           'plain_path', 'secret_option', 'safe_url', 'quoted']
+           'forkable_lock', 'PoolHandle', 'PoolIndex', 'PoolReader', 'Pool', 'in_bulk', 'Plan', 'Backend', 'backend',
+           'open_pool', 'path_text', 'plain_path', 'secret_option', 'safe_url', 'quoted']
 
 # %% ../../../nbs/storage/pool/pool.ipynb #b6a8678c
 from ...errors import (ClosedError, CorruptData, DataIOError, EpisodeConflict, EpisodeNotFound, NotEnoughData,
                                   PoolNotFound, PoolUnavailable, QueryError, ReadOnly, SchemaError, SnapshotNotFound, at_the_door)
-from ...data.schema import Schema, brief, listed, with_units
+from ...data.schema import Schema, brief, listed
 from ...data.core import (RESET, Episode, PoolQuery, as_episode, concat, from_us, same_steps, state_digest,
-                                     steps_in, tell_gaps)
+                                     steps_in)
 
 # %% ../../../nbs/storage/pool/pool.ipynb #28f4479a
 @dataclass(frozen=True)
@@ -637,7 +636,7 @@ class Pool(PoolReader):
     ) -> list[str]: # One line for each thing that is, or would be, dropped
         "Drop what a writer that died left behind and no commit names"
         with at_the_door:
-            if not dry_run: check_writable(self)
+            if not dry_run: self._check_writable()
             return self._repair(self.version, dry_run)
 
     def save(self,
@@ -667,10 +666,12 @@ def in_bulk(
     if bulk: yield bulk
 
 # %% ../../../nbs/storage/pool/pool.ipynb #536cff29
-def check_writable(pool: Pool) -> None:
-    if pool.mode == "r":
-        how = "open_pool(url, mode='a') writes" if pool._at is None else "a snapshot stays as it is, and the pool that it was taken of writes"
-        raise ReadOnly(f"{pool!r} is read-only; {how}")
+@patch
+def _check_writable(self: PoolHandle) -> None:
+    "Raise `ReadOnly` for a pool that must stay as it is"
+    if self.mode != "r": return
+    how = "open_pool(url, mode='a') writes" if self._at is None else "a snapshot stays as it is, and the pool that it was taken of writes"
+    raise ReadOnly(f"{self!r} is read-only; {how}")
 
 # %% ../../../nbs/storage/pool/pool.ipynb #50bf6b69
 class Plan(NamedTuple):
@@ -717,7 +718,7 @@ _WAIT = 16  # Up to so many times what the winning attempt took
 
 def _commit(pool: Pool, decide: Callable[[int], Plan]) -> list[str]:
     "Make what `decide(version)` plans the next commit; decide again where somebody else was first, and it no longer stands"
-    check_writable(pool)
+    pool._check_writable()
     due, mine = pool._turn
     if (wait := due - time.monotonic()) > 0: time.sleep(min(wait, 0.5))
     staged, before, plan = None, None, None  # `staged` is written, and surely in no log
@@ -773,7 +774,7 @@ class _Extend:
             if (rest := new_steps(e, stored, read)) is None: continue
             part = part_of(rest, stored[-1] if stored else None)
             if rest.offset != part.offset: rest = replace(rest, offset=part.offset)
-            if i not in self.told: tell_gaps(rest, stored[-1].end if stored else None)
+            if i not in self.told: rest._tell_gaps(stored[-1].end if stored else None)
             self.told.add(i)
             put.append((part, rest))
             mine.setdefault(e.id, []).append(part)
@@ -814,17 +815,17 @@ def _give_units(pool: Pool, units: Any) -> Callable[[int], Plan]:
     def decide(version: int) -> Plan:
         if (schema := pool._schema(version)) is None:
             raise SchemaError(f"{pool!r} is empty and has no field yet; store an episode first, or with its units")
-        return Plan([], [], schema, [], units=new if (new := with_units(schema, units)) != schema else None)
+        return Plan([], [], schema, [], units=new if (new := schema._with_units(units)) != schema else None)
     return decide
 
 # %% ../../../nbs/storage/pool/pool.ipynb #8d84230e
-def view(
-    pool: Pool, # Open; may be a view itself
+@patch
+def _view(self: PoolHandle,
     version: Optional[int] = None, # By default whichever is the newest, from then on
-) -> Pool:
-    "A read-only handle that shares everything with `pool`"
-    handle, parent = object.__new__(type(pool)), pool._parent or pool
-    handle.__dict__.update(pool.__dict__, mode="r", _at=version, _parent=parent,
+) -> PoolHandle:
+    "A read-only handle that shares everything with this one, which may be a view itself"
+    handle, parent = object.__new__(type(self)), self._parent or self
+    handle.__dict__.update(self.__dict__, mode="r", _at=version, _parent=parent,
                            _closed=False, _idle=False, _holders=set(), _guests=set())
     forkable(handle)
     return handle
@@ -835,38 +836,41 @@ def _snapshot(pool: Pool, version: Optional[int]) -> Pool:
     if version is None: version = newest
     if not oldest <= version <= newest:
         raise SnapshotNotFound(f"{pool!r} has versions {oldest} to {newest}, got {version}")
-    return view(pool, version)
+    return pool._view(version)
 
 # %% ../../../nbs/storage/pool/pool.ipynb #3cfbae91
-def unlike(
-    part: Part, # As the log says it
+@patch
+def _unlike(self: Part,
     episode: Episode, # As it was read
 ) -> str:
-    "What is wrong with the steps of a part; empty when they are sound"
+    "What is wrong with the steps of this part; empty when they are sound"
     found = part_of(replace(episode))  # a fresh copy: its digest is worked out anew
     said = ("id", "who", "length", "begin", "end", "number", "digest", "ended", "tail")
-    odd = [name for name in said if getattr(found, name) != getattr(part, name)]
+    odd = [name for name in said if getattr(found, name) != getattr(self, name)]
     return f"not what was stored, by its {', '.join(odd)}" if odd else ""
 
 # %% ../../../nbs/storage/pool/pool.ipynb #fc170c4a
-def damage(pool: Pool, part: Part) -> str:
+@patch
+def _damage(self: PoolIndex, part: Part) -> str:
     "What is wrong with a stored part; empty when it is sound"
-    try: return unlike(part, pool._read_one(part))
+    try: return part._unlike(self._read_one(part))
     except CorruptData as e: return str(e)
 
-def damages(pool: Pool, parts: Iterable[Part], window: int = 16 << 20) -> Iterator[str]:
+@patch
+def _damages(self: PoolIndex, parts: Iterable[Part], window: int = 16 << 20) -> Iterator[str]:
     "A line for each damaged part"
     for bulk in in_bulk(parts, lambda part: part.nbytes, window):
-        try: found = [unlike(*pair) for pair in zip(bulk, pool._read(bulk))]
-        except CorruptData: found = [damage(pool, part) for part in bulk]
-        yield from (damage_line(part, wrong) for part, wrong in zip(bulk, found) if wrong)
+        try: found = [part._unlike(episode) for part, episode in zip(bulk, self._read(bulk))]
+        except CorruptData: found = [self._damage(part) for part in bulk]
+        yield from (part._damage_line(wrong) for part, wrong in zip(bulk, found) if wrong)
 
-def damage_line(part: Part, wrong: str) -> str:
-    "A damaged part, for people"
-    return f"episode {part.id}, steps {part.offset} to {part.offset + part.length - 1}: {wrong}"
+@patch
+def _damage_line(self: Part, wrong: str) -> str:
+    "That it is damaged, for people"
+    return f"episode {self.id}, steps {self.offset} to {self.offset + self.length - 1}: {wrong}"
 
 # %% ../../../nbs/storage/pool/pool.ipynb #bc7d9d35
-def _verify(pool: Pool) -> list[str]: return list(damages(pool, pool._catch_up(pool.version).every_part()))
+def _verify(pool: Pool) -> list[str]: return list(pool._damages(pool._catch_up(pool.version).every_part()))
 
 # %% ../../../nbs/storage/pool/pool.ipynb #afaa1d4e
 def _copy(pool: Pool, other: Pool, query: Any, progress: Callable[[Iterable], Iterable], size: int = 64 << 20) -> list[str]:
@@ -882,7 +886,7 @@ def _copy(pool: Pool, other: Pool, query: Any, progress: Callable[[Iterable], It
     for bulk in in_bulk(zip(progress(todo), pool._read(todo)), lambda pair: pair[1].nbytes, size):
         other.extend(_under(schema, episode) for _, episode in bulk)
         now = other._newest(lambda version: other._stored({part.id for part, _ in bulk}, version))
-        if wrong := next(damages(other, [part for parts in now.values() for part in parts]), None):
+        if wrong := next(other._damages([part for parts in now.values() for part in parts]), None):
             raise CorruptData(f"{other!r} has not what was copied to it: {wrong}")
     return ids
 
