@@ -329,20 +329,27 @@ class LakeFiles(abc.ABC):
         self.url = url
 
     @abc.abstractmethod
-    def read(self, path: str) -> bytes: "A whole small file"
+    def read(self, path: str, # In the table's folder
+    ) -> bytes: "A whole small file; raises `FileNotFoundError`"
     @abc.abstractmethod
-    def write(self, path: str, content: Any) -> None: "A new file, durable when this returns"
+    def write(self, path: str, # In the table's folder
+        content: Any, # Bytes, or a buffer of them
+    ) -> None: "Make a new file, durable when this returns"
     @abc.abstractmethod
-    def source(self, path: str) -> Any: "A file to read from, as a `pyarrow.NativeFile`"
+    def source(self, path: str, # In the table's folder
+    ) -> Any: "A file to read from, as a `pyarrow.NativeFile`; raises `FileNotFoundError`"
     @abc.abstractmethod
-    def remove(self, paths: Iterable[str]) -> None: "Delete files, those that are gone already too"
+    def remove(self, paths: Iterable[str], # In the table's folder
+    ) -> None: "Delete files, if they are not gone already"
     @abc.abstractmethod
-    def age(self, path: str) -> float: "Seconds since a file was written; raises `FileNotFoundError`"
+    def age(self, path: str, # In the table's folder
+    ) -> float: "Seconds since a file was written; raises `FileNotFoundError`"
     @abc.abstractmethod
-    def size(self, path: str) -> int: "Bytes of a file; raises `FileNotFoundError`"
+    def size(self, path: str, # In the table's folder
+    ) -> int: "Bytes of a file; raises `FileNotFoundError`"
     @abc.abstractmethod
-    def listing(self) -> dict[str, float]:
-        "The age in seconds of every file in the table's folder, and of what dead writers leave below it"
+    def listing(self) -> dict[str, float]: # By path, the age in seconds
+        "Every file in the table's folder, and what dead writers leave below it"
 
     def each(self, what: Callable[[int], Any], numbers: range) -> Iterable[Any]:
         "The answer for each number, several at a time where that is faster"
@@ -368,9 +375,12 @@ class LakeLog(LakeFiles):
     @abc.abstractmethod
     def head(self) -> int: "The newest entry's number; -1 where there is no table"
     @abc.abstractmethod
-    def create(self, schema: Schema) -> None: "Make entry 0, unless it is there"
+    def create(self, schema: Schema, # Of the steps that the table is for
+    ) -> None: "Make entry 0, unless it is there"
     @abc.abstractmethod
-    def put(self, entry: Entry, schema: Schema) -> bool: "Create entry N, durably; `False` if it is there"
+    def put(self, entry: Entry, # Its commit has the number N
+        schema: Schema, # Of the steps in the table
+    ) -> bool: "Create entry N, durably; `False` if it is there"
 
     def actions(self,
         number: int, # Of an entry
@@ -397,12 +407,13 @@ class LakeLog(LakeFiles):
         if self._table is None and self.head() < 0: self.create(schema)
         return self.table
 
-    def facts(self, entry: Entry) -> str:
-        "The text for an entry that this table is to have"
-        since = 0 if self.table.format > 1 else self._since or entry.commit.number
-        return entry._replace(since=since)._facts_text(self.table.id)
-
 # %% ../../../nbs/storage/pool/delta.ipynb #da9c2463
+@patch
+def _facts_of(self: LakeLog, entry: Entry) -> str: # JSON behind its CRC-32
+    "The text for an entry that this table is to have"
+    since = 0 if self.table.format > 1 else self._since or entry.commit.number
+    return entry._replace(since=since)._facts_text(self.table.id)
+
 @patch
 def _made(self: LakeLog) -> dict:
     "What entry 0 says of the table; raises `SchemaError` where that is no pool"
@@ -542,7 +553,9 @@ def _opened(file: File, source: Any) -> Any: # A `pyarrow.parquet.ParquetFile`
 # %% ../../../nbs/storage/pool/delta.ipynb #3978629d
 class Lake(LakeHistory):
     "Where a table is, and how it is read and written there"
-    def ours(self, path: str) -> bool:
+    def ours(self,
+        path: str, # In the table's folder
+    ) -> bool:
         "Whether a file that no entry names was left by a writer of this table; in doubt it was not"
         if not _DATA.fullmatch(path): return bool(_LEFT.fullmatch(path))
         try:
@@ -573,7 +586,10 @@ class Lake(LakeHistory):
             if unreachable(e) or not self.settled: raise
             return None
 
-    def mend(self, entries: Sequence[Entry], dry_run: bool) -> list[str]: # One line for each
+    def mend(self,
+        entries: Sequence[Entry], # All of them, from 1 on
+        dry_run: bool, # Only say what it would make anew
+    ) -> list[str]: # One line for each
         "Make anew, or say that one would, what is a damaged copy of entries"
         return [*self._mend_segments(len(entries), dry_run), *self._mend_checkpoints(entries, dry_run)]
 
@@ -700,7 +716,7 @@ class LocalLake(LocalFiles, Lake):
     def put(self, entry: Entry, schema: Schema) -> bool:
         number = entry.commit.number
         about = self._about_columns(schema) if number == 1 and self.found(schema) else ()
-        if not self._link(number, [*about, *entry._lines(schema, self.facts(entry))]): return False
+        if not self._link(number, [*about, *entry._lines(schema, self._facts_of(entry))]): return False
         self._seen = max(self._seen, number)
         if number % _INTERVAL == 0: self._tidy(number)
         return True
@@ -927,7 +943,7 @@ class RemoteLake(RemoteFiles, Lake):
             self.found(schema)
             if self.head() != number - 1: return False
             if number == 1: self._check_first(schema)
-            try: _transact(self._delta, entry, schema, self.facts(entry))
+            try: _transact(self._delta, entry, schema, self._facts_of(entry))
             except deltalake.exceptions.DeltaError as e:
                 self._delta = None
                 said, cause = self.said(e)
