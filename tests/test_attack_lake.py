@@ -794,6 +794,18 @@ def test_verify_says_which(path, monkeypatch, error, raised):
         with pytest.raises(PoolUnavailable): DaskPool(path).verify()
 
 
+def test_only_the_caller_reads(path, lake, monkeypatch):
+    "No thread of Arrow's calls Python: in Python 3.11 a fork meanwhile can hang its child before it has begun"
+    import threading
+    pool, callers = DaskPool(lake[0]), set()
+    for name in ("read", "read_buffer", "seek"):
+        def told(self, *args, real=getattr(parquet._Checked, name)):
+            callers.add(threading.get_ident())
+            return real(self, *args)
+        monkeypatch.setattr(parquet._Checked, name, told)
+    assert len(list(pool.find())) == len(pool) and callers == {threading.get_ident()}
+
+
 def test_a_fork_while_it_is_read(path, lake, attack):
     "A child that is forked while threads read and write has a pool that works"
     import threading
