@@ -281,7 +281,7 @@ def open_parquet(
     sums = [int(mark[1][i:i + 8], 16) for i in range(0, len(mark[1]), 8)]
     if len(begins) != len(sums): raise ValueError("its footer has not a checksum for each column")
     checked = _Checked(source, begins, source.size() - len(footer), sums)
-    # where Arrow's threads call Python, a fork can hang its child for ever (in Python 3.11); only a remote file gains by them
+    # a fork while Arrow's threads call Python can hang its child (in 3.11); only a remote file gains by them
     near = isinstance(source, (pa.OSFile, pa.BufferReader))
     return pq.ParquetFile(pa.PythonFile(checked, mode="r"), metadata=meta, pre_buffer=not near)
 
