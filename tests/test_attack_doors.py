@@ -77,8 +77,8 @@ def anywhere(tmp_path, monkeypatch):
         if name.startswith(("AWS", "AZURE", "GOOGLE", "MONGODB")): monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(mongo, "_check_ours", lambda pool: False)  # as if a server were there, with no pool yet
-    monkeypatch.setattr(mongo._Link, "head", lambda link: 0)
+    monkeypatch.setattr(mongo._Log, "exists", lambda log: False)  # as if a server were there, with no pool yet
+    monkeypatch.setattr(mongo._Log, "head", lambda log: 0)
     monkeypatch.setattr(dns.resolver, "resolve", no_such_host)
     return monkeypatch
 

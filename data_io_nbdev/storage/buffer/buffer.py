@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd  # type: ignore
 
 # %% auto #0
-__all__ = ['Batch', 'make_batch', 'Buffer', 'choose']
+__all__ = ['Batch', 'make_batch', 'Buffer']
 
 # %% ../../../nbs/storage/buffer/buffer.ipynb #bc09b2f9
 from ...errors import ClosedError, NotEnoughData, QueryError, SnapshotNotFound, at_the_door
@@ -245,7 +245,14 @@ class Buffer(abc.ABC, Generic[ItemT]):
     def _home(self) -> Home: return Home()  # where the rows of a view live
     def _load(self) -> None: _load(self)
     def _draw(self, n: Optional[int]) -> Batch: return _draw(self, n)
-    def _batch(self, n: int, rows: Rows) -> Batch: return make_batch(rows, choose(self, n, rows))  # under the lock
+    def _batch(self, n: int, rows: Rows) -> Batch: return make_batch(rows, self._choose(n, rows))  # under the lock
+
+    def _choose(self, n: int, rows: Rows) -> Draw:
+        "What the sampler wants next"
+        draw = self.sampler.draw(n, self._rng, rows)
+        if not self.sampler.in_range: rows.check(draw.rows)
+        return draw
+
     def _close(self) -> None: _close(self)
 
 # %% ../../../nbs/storage/buffer/buffer.ipynb #b2ca0934
@@ -375,12 +382,6 @@ def _emptiness(buffer: Buffer, view: View) -> str:
     there = "" if buffer._own else f" of {buffer.pool!r}"
     what = f"version {view.versions[-1][1]}{there} has no step" + ("" if buffer.query == PoolQuery() else f" that matches {buffer.query!r}")
     return f"this buffer is empty, there is no step to draw: {what}; store() an episode, or refresh() once others did"
-
-def choose(buffer: Buffer, n: int, rows: Rows) -> Draw:
-    "What the sampler wants next"
-    draw = buffer.sampler.draw(n, buffer._rng, rows)
-    if not buffer.sampler.in_range: rows.check(draw.rows)
-    return draw
 
 def _go_own_way(buffer: Buffer) -> None:
     "In a forked child: go on with a generator of its own, by the parent's and the number of the worker, where it has one"

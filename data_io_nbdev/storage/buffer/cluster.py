@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Optional
 import numpy as np
 
 # %% auto #0
-__all__ = ['pack', 'pick', 'Chunk', 'Flight', 'ClusterRows', 'Moment', 'LookAhead']
+__all__ = ['pack', 'pick', 'Chunk', 'ChunkedRows', 'Flight', 'ClusterRows', 'Moment', 'LookAhead']
 
 # %% ../../../nbs/storage/buffer/cluster.ipynb #e7e8fe93
 from ...data.schema import Schema
@@ -20,18 +20,18 @@ from ...data.core import PoolQuery, steps_in
 from ..pool.pool import Part
 from ..pool.dask import read_window, windows
 from ..pool.delta import Lake
-from .rows import Rows, Run, evict, register
+from .rows import Rows, Run
 from .sampler import Draw, sampler_state
-from .buffer import Batch, Buffer, choose, make_batch
+from .buffer import Batch, Buffer, make_batch
 
 # %% ../../../nbs/storage/buffer/cluster.ipynb #5e3497ff
 def pack(
-    lake: Lake,
-    schema: Schema,
+    lake: Lake, # Of the pool
+    schema: Schema, # Of the pool
     parts: Sequence[Part], # Of the chunk, in the order in which they enter
     query: PoolQuery, # Whose time range cuts them
     once: bool, # Keep each state once
-) -> tuple[np.ndarray, list[list[Run]]]: # The rows, and the runs of each part, with slots counted from the chunk's first
+) -> tuple[np.ndarray, list[list[Run]]]: # Rows, and the runs of each part; slots count from the first
     "Read a chunk"
     rows, runs = Rows(schema, once, reserve=sum(part.length for part in parts)), []
     for window in windows(parts):
@@ -55,18 +55,13 @@ class Chunk(NamedTuple):
     slot: int  # The first
     end: int  # Behind the last
     rows: Any  # A `distributed.Future` of the rows
-    nbytes: int
+    nbytes: int  # Of the rows
 
-class Flight(NamedTuple):
-    "Rows that are on their way"
-    found: list[Any]  # Futures, one for each chunk that has some
-    places: list[np.ndarray]  # Where in the answer each goes
-    lengths: list[int]  # Of each piece of the answer
-
-class ClusterRows(Rows):
-    "Rows whose steps are on Dask workers"
+# %% ../../../nbs/storage/buffer/cluster.ipynb #0d5c1010
+class ChunkedRows(Rows):
+    "Rows in chunks: the ledger is here, the steps are on workers"
     def __init__(self,
-        schema: Schema,
+        schema: Schema, # Of the pool
         client: Any, # A `distributed.Client`
         once: bool = False, # Keep each state once
         capacity: Optional[int] = None, # Draw the last so many steps
@@ -76,56 +71,74 @@ class ClusterRows(Rows):
         self.client, self.chunks = client, deque()
 
     @property
-    def nbytes(self) -> int: return sum(chunk.nbytes for chunk in self.chunks)
+    def nbytes(self) -> int: return sum(chunk.nbytes for chunk in self.chunks)  # on workers
 
-    def request(self, lake: Lake, parts: Sequence[Part], query: PoolQuery) -> tuple[Any, int, list[list[Run]]]:
-        "Let a worker read a chunk: a future of its rows, how many these are, and the runs of each part"
+    def request(self,
+        lake: Lake, # Of the pool
+        parts: Sequence[Part], # Of the chunk, in order
+        query: PoolQuery, # Whose time range cuts them
+    ) -> tuple[Any, int, list[list[Run]]]: # A future of its rows, their number, the runs of each part
+        "Let a worker read a chunk"
         both = self.client.submit(pack, lake, self.schema, list(parts), query, self.once, pure=False)
         rows, runs = (self.client.submit(itemgetter(i), both, pure=False) for i in (0, 1))
         size, runs = self.client.gather([self.client.submit(len, rows, pure=False), runs])
         return rows, size, runs
 
-    def adopt(self, rows: Any, size: int, runs: Sequence[Sequence[Run]]) -> None:
+    def adopt(self,
+        rows: Any, # A future of them
+        size: int, # How many
+        runs: Sequence[Sequence[Run]], # Of each part, their slots counted from the chunk's first
+    ) -> None:
         "Count a chunk in; in a ring the oldest leave"
         base = self.slot
         self.chunks.append(Chunk(base, base + size, rows, size * self.dtype.itemsize))
         for run in (run for of_part in runs for run in of_part):
-            evict(self, self.oldest(more=len(run.times)))
-            register(self, run._replace(serial=self.serial, slot=base + run.slot))
+            self.evict(self.oldest(more=len(run.times)))
+            self.register(run._replace(serial=self.serial, slot=base + run.slot))
         self.slot = base + size
         while self.chunks and self._runs and self.chunks[0].end <= self._runs[0].slot: self.chunks.popleft()
 
-    def fork(self) -> Rows:
-        new = super().fork()
-        new.chunks = deque(self.chunks)
+    def fork(self) -> Rows: # Shares the chunks
+        "The same rows, to be changed beside"
+        vars(new := super().fork()).update(chunks=deque(self.chunks))
         return new
 
-    def launch(self, slots: Sequence[np.ndarray]) -> Flight:
-        "Ask for rows, in several pieces"
-        return _launch(self, slots)
-
-    def land(self, flight: Flight) -> list[np.ndarray]: # As many pieces as were asked for
-        "Wait for rows"
-        return _land(self, flight)
-
-    def fetch(self, slots: np.ndarray) -> np.ndarray: return self.land(self.launch([slots]))[0]
-
 # %% ../../../nbs/storage/buffer/cluster.ipynb #ad51176e
-def _launch(rows: ClusterRows, slots: Sequence[np.ndarray]) -> Flight:
-    wanted, chunks = np.concatenate(slots), list(rows.chunks)
-    of = np.searchsorted(np.array([chunk.slot for chunk in chunks]), wanted, side="right") - 1
-    order = np.argsort(of, kind="stable")
-    there, begins = np.unique(of[order], return_index=True)
-    places = np.split(order, begins[1:])
-    found = rows.client.map(pick, [chunks[i].rows for i in there], [wanted[at] - chunks[i].slot for i, at in zip(there, places)],
-                            once=rows.once, pure=False)
-    return Flight(found, places, [len(piece) for piece in slots])
+class Flight(NamedTuple):
+    "Rows that are on their way"
+    found: list[Any]  # Futures, one for each chunk that has some
+    places: list[np.ndarray]  # Where in the answer each goes
+    lengths: list[int]  # Of each piece of the answer
 
-def _land(rows: ClusterRows, flight: Flight) -> list[np.ndarray]:
-    n = sum(flight.lengths)
-    whole = np.empty((n, 2) if rows.once else n, rows.dtype)
-    for at, found in zip(flight.places, rows.client.gather(flight.found)): whole[at] = found
-    return np.split(whole, np.cumsum(flight.lengths)[:-1])
+class ClusterRows(ChunkedRows):
+    "Rows whose steps are on Dask workers"
+    def launch(self,
+        slots: Sequence[np.ndarray], # Pieces, each `(n,)` int64
+    ) -> Flight:
+        "Ask for rows, in several pieces"
+        wanted, chunks = np.concatenate(slots), list(self.chunks)
+        of = np.searchsorted(np.array([chunk.slot for chunk in chunks]), wanted, side="right") - 1
+        order = np.argsort(of, kind="stable")
+        touched, begins = np.unique(of[order], return_index=True)
+        places = np.split(order, begins[1:])
+        inside = [wanted[at] - chunks[i].slot for i, at in zip(touched, places)]
+        found = self.client.map(pick, [chunks[i].rows for i in touched], inside, once=self.once, pure=False)
+        return Flight(found, places, [len(piece) for piece in slots])
+
+    def land(self,
+        flight: Flight, # From `launch`
+    ) -> list[np.ndarray]: # As many pieces as were asked for
+        "Wait for rows"
+        n = sum(flight.lengths)
+        whole = np.empty((n, 2) if self.once else n, self.dtype)
+        for at, found in zip(flight.places, self.client.gather(flight.found)): whole[at] = found
+        return np.split(whole, np.cumsum(flight.lengths)[:-1])
+
+    def fetch(self,
+        slots: np.ndarray, # `(n,)` int64
+    ) -> np.ndarray: # As `Rows.fetch` gives them
+        "What is in some slots"
+        return self.land(self.launch([slots]))[0]
 
 # %% ../../../nbs/storage/buffer/cluster.ipynb #c7727bb3
 class Moment(NamedTuple):
@@ -135,26 +148,40 @@ class Moment(NamedTuple):
     sampler: dict  # Kind and state of the sampler
     seen: tuple  # The rows, and their ledger and slots, which change when the rows do
 
-    def same(self, other: Moment) -> bool:
+    @classmethod
+    def of(cls,
+        buffer: Buffer, # Its lock is held
+        n: int, # Items in the batch
+        rows: Rows, # Of the buffer
+    ) -> Moment:
+        "The moment that it is for a buffer"
+        seen = rows, rows.ledger, rows._slots
+        return cls(n, buffer._rng.bit_generator.state, sampler_state(buffer.sampler), seen)
+
+    def same(self,
+        other: Moment, # Perhaps of other rows
+    ) -> bool:
+        "Whether the same batch is next"
         return self[:3] == other[:3] and all(a is b for a, b in zip(self.seen, other.seen))
 
+    def restore(self,
+        buffer: Buffer, # Its lock is held
+    ) -> None:
+        "Let this moment be the buffer's: generator and sampler go on from there"
+        buffer._rng.bit_generator.state = self.rng
+        buffer.sampler.load_state_dict({k: v for k, v in self.sampler.items() if k != "kind"})
+
+# %% ../../../nbs/storage/buffer/cluster.ipynb #51aeb587
 class _Ahead(NamedTuple):
     before: Moment  # When it is due
     after: Moment  # When it was given out
-    draw: Draw
+    draw: Draw  # Which rows
     flight: list  # The flight that it is on, then what the flight brought
     i: int  # Its place there
 
-def _moment(buffer: Buffer, n: int, rows: Rows) -> Moment:
-    return Moment(n, buffer._rng.bit_generator.state, sampler_state(buffer.sampler), (rows, rows.ledger, rows._slots))
-
-def _restore(buffer: Buffer, moment: Moment) -> None:
-    buffer._rng.bit_generator.state = moment.rng
-    buffer.sampler.load_state_dict({k: v for k, v in moment.sampler.items() if k != "kind"})
-
-# %% ../../../nbs/storage/buffer/cluster.ipynb #51aeb587
+# %% ../../../nbs/storage/buffer/cluster.ipynb #0d5c1011
 class LookAhead:
-    "Batches that were drawn before anybody asked"
+    "Batches that were drawn before they are due"
     def __init__(self,
         batches: int, # That travel together
     ):
@@ -163,31 +190,32 @@ class LookAhead:
     def next(self,
         buffer: Buffer, # Its lock is held
         n: int, # Items in the batch
-        rows: ClusterRows,
+        rows: ClusterRows, # Of the buffer
     ) -> Batch:
         "The batch that is due now"
-        now = _moment(buffer, n, rows)
+        now = Moment.of(buffer, n, rows)
         try:
             if not (self._queue and self._queue[0].before.same(now)):
                 self._queue.clear()
                 self._draw(buffer, now)
             due = self._queue.popleft()
-            if len(self._queue) < self.batches: self._draw(buffer, self._queue[-1].after if self._queue else due.after)
+            if len(self._queue) < self.batches:
+                self._draw(buffer, self._queue[-1].after if self._queue else due.after)
             if isinstance(due.flight[0], Flight): due.flight[:] = rows.land(due.flight[0])
-            _restore(buffer, due.after)
+            due.after.restore(buffer)
             return make_batch(rows, due.draw, due.flight[due.i])
         except BaseException:  # what was drawn ahead is drawn again
             self._queue.clear()
-            _restore(buffer, now)
+            now.restore(buffer)
             raise
 
     def _draw(self, buffer: Buffer, moment: Moment) -> None:
         "Let the next batches take off, drawn as they will be after a moment"
         rows, flight, slots = moment.seen[0], [None], []
-        _restore(buffer, moment)
+        moment.restore(buffer)
         for i in range(self.batches):
-            draw = choose(buffer, moment.n, rows)
-            before, moment = moment, _moment(buffer, moment.n, rows)
+            draw = buffer._choose(moment.n, rows)
+            before, moment = moment, Moment.of(buffer, moment.n, rows)
             self._queue.append(_Ahead(before, moment, draw, flight, i))
             slots.append(rows.slots(draw.rows if draw.mask is None else draw.rows[draw.mask]))
         flight[0] = rows.launch(slots)

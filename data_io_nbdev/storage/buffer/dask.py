@@ -15,10 +15,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Optional
+from fastcore.basics import patch
 import numpy as np
 
 # %% auto #0
-__all__ = ['in_parallel', 'LakeHome', 'DaskBuffer']
+__all__ = ['in_parallel', 'MappedHome', 'LakeHome', 'ClusterHome', 'DaskBuffer']
 
 # %% ../../../nbs/storage/buffer/dask.ipynb #2bc9a2d3
 from ...errors import CorruptData, DataIOError, PoolUnavailable, QueryError, at_the_door, require
@@ -48,14 +49,16 @@ def in_parallel(
             if going: enter(portions[i], found)
         if progress: _show(i + 1, len(portions), time.monotonic() - began)
     for i, portion in enumerate(portions):
-        tasks["read", i] = (partial(_first, partial(read, portion)), ("enter", i - 2 * threads) if i >= 2 * threads else None)
+        before = ("enter", i - 2 * threads) if i >= 2 * threads else None
+        tasks["read", i] = (partial(_first, partial(read, portion)), before)
         tasks["enter", i] = (partial(both, i), ("read", i), ("enter", i - 1) if i else None)
-    dask, pool, callbacks = require("dask.local", "dask"), ThreadPoolExecutor(threads), require("dask.callbacks", "dask").Callback.active
+    dask, pool = require("dask.local", "dask"), ThreadPoolExecutor(threads)
+    callbacks = require("dask.callbacks", "dask").Callback.active
     try:
         try: dask.get_async(pool.submit, threads, tasks, ("enter", len(portions) - 1), callbacks=[*callbacks])
         finally: pool.shutdown(cancel_futures=True)
     except BaseException:
-        with turn: going.clear()  # Ctrl-C may have come while threads began or ended: some may be at work still
+        with turn: going.clear()  # Ctrl-C may have come while threads began or ended: some may still work
         pool.shutdown(cancel_futures=True)
         raise
 
@@ -64,27 +67,72 @@ def _first(read: Callable, _: None) -> Any: return read()
 def _show(done: int, of: int, seconds: float) -> None:
     "Draw a bar"
     if seconds < 2: return
-    with suppress(OSError, ValueError):  # nobody may be there to see it
-        print(f"\r[{'#' * (40 * done // of):40}] | {100 * done // of}% | {seconds:.1f} s", end="\n" * (done == of), flush=True)
+    line = f"\r[{'#' * (40 * done // of):40}] | {100 * done // of}% | {seconds:.1f} s"
+    with suppress(OSError, ValueError):  # standard output may be closed
+        print(line, end="\n" * (done == of), flush=True)
+
+# %% ../../../nbs/storage/buffer/dask.ipynb #2f4d8066
+def _read(pool: Pool, client: Any, window: Sequence[Part]) -> list[Episode]:
+    "The steps of some parts: read here, or by a worker"
+    if client is None or not isinstance(pool, DaskPool): return list(pool._read(window))
+    try: return client.submit(read_window, pool._lake, pool.schema, list(window), pure=False).result()
+    except FileNotFoundError: return list(pool._read(window))  # compacted meanwhile: the pool finds it
+
+def _threads(client: Any) -> int: # That read, or wait for a cluster
+    if client is None: return os.cpu_count() or 1
+    return max(1, min(32, 2 * sum(client.nthreads().values())))
+
+def _bytes(size: Optional[int | str]) -> Optional[int]:
+    return require("dask.utils", "dask").parse_bytes(size) if isinstance(size, str) else size
+
+def _limit(memory_limit: Optional[int | str]) -> float:
+    "Bytes of rows in memory; by default half of what this process may have"
+    if memory_limit is not None: return _bytes(memory_limit)
+    return require("distributed.system", "dask").MEMORY_LIMIT / 2
+
+# %% ../../../nbs/storage/buffer/dask.ipynb #f1ec4d94
+_MET: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # clients, and processes that met them first
+
+def _client(given: Any) -> Any:
+    "The given `distributed.Client`, else the current one; `None` where there is none, or only a parent's"
+    client = _current() if given is None else given
+    return None if client is None or _MET.setdefault(client, os.getpid()) != os.getpid() else client
+
+def _current() -> Any:
+    if "distributed" not in sys.modules: return None
+    try: return sys.modules["distributed"].default_client()
+    except ValueError: return None
+
+def _check_client(client: Any) -> None:
+    if client is not None and _client(client) is not None: return
+    raise PoolUnavailable("this process was forked, and its parent's distributed.Client is no use here: "
+                          "make one here, or take another resident=")
+
+def _meet(process: int) -> None:
+    "In a child: the current client is the parent's"
+    if (client := _current()) is not None: _MET.setdefault(client, process)
+
+if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=lambda: _meet(os.getppid()))
 
 # %% ../../../nbs/storage/buffer/dask.ipynb #339ee0db
-class LakeHome(Home):
-    "The home that a `DaskBuffer` gives the rows of one view"
-    def __init__(self, buffer: DaskBuffer):
+class MappedHome(Home):
+    "A home of rows in memory, or in a file that is mapped into memory"
+    def __init__(self,
+        buffer: Buffer, # A `DaskBuffer`, for its options
+    ):
         self.resident, self.progress, self.client = buffer.resident, buffer.progress, _client(buffer.client)
         self.limit, self.cache = _limit(buffer.memory_limit), Cache(buffer.cache, _bytes(buffer.cache_limit))
         self.key, self.recalled = None, False  # of the cache's entry; whether it was there
 
-    def read(self, view: View, parts: Sequence[Part]) -> Iterable[Any]:
-        if not view.versions or (self.resident == "cluster" and view.rows is None): return ()  # `enter` reads
-        if not isinstance(view.rows, ClusterRows): return super().read(view, parts)
-        return [self._request(view, chunk) for chunk in self._chunks(parts)]
-
-    def rows(self, view: View, schema: Schema, parts: Sequence[Part]) -> Rows:
-        if self.resident == "cluster": _check_client(self.client)
+    def rows(self,
+        view: View, # That has no rows yet
+        schema: Schema, # Of the pool
+        parts: Sequence[Part], # That will enter first
+    ) -> Rows: # Empty, or an entry of the cache
+        "Rows for a view that has none"
         once, steps = keep_once(view.states, schema, parts), sum(part.length for part in parts)
-        if self.resident == "cluster": return ClusterRows(schema, self.client, once, view.capacity, view.begin)
-        keeps = not (view.own or view.capacity or view.begin or view.versions)  # rows that another process may want as well
+        # Rows that another process may want as well
+        keeps = not (view.own or view.capacity or view.begin or view.versions)
         if not keeps or not self._is_mapped((view.capacity or steps) * row_dtype(schema, once).itemsize):
             return Rows(schema, once, view.capacity, steps, view.begin, self.allocate)
         self.key = cache_key(schema, view.query, once, parts)
@@ -92,23 +140,43 @@ class LakeHome(Home):
         self.recalled = rows is not None
         return rows if self.recalled else self.cache.build(schema, once, steps)
 
-    def enter(self, view: View, parts: Sequence[Part], steps: Iterable[Any]) -> None:
-        if isinstance(view.rows, ClusterRows): self._enter_chunks(view, parts, steps)
-        elif self.recalled and not view.versions:
-            for part in parts: view.note(part)
-        elif view.versions: self._enter_more(view, parts, steps)
-        else: self._enter_first(view, parts)
-
-    def allocate(self, n: int, dtype: np.dtype) -> np.ndarray:
+    def allocate(self,
+        n: int, # Rows
+        dtype: np.dtype, # Of one row
+    ) -> np.ndarray: # `(n,)`
         "Room for rows, in memory or on disk"
         return self.cache.private(n, dtype) if self._is_mapped(n * dtype.itemsize) else np.empty(n, dtype)
 
-    def _is_mapped(self, nbytes: int) -> bool: return self.resident == "mapped" or (self.resident == "auto" and nbytes > self.limit)
+    def _is_mapped(self, nbytes: int) -> bool:
+        return self.resident == "mapped" or (self.resident == "auto" and nbytes > self.limit)
+
+# %% ../../../nbs/storage/buffer/dask.ipynb #0d5d100c
+class LakeHome(MappedHome):
+    "The home that a `DaskBuffer` gives the rows of one view"
+    def read(self,
+        view: View, # Whose rows they will be
+        parts: Sequence[Part], # New ones
+    ) -> Iterable[Any]: # Episodes; on the first look none, because `enter` reads
+        "The steps of new parts"
+        return super().read(view, parts) if view.versions else ()
+
+    def enter(self,
+        view: View, # That no learner draws from yet
+        parts: Sequence[Part], # New ones
+        steps: Iterable[Any], # From `read`
+    ) -> None:
+        "Rows for new parts, in their order"
+        if view.versions: self._enter_more(view, parts, steps)
+        elif self.recalled:
+            for part in parts: view.note(part)
+        else: self._enter_first(view, parts)
 
     def _enter_first(self, view: View, parts: Sequence[Part]) -> None:
-        "Read all there is"
-        def enter(window: Sequence[Part], episodes: Sequence[Episode]) -> None: Home.enter(self, view, window, episodes)
-        try: in_parallel(list(windows(parts)), partial(_read, view.pool, self.client), enter, _threads(self.client), self.progress)
+        "Read every part"
+        def enter(window: Sequence[Part], episodes: Sequence[Episode]) -> None:
+            Home.enter(self, view, window, episodes)
+        read, threads = partial(_read, view.pool, self.client), _threads(self.client)
+        try: in_parallel(list(windows(parts)), read, enter, threads, self.progress)
         except BaseException:
             if view.rows is not None: self.cache.drop(view.rows)
             raise
@@ -121,81 +189,68 @@ class LakeHome(Home):
             move_out(view.rows)
             super().enter(view, parts, steps)
 
-    def _chunks(self, parts: Sequence[Part]) -> list[list[Part]]:
-        return list(in_bulk(parts, lambda part: part.nbytes, max(_CHUNK, sum(part.nbytes for part in parts) // 64)))
+# %% ../../../nbs/storage/buffer/dask.ipynb #0d5d1011
+_CHUNK = 32 << 20  # Bytes of steps in a chunk, at least
 
-    def _request(self, view: View, chunk: Sequence[Part]) -> tuple:
-        try: return view.rows.request(view.pool._lake, chunk, view.query)
-        except FileNotFoundError: now = [view.pool._part_now(part) for part in chunk]  # perhaps it was compacted meanwhile
-        try: return view.rows.request(view.pool._lake, now, view.query)
-        except FileNotFoundError as e: raise CorruptData(f"a file of {view.pool!r} is missing: {e}") from e
+class ClusterHome(LakeHome):
+    "The home of rows that stay on workers"
+    def read(self,
+        view: View, # Whose rows they will be
+        parts: Sequence[Part], # New ones
+    ) -> Iterable[Any]: # A future for each chunk, and its runs
+        "Let workers read new parts"
+        if not view.versions or view.rows is None: return ()  # `enter` reads
+        return [self._request(view, chunk) for chunk in self._chunks(parts)]
 
-    def _enter_chunks(self, view: View, parts: Sequence[Part], found: Iterable[tuple]) -> None:
+    def rows(self,
+        view: View, # That has no rows yet
+        schema: Schema, # Of the pool
+        parts: Sequence[Part], # That will enter first
+    ) -> Rows: # Empty
+        "Rows for a view that has none"
+        _check_client(self.client)
+        once = keep_once(view.states, schema, parts)
+        return ClusterRows(schema, self.client, once, view.capacity, view.begin)
+
+    def enter(self,
+        view: View, # That no learner draws from yet
+        parts: Sequence[Part], # New ones
+        steps: Iterable[Any], # From `read`
+    ) -> None:
+        "Count chunks in, in the order of their parts"
         def enter(chunk: Sequence[Part], found: tuple) -> None:
             view.rows.adopt(*found)
             for part in chunk: view.note(part)
-        chunks = self._chunks(parts)
-        if not found: in_parallel(chunks, partial(self._request, view), enter, _threads(self.client), self.progress)
-        else:
-            for chunk, each in zip(chunks, found): enter(chunk, each)
+        chunks, request = self._chunks(parts), partial(self._request, view)
+        if not steps: return in_parallel(chunks, request, enter, _threads(self.client), self.progress)
+        for chunk, found in zip(chunks, steps): enter(chunk, found)
 
-_CHUNK = 32 << 20  # Bytes of steps in a chunk, at least; with many the tasks cost more than they carry
+    def _chunks(self, parts: Sequence[Part]) -> list[list[Part]]:
+        size = max(_CHUNK, sum(part.nbytes for part in parts) // 64)
+        return list(in_bulk(parts, lambda part: part.nbytes, size))
 
-# %% ../../../nbs/storage/buffer/dask.ipynb #2f4d8066
-def _read(pool: Pool, client: Any, window: Sequence[Part]) -> list[Episode]:
-    "The steps of some parts: read here, or by a worker"
-    if client is None or not isinstance(pool, DaskPool): return list(pool._read(window))
-    try: return client.submit(read_window, pool._lake, pool.schema, list(window), pure=False).result()
-    except FileNotFoundError: return list(pool._read(window))  # compacted meanwhile: the pool knows where it is now
-
-def _threads(client: Any) -> int: return os.cpu_count() or 1 if client is None else max(1, min(32, 2 * sum(client.nthreads().values())))
-
-def _bytes(size: Optional[int | str]) -> Optional[int]:
-    return require("dask.utils", "dask").parse_bytes(size) if isinstance(size, str) else size
-
-def _limit(memory_limit: Optional[int | str]) -> float:
-    "Bytes of rows in memory; by default half of what this process may have"
-    return _bytes(memory_limit) if memory_limit is not None else require("distributed.system", "dask").MEMORY_LIMIT / 2
-
-# %% ../../../nbs/storage/buffer/dask.ipynb #f1ec4d94
-_MET: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # clients, and the processes in which they were met first
-
-def _client(given: Any) -> Any:
-    "The given `distributed.Client`, else the current one, else `None`, as it is after a fork: a client's threads are its parent's"
-    client = _current() if given is None else given
-    return None if client is None or _MET.setdefault(client, os.getpid()) != os.getpid() else client
-
-def _current() -> Any:
-    if "distributed" not in sys.modules: return None
-    try: return sys.modules["distributed"].default_client()
-    except ValueError: return None
-
-def _check_client(client: Any) -> None:
-    if client is not None and _client(client) is not None: return
-    raise PoolUnavailable("this process was forked, and its parent's distributed.Client is no use here: make one here, or take another resident=")
-
-def _meet(process: int) -> None:
-    "In a child: the current client is the parent's"
-    if (client := _current()) is not None: _MET.setdefault(client, process)
-
-if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=lambda: _meet(os.getppid()))
+    def _request(self, view: View, chunk: Sequence[Part]) -> tuple:
+        try: return view.rows.request(view.pool._lake, chunk, view.query)
+        except FileNotFoundError: now = [view.pool._part_now(part) for part in chunk]  # compacted meanwhile?
+        try: return view.rows.request(view.pool._lake, now, view.query)
+        except FileNotFoundError as e: raise CorruptData(f"a file of {view.pool!r} is missing: {e}") from e
 
 # %% ../../../nbs/storage/buffer/dask.ipynb #75cccd37
 @dataclass(kw_only=True, eq=False)
 class DaskBuffer(Buffer[Episode]):
     "A buffer whose rows are read in parallel, and live in memory, on disk or on a cluster"
     pool: Optional[Pool] = None  # Where the episodes are; None gives the buffer a MemoryPool of its own
-    resident: str = "auto"  # `"memory"`, `"mapped"`, `"cluster"`, or `"auto"`: memory up to a limit, else mapped
-    memory_limit: Optional[int | str] = None  # Bytes, or text such as "4 GB"; by default half of what the process may have
+    resident: str = "auto"  # `"memory"`, `"mapped"`, `"cluster"`; `"auto"`: memory up to a limit, else mapped
+    memory_limit: Optional[int | str] = None  # Bytes, or "4 GB"; by default half of what the process may have
     cache: Optional[str | os.PathLike] = None  # Folder of mapped rows; by default in the user's cache folder
-    cache_limit: Optional[int | str] = None  # Bytes of mapped rows that stay there; by default half of what the disk has
+    cache_limit: Optional[int | str] = None  # Bytes of mapped rows that stay; by default half of the disk
     client: Any = None  # A `distributed.Client`; by default the current one, if there is one
     progress: bool = True  # Show a bar when loading takes longer than two seconds
     prefetch: int = 32  # Batches that travel together from a cluster
-    _STAYS: ClassVar[frozenset[str]] = frozenset({"client"})  # where a buffer arrives, its client is the current one
+    _STAYS: ClassVar[frozenset[str]] = frozenset({"client"})  # a buffer that arrives takes the current one
 
     def __post_init__(self):
-        with at_the_door: _check_home(self)
+        with at_the_door: self._check_home()
         self._ahead = LookAhead(self.prefetch)
         super().__post_init__()
 
@@ -216,19 +271,24 @@ class DaskBuffer(Buffer[Episode]):
         except DataIOError:
             with at_the_door: raise
 
-    def _home(self) -> Home: return LakeHome(self)
+    def _home(self) -> Home: return ClusterHome(self) if self.resident == "cluster" else LakeHome(self)
+
     def _batch(self, n: int, rows: Rows) -> Batch:
         if not isinstance(rows, ClusterRows): return super()._batch(n, rows)
         _check_client(rows.client)
         return self._ahead.next(self, n, rows)
 
 # %% ../../../nbs/storage/buffer/dask.ipynb #36f77035
-def _check_home(buffer: DaskBuffer) -> None:
+@patch
+def _check_home(self: DaskBuffer) -> None:
     "Raise `QueryError` for options that name no home"
     kinds = ("auto", "memory", "mapped", "cluster")
-    if buffer.resident not in kinds: raise QueryError(f"resident is one of {', '.join(kinds)}, got {buffer.resident!r}")
-    if not isinstance(buffer.prefetch, int) or buffer.prefetch < 1:
-        raise QueryError(f"prefetch: expected a whole number from 1, got {buffer.prefetch!r}")
-    if buffer.resident != "cluster": return
-    if not isinstance(buffer.pool, DaskPool): raise QueryError(f"workers read a data lake, and the pool is {buffer.pool!r}")
-    if _client(buffer.client) is None: raise QueryError("resident='cluster' needs a distributed.Client: make one, or give it as client=")
+    if self.resident not in kinds:
+        raise QueryError(f"resident is one of {', '.join(kinds)}, got {self.resident!r}")
+    if not isinstance(self.prefetch, int) or self.prefetch < 1:
+        raise QueryError(f"prefetch: expected a whole number from 1, got {self.prefetch!r}")
+    if self.resident != "cluster": return
+    if not isinstance(self.pool, DaskPool):
+        raise QueryError(f"workers read a data lake, and the pool is {self.pool!r}")
+    if _client(self.client) is None:
+        raise QueryError("resident='cluster' needs a distributed.Client: make one, or give it as client=")

@@ -34,7 +34,7 @@ from ...errors import PoolUnavailable, tell
 from ...data.schema import Schema
 from ...data.core import PoolQuery
 from ..pool.pool import Part, plain_path
-from .rows import Rows, Run, register, row_dtype
+from .rows import Rows, Run, row_dtype
 
 # %% ../../../nbs/storage/buffer/mapped.ipynb #2011b55c
 _ZEROS, _FORKS = bytes(1 << 20), [0]  # and how often this process was forked
@@ -408,7 +408,7 @@ def _opened(folder: Path, schema: Schema, once: bool) -> Rows:
         rows.data = np.asarray(np.memmap(f, rows.dtype, "c", shape=(_slots(folder, about, rows.dtype.itemsize),)))
     ends = np.cumsum(runs["length"])
     for (serial, slot, step, _, episode), begin, end in zip(runs.tolist(), (ends - runs["length"]).tolist(), ends.tolist()):
-        register(rows, Run(episode, serial, slot, step, times[begin:end]))
+        rows.register(Run(episode, serial, slot, step, times[begin:end]))
     return rows
 
 def _checked(folder: Path, about: dict, name: str) -> BinaryIO:

@@ -23,13 +23,17 @@ from .buffer import Batch, Buffer
 
 # %% ../../../nbs/storage/buffer/mongo.ipynb #63662497
 class WatchedHome(Home):
-    "Rows in memory; the first look, which may take long, shows how far it is"
+    "Rows in memory; the first look shows a bar if it takes longer than two seconds"
     def __init__(self,
-        progress: bool, # Show a bar if it takes longer than two seconds
+        progress: bool, # Whether to show the bar
     ):
         self.progress = progress
 
-    def read(self, view: View, parts: Sequence[Part]) -> Iterable[Any]:
+    def read(self,
+        view: View, # Whose rows they will be
+        parts: Sequence[Part], # New ones
+    ) -> Iterable[Any]: # Episodes, in the order of the parts
+        "The steps of new parts"
         steps = super().read(view, parts)
         if view.versions or not self.progress: return steps
         bar = require("tqdm", "mongo").tqdm
@@ -37,7 +41,7 @@ class WatchedHome(Home):
 
 # %% ../../../nbs/storage/buffer/mongo.ipynb #a62aa3d9
 def _follow(ref: weakref.ref, stop: threading.Event, seconds: float) -> None:
-    "Refresh a buffer every so often, for as long as somebody has it"
+    "Refresh a buffer every so often, for as long as it is used"
     away = False
     while not stop.wait(seconds):
         if (buffer := ref()) is None: return
@@ -46,8 +50,8 @@ def _follow(ref: weakref.ref, stop: threading.Event, seconds: float) -> None:
             away = False
         except DataIOError as e:
             if stop.is_set(): return  # it was closed meanwhile
-            if not away: warnings.warn(f"{type(buffer).__name__} cannot look for news, and goes on trying: {e}")
-            away = True
+            kind, told, away = type(buffer).__name__, away, True
+            if not told: warnings.warn(f"{kind} cannot look for news, and goes on trying: {e}")
         del buffer
 
 # %% ../../../nbs/storage/buffer/mongo.ipynb #a2f7e636
@@ -55,7 +59,7 @@ def _follow(ref: weakref.ref, stop: threading.Event, seconds: float) -> None:
 class MongoBuffer(Buffer[Episode]):
     "A buffer on a database, whose rows are in this process's memory"
     pool: Optional[Pool] = None  # Where the episodes are; None gives the buffer a MemoryPool of its own
-    follow: Optional[float] = None  # Seconds between two looks for what others stored; None leaves that to `refresh`
+    follow: Optional[float] = None  # Seconds between two looks for new commits; None leaves that to `refresh`
     progress: bool = True  # Show a bar when loading takes longer than two seconds
 
     def __post_init__(self):
@@ -70,7 +74,8 @@ class MongoBuffer(Buffer[Episode]):
         if self.follow is None: return
         self._stop.set()
         self._stop = threading.Event()
-        threading.Thread(target=_follow, args=(weakref.ref(self), self._stop, self.follow), daemon=True, name="MongoBuffer").start()
+        args = weakref.ref(self), self._stop, self.follow
+        threading.Thread(target=_follow, args=args, daemon=True, name="MongoBuffer").start()
 
     def close(self) -> None:
         "Follow no longer, let go of the rows and of the pool; closing twice is harmless"

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Optional
 import numpy as np
 
 # %% auto #0
-__all__ = ['row_dtype', 'Growing', 'Line', 'Run', 'Ledger', 'Taken', 'Rows', 'evict', 'register']
+__all__ = ['row_dtype', 'Growing', 'Line', 'Run', 'Ledger', 'Taken', 'Rows']
 
 # %% ../../../nbs/storage/buffer/rows.ipynb #3b56103b
 from ...errors import QueryError
@@ -158,6 +158,27 @@ class Rows:
         "Add steps; in a ring the oldest leave"
         return _append(self, episode)
 
+    def evict(self,
+        oldest: int, # The serial number of the first row that stays
+    ) -> None:
+        "Forget the rows before a serial number"
+        if (slots := self._slots) is not None:
+            self._slots = slots.drop(int(np.searchsorted(slots.values, _slot_of(self, oldest))))
+        gone = next((n for n, run in enumerate(self._runs) if run.end > oldest), len(self._runs))
+        if not gone: return
+        self._runs, self._firsts, self._names = self._runs.drop(gone), self._firsts.drop(gone), self._names.drop(gone)
+
+    def register(self,
+        run: Run, # Its steps are in their slots
+    ) -> None:
+        "Count a run in"
+        n, name = len(run.times), hash(run.episode)
+        self._runs, self._firsts = self._runs.push(run), self._firsts.push((run.slot,))
+        self._names = self._names.push((name,))
+        if self._slots is not None: self._slots = self._slots.push(np.arange(run.slot, run.slot + n))
+        self.serial, self.slot = self.serial + n, run.slot + n + self.once
+        self._episodes, self.ledger = None, Ledger(self._firsts.values, self._runs)
+
     def hide(self,
         ids: Iterable[str], # Of episodes
     ) -> None:
@@ -238,18 +259,14 @@ def _slot_of(rows: Rows, serial: int) -> int:
     if i < 0 or serial >= rows._runs[i].end: return rows.slot
     return rows._runs[i].slot + serial - rows._runs[i].serial
 
-def evict(rows: Rows, oldest: int) -> None:
-    "Forget rows before a serial number"
-    if (slots := rows._slots) is not None: rows._slots = slots.drop(int(np.searchsorted(slots.values, _slot_of(rows, oldest))))
-    gone = next((n for n, run in enumerate(rows._runs) if run.end > oldest), len(rows._runs))
-    if gone: rows._runs, rows._firsts, rows._names = rows._runs.drop(gone), rows._firsts.drop(gone), rows._names.drop(gone)
+
 
 # %% ../../../nbs/storage/buffer/rows.ipynb #da45efdf
 def _append(rows: Rows, episode: Episode) -> int:
     begin = rows.serial
     if rows.capacity and len(episode) > rows.capacity:  # only its end stays, but every step gets its number
         skip = len(episode) - rows.capacity
-        evict(rows, rows.serial)
+        rows.evict(rows.serial)
         rows.begin = rows.serial = rows.serial + skip
         rows.slot, episode = rows.slot + skip, episode[skip:]
     breaks = (np.flatnonzero(~episode.links) + 1).tolist() if rows.once else []
@@ -261,20 +278,14 @@ def _append_run(rows: Rows, steps: Episode) -> None:
     n, oldest = len(steps), rows.oldest(more=len(steps))
     slot = rows.slot - (rows.once and oldest < rows.serial and _goes_on(rows, steps))
     _make_room(rows, _slot_of(rows, oldest) if rows.capacity else rows.begin, slot + n + rows.once)
-    if rows.capacity: evict(rows, oldest)
+    if rows.capacity: rows.evict(oldest)
     size = len(rows.data)
     for a, b in _stretches(slot, n, size):
         for role in rows.dtype.names: rows.data[role][(slot + a) % size:][:b - a] = steps.blocks[role][a:b]
     if rows.once: rows.data["state"][(slot + n) % size] = steps.nstate[-1]
-    register(rows, Run(steps.id, rows.serial, slot, _first_step(steps), steps.times))
+    rows.register(Run(steps.id, rows.serial, slot, _first_step(steps), steps.times))
 
-def register(rows: Rows, run: Run) -> None:
-    "Count a run whose steps are in their slots"
-    n = len(run.times)
-    rows._runs, rows._firsts, rows._names = rows._runs.push(run), rows._firsts.push((run.slot,)), rows._names.push((hash(run.episode),))
-    if rows._slots is not None: rows._slots = rows._slots.push(np.arange(run.slot, run.slot + n))
-    rows.serial, rows.slot = rows.serial + n, run.slot + n + rows.once
-    rows._episodes, rows.ledger = None, Ledger(rows._firsts.values, rows._runs)
+
 
 # %% ../../../nbs/storage/buffer/rows.ipynb #0c7f2232
 def _first_step(steps: Episode) -> int: return steps.offset if steps.first is None else steps.first

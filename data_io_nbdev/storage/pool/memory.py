@@ -26,19 +26,102 @@ from fastcore.basics import patch
 import numpy as np
 
 # %% auto #0
-__all__ = ['FORMAT', 'NEWEST', 'episode_of', 'sync_folder', 'replace_file', 'Kept', 'MemoryPool', 'lending']
+__all__ = ['FORMAT', 'NEWEST', 'Kept', 'LogInMemory', 'lending', 'episode_of', 'sync_folder', 'replace_file', 'MemoryPool']
 
 # %% ../../../nbs/storage/pool/memory.ipynb #890a161c
-from ...errors import CorruptData, DataIOError, PoolNotFound, PoolUnavailable, ReadOnly, SnapshotNotFound, at_the_door
+from ...errors import (CorruptData, DataIOError, PoolNotFound, PoolUnavailable, ReadOnly,
+                                  SnapshotNotFound, at_the_door)
 from ...data.schema import Schema, who_value
 from ...data.core import Episode, from_us
 from .pool import Commit, Part, Pool, forkable_lock, in_one_step, plain_path
 
+# %% ../../../nbs/storage/pool/memory.ipynb #d6cd1fb6
+class Kept:
+    "The steps of a part, or what reads them"
+    __slots__ = ("steps",)
+    def __init__(self, steps: Episode | Callable[[], Episode]): self.steps = steps
+
+    def read(self) -> Episode:
+        steps = self.steps
+        return steps() if callable(steps) else steps
+
+# %% ../../../nbs/storage/pool/memory.ipynb #6c041cea
+class LogInMemory(Pool):
+    "A pool on a dictionary"
+    gives_units: ClassVar[bool] = True
+
+    def __init__(self,
+        url: str, # By which handles know it
+        mode: str = "a", # `"r"`: it stays as it is
+    ):
+        super().__init__(url, mode)
+        self._log: dict[int, Commit] = {}
+        self._shared = dict(last=0, oldest=0, saved=0, tokens={})  # with snapshots, which must see it change
+
+    def _head(self) -> int: return self._shared["last"]
+    def _oldest(self) -> int: return self._shared["oldest"]
+
+    def _changes(self, after: int, upto: int) -> Iterable[Commit]:
+        few = upto - after < len(self._log)  # `_forgetting` leaves gaps: go over the shorter of the two
+        numbers = range(after + 1, upto + 1) if few else sorted(self._log)
+        return [self._log[n] for n in numbers if n in self._log and after < n <= upto]
+
+    def _write(self, token: str, parts: Sequence[tuple[Part, Episode]], schema: Schema) -> list[Part]:
+        return [replace(part, where=Kept(episode)) for part, episode in parts]
+
+    def _put(self, commit: Commit) -> bool:
+        with self._lock:
+            if commit.number != self._shared["last"] + 1: return False
+            in_one_step(partial(dict.update, self._log, {commit.number: commit}),
+                        partial(dict.update, self._shared, last=commit.number))
+            return True
+
+    def _read(self, parts: Sequence[Part]) -> Iterator[Episode]: return (part.where.read() for part in parts)
+
+    def _last_known(self) -> tuple[int, Optional[int]]:
+        with suppress(DataIOError):
+            if (last := self._head()) - self._index.number < 1000: self._catch_up(last)  # so few are quick
+        return super()._last_known()
+
+# %% ../../../nbs/storage/pool/memory.ipynb #03318610
+def lending(
+    part: Part,
+    steps: Episode | Callable[[], Episode], # Themselves, to keep them again, or what reads them from now on
+) -> Callable[[], None]:
+    "What changes where a part's steps are"
+    return partial(setattr, part.where, "steps", steps)
+
+@patch
+def _forgetting(self: LogInMemory, # Its lock is held until the changes were made
+    parts: Sequence[Part], # The oldest of their episodes
+) -> list[Callable[[], None]]:
+    "What drops parts from every version, for good"
+    if not parts: return []
+    gone, log, last = {part.where for part in parts}, self._log, self._shared["last"]
+    index, changes = self._catch_up(last), [partial(dict.update, self._shared, oldest=last)]
+    for commit in {part.version: log[part.version] for part in parts}.values():
+        put = tuple(part for part in commit.put if part.where not in gone)
+        now = {commit.number: commit._replace(put=put)}
+        kept = put or commit.hide
+        changes.append(partial(dict.update, log, now) if kept else partial(dict.pop, log, commit.number))
+    totals, lives = index.totals, index.lives
+    for id in {part.id for part in parts}:
+        left = []
+        for life in lives[id]:
+            all = len(life.parts)
+            n = next((n for n, part in enumerate(life.parts) if part.where not in gone), all)
+            if n < all: left.append(life)
+            if 0 < n < all: changes.append(partial(list.__delitem__, life.parts, slice(n)))
+            if life.died > last: totals = totals.changed(-(n == all), left=life.parts[:n])
+        changes.append(partial(dict.update, lives, {id: left}) if left else partial(dict.pop, lives, id))
+    return [*changes, partial(dict.update, vars(index), totals=totals)]
+
 # %% ../../../nbs/storage/pool/memory.ipynb #989210b7
 FORMAT, NEWEST = 2, 3  # the newest is a log in which fields are given units
-_SAYS = ("id", "who", "start", "zone", "offset", "length", "begin", "end", "number", "digest", "reward", "nbytes", "ended", "linked",
-         "tail", "born")  # of a part, which goes without `where`, its place, and `version`, its commit's number
-_NAMES = {name: {"reward": "return", "nbytes": "bytes"}.get(name, name) for name in _SAYS}  # attribute to the log's word for it
+_SAYS = ("id", "who", "start", "zone", "offset", "length", "begin", "end", "number", "digest", "reward",
+         "nbytes", "ended", "linked", "tail", "born")  # of a part: its place and its commit are known
+_WORDS = {"reward": "return", "nbytes": "bytes"}  # attributes that the log calls something else
+_NAMES = {name: _WORDS.get(name, name) for name in _SAYS}
 
 def _seal(text: str) -> str:
     "A JSON object with the SHA-256 of its text as the last entry"
@@ -52,17 +135,21 @@ def _log_json(commits: Iterable[Commit], schema: Optional[Schema], last: int, ho
     log = [dict(number=c.number, token=c.token, hide=c.hide, put=[plain(p) for p in c.put],
                 **({"units": fields(c.units)} if c.units else {})) for c in commits]
     format = NEWEST if any("units" in c for c in log) else FORMAT
-    return _seal(json.dumps(dict(format=format, token=token, last=last, horizon=horizon, schema=fields(schema), commits=log, members=members)))
+    return _seal(json.dumps(dict(format=format, token=token, last=last, horizon=horizon,
+                                 schema=fields(schema), commits=log, members=members)))
 
 # %% ../../../nbs/storage/pool/memory.ipynb #ea9942e2
 def _possible(p: Part, schema: Schema, width: int) -> bool: # `width`: bytes of one step
     "Whether there can be such a part, by the types and sizes of what the log says of it"
-    whole = [p.start, p.begin, p.end, p.offset, p.length, p.nbytes, p.born, *([] if p.number is None else [p.number])]
+    whole = [p.start, p.begin, p.end, p.offset, p.length, p.nbytes, p.born]
+    if p.number is not None: whole.append(p.number)
     return (all(type(n) is int and abs(n) < 1 << 63 for n in whole)
-            and all(type(text) is str and text.isascii() for text in (p.id, p.digest, p.tail)) and type(p.zone) is str
+            and all(type(text) is str and text.isascii() for text in (p.id, p.digest, p.tail))
+            and type(p.zone) is str
             and type(p.ended) is type(p.linked) is bool and type(p.reward) is float
-            and p.who == tuple(who_value(*level, value) for level, value in zip(schema.identity, p.who, strict=True))
-            and p.length > 0 and p.nbytes == p.length * width and p.begin <= p.end and 0 <= p.born <= p.version
+            and p.who == tuple(who_value(*level, v) for level, v in zip(schema.identity, p.who, strict=True))
+            and p.length > 0 and p.nbytes == p.length * width
+            and p.begin <= p.end and 0 <= p.born <= p.version
             and p.offset >= 0 and max(p.offset, p.number or 0) + p.length < 1 << 63)
 
 def _follows(p: Part, before: Optional[Part], gaps: bool) -> bool: # `gaps`: a ring has forgotten some
@@ -76,14 +163,17 @@ def _follows(p: Part, before: Optional[Part], gaps: bool) -> bool: # `gaps`: a r
 def _check_order(commits: Iterable[Commit], last: int, horizon: int) -> None:
     "Raise `CorruptData` unless each commit can follow those before it"
     numbers, alive = [c.number for c in commits], {}  # `alive`: the last part of each episode
-    if not all(a < b for a, b in zip([0, *numbers], [*numbers, last + 1])) or not (horizon or len(numbers) == last):
-        raise CorruptData(f"it counts {len(numbers)} commits up to number {last}, and numbers them {numbers[:9]} …")
+    rising = all(a < b for a, b in zip([0, *numbers], [*numbers, last + 1]))
+    if not rising or not (horizon or len(numbers) == last):
+        raise CorruptData(f"it counts {len(numbers)} commits up to number {last}, "
+                          f"and numbers them {numbers[:9]} …")
     for c in commits:
         if lost := [id for id in c.hide if alive.pop(id, None) is None and not horizon]:
             raise CorruptData(f"its commit {c.number} ends episode {lost[0]}, which was not there")
         for p in c.put:
             if not _follows(p, alive.get(p.id), horizon > 0):
-                raise CorruptData(f"its commit {c.number} puts steps {p.offset} ff. of episode {p.id} where they cannot stand")
+                raise CorruptData(f"its commit {c.number} puts steps {p.offset} ff. of episode {p.id} "
+                                  "where they cannot stand")
             alive[p.id] = p
 
 def _check_zones(parts: Iterable[Part]) -> None:
@@ -94,22 +184,28 @@ def _check_zones(parts: Iterable[Part]) -> None:
 
 # %% ../../../nbs/storage/pool/memory.ipynb #e7b22ab8
 def _parse_log(text: str) -> tuple[dict[int, Commit], Optional[Schema], dict]:
-    "The commits by number, the schema, and the log as it stands; raises `CorruptData` for a newer format or another's work"
+    "The commits by number, the schema, and the log as it stands; raises `CorruptData`"
     format = int(found[1]) if (found := re.match(r'\{"format": (\d{1,9})\b', text)) else 0
     if format > NEWEST:
-        raise CorruptData(f"it has format {format}, which needs a newer data_io_nbdev; this one reads up to {NEWEST}")
+        raise CorruptData(f"it has format {format}, which needs a newer data_io_nbdev; "
+                          f"this one reads up to {NEWEST}")
     if not format: raise CorruptData("its log does not begin with its format")
-    if format > 1 and text != _seal(text[:-len(_seal("}"))] + "}"): raise CorruptData("its log is not what was written, by its sha256")
+    if format > 1 and text != _seal(text[:-len(_seal("}"))] + "}"):
+        raise CorruptData("its log is not what was written, by its sha256")
     try: return _as_commits(json.loads(text))
     except (CorruptData, MemoryError): raise
-    except Exception as e: raise CorruptData(f"its log says what none says: {type(e).__name__}: {e!s:.200}") from e
+    except Exception as e:
+        raise CorruptData(f"its log says what none says: {type(e).__name__}: {e!s:.200}") from e
 
 def _as_commits(d: dict) -> tuple[dict[int, Commit], Optional[Schema], dict]:
     "What a log says, checked; what is not even of its shape raises whatever it raises"
     last, horizon = d["last"], d["horizon"]
-    if not (type(last) is type(horizon) is int and 0 <= horizon <= last < 1 << 63 and type(d["token"]) is str):
-        raise CorruptData(f"it ends at version {last!r:.40}, begins at {horizon!r:.40} and has the token {d['token']!r:.40}")
-    def fields(said: Optional[dict]) -> Optional[Schema]: return None if said is None else Schema.from_json(json.dumps(said))
+    whole = type(last) is type(horizon) is int and 0 <= horizon <= last < 1 << 63
+    if not (whole and type(d["token"]) is str):
+        raise CorruptData(f"it ends at version {last!r:.40}, begins at {horizon!r:.40} "
+                          f"and has the token {d['token']!r:.40}")
+    def fields(said: Optional[dict]) -> Optional[Schema]:
+        return None if said is None else Schema.from_json(json.dumps(said))
     schema = fields(d["schema"])
     width, place = 8 + sum(schema.block(role).itemsize for role in schema.roles) if schema else 0, count()
     def part(said: dict, version: int) -> Part:
@@ -117,9 +213,9 @@ def _as_commits(d: dict) -> tuple[dict[int, Commit], Optional[Schema], dict]:
         p = Part(**{**facts, "who": tuple(facts["who"])}, version=version, where=next(place))
         if schema and len(said) == len(_NAMES) and _possible(p, schema, width): return p
         raise CorruptData(f"its commit {version} puts what is no part: {said!r:.300}")
-    commits = [Commit(c["number"], c["token"], tuple(part(said, c["number"]) for said in c["put"]), tuple(c["hide"]),
-                      units=fields(c.get("units"))) for c in d["commits"]]
-    if not all(type(c.number) is int and all(type(text) is str for text in (c.token, *c.hide)) for c in commits):
+    commits = [Commit(c["number"], c["token"], tuple(part(said, c["number"]) for said in c["put"]),
+                      tuple(c["hide"]), units=fields(c.get("units"))) for c in d["commits"]]
+    if not all(type(c.number) is int and all(type(t) is str for t in (c.token, *c.hide)) for c in commits):
         raise CorruptData("its commits are not numbered, or have no token, or end what is no episode")
     _check_order(commits, last, horizon)
     _check_zones(p for c in commits for p in c.put)
@@ -162,21 +258,27 @@ def _check_members(file: zipfile.ZipFile, size: int) -> None: # `size`: bytes of
     "Raise `CorruptData` for members that are packed, there twice, or larger than the file"
     members = file.infolist()
     if len({m.filename for m in members}) < len(members): raise CorruptData("it has a member twice")
-    if any(m.compress_type != zipfile.ZIP_STORED or m.compress_size != m.file_size for m in members): raise CorruptData("a member is packed")
-    if sum(m.file_size for m in members) > size: raise CorruptData("its members claim to be larger than the file")
+    if any(m.compress_type != zipfile.ZIP_STORED or m.compress_size != m.file_size for m in members):
+        raise CorruptData("a member is packed")
+    if sum(m.file_size for m in members) > size:
+        raise CorruptData("its members claim to be larger than the file")
 
-def _read_array(file: zipfile.ZipFile, name: str, dtype: np.dtype, steps: int) -> np.ndarray: # `(steps, *dtype.shape)`
+def _read_array(file: zipfile.ZipFile, name: str, dtype: np.dtype,
+                steps: int) -> np.ndarray: # `(steps, *dtype.shape)`
     "A member as it was written, for so many steps; raises `CorruptData` for any other before it takes room"
     head, size = _npy_header(dtype.base, shape := (steps, *dtype.shape)), file.getinfo(name).file_size
     if size != len(head) + steps * dtype.itemsize:
-        raise CorruptData(f"{name} has {size} bytes, and another number of steps than the log, which counts {steps}")
+        raise CorruptData(f"{name} has {size} bytes, and another number of steps than the log, "
+                          f"which counts {steps}")
     with file.open(name) as member:
         if (found := member.read(len(head))) != head:
-            raise CorruptData(f"{name} should hold {dtype.base} of shape {shape} in C order, and begins {found!r:.160}")
+            raise CorruptData(f"{name} should hold {dtype.base} of shape {shape} in C order, "
+                              f"and begins {found!r:.160}")
         array = np.empty(shape, dtype.base)
         room, done = array.reshape(-1).view("u1"), 0
         while done < len(room):
-            if not (n := member.readinto(room[done:done + (1 << 20)])): raise CorruptData(f"{name} is cut short")  # the last one checks its CRC
+            n = member.readinto(room[done:done + (1 << 20)])  # the last one checks its CRC
+            if not n: raise CorruptData(f"{name} is cut short")
             done += n
     return array
 
@@ -196,8 +298,8 @@ def _check_times(times: np.ndarray, parts: Sequence[Part], ends: np.ndarray) -> 
     "Raise `CorruptData` unless the times of each part increase, from its `begin` to its `end`"
     onward = times[1:] > times[:-1]
     onward[ends[1:-1] - 1] = True  # between two parts
-    said = [[p.begin for p in parts], [p.end for p in parts]]
-    if not onward.all() or not np.array_equal([times[ends[:-1]], times[ends[1:] - 1]], np.array(said, "int64")):
+    said = np.array([[p.begin for p in parts], [p.end for p in parts]], "int64")
+    if not onward.all() or not np.array_equal([times[ends[:-1]], times[ends[1:] - 1]], said):
         raise CorruptData("times.npy has other times than the log, or some that don't increase")
 
 # %% ../../../nbs/storage/pool/memory.ipynb #23ac4b07
@@ -218,7 +320,8 @@ def replace_file(
     "Replace a file by a new one, durably and in one step; a failing `write` leaves the old one as it was"
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        # nobody may read what the old file kept to itself; `partial`, since no signal comes between C and C, and the handle cannot get lost
+        # others may not read what the old file kept to itself; `partial`, since no signal comes between
+        # C and C, and the handle cannot get lost
         with open(temporary, "xb", opener=partial(os.open, mode=0o600 if like else 0o666)) as f:
             if like: _make_like(f.fileno(), like)
             write(f)
@@ -237,7 +340,8 @@ def _make_like(handle: int, like: os.stat_result) -> None:
     for uid, gid in ((like.st_uid, -1), (-1, like.st_gid)):
         if uid in (-1, mine.st_uid) and gid in (-1, mine.st_gid): continue
         with suppress(PermissionError): os.fchown(handle, uid, gid)
-    if stat.S_IMODE(mine.st_mode) != (mode := stat.S_IMODE(like.st_mode)): os.fchmod(handle, mode)  # last: chown may clear bits
+    mode = stat.S_IMODE(like.st_mode)
+    if stat.S_IMODE(mine.st_mode) != mode: os.fchmod(handle, mode)  # last: chown may clear bits
 
 # %% ../../../nbs/storage/pool/memory.ipynb #5b99c231
 def _target(path: str | os.PathLike) -> Path:
@@ -247,7 +351,8 @@ def _target(path: str | os.PathLike) -> Path:
 
 def _is_ours(path: str) -> bool:
     "Whether a file begins as a saved pool does"
-    with open(path, "rb") as f: return re.match(rb"PK\x03\x04.{26}(times\.npy|log\.json)", f.read(64), re.DOTALL) is not None
+    with open(path, "rb") as f:
+        return re.match(rb"PK\x03\x04.{26}(times\.npy|log\.json)", f.read(64), re.DOTALL) is not None
 
 def _leftovers(path: Optional[Path], dry_run: bool, grace: float = 86400) -> list[str]: # `grace`: seconds
     "What is, or would be, dropped: files that saves to a path were writing when they were killed"
@@ -255,97 +360,16 @@ def _leftovers(path: Optional[Path], dry_run: bool, grace: float = 86400) -> lis
     target, found = _target(path), []
     name = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{16}}")
     try:
-        for entry in [e for e in os.scandir(target.parent) if name.fullmatch(e.name) and e.is_file(follow_symlinks=False)]:
+        entries = [entry for entry in os.scandir(target.parent) if name.fullmatch(entry.name)]
+        for entry in [entry for entry in entries if entry.is_file(follow_symlinks=False)]:
             if time.time() - entry.stat().st_mtime < grace or not _is_ours(entry.path): continue
             if not dry_run: os.unlink(entry.path)
             found.append(f"{entry.name}: written by a save that was killed")
-    except FileNotFoundError: pass  # the folder, or somebody else repairs
-    except OSError as e: raise PoolUnavailable(f"{str(target.parent)!r} could not be searched for what killed saves left: {e}") from e
+    except FileNotFoundError: pass  # the folder is, or another process repairs
+    except OSError as e:
+        where = str(target.parent)
+        raise PoolUnavailable(f"{where!r} could not be searched for what killed saves left: {e}") from e
     return found
-
-# %% ../../../nbs/storage/pool/memory.ipynb #0bfae235
-_NAMED: weakref.WeakValueDictionary[str, MemoryPool] = weakref.WeakValueDictionary()
-
-def _same(url: str, mode: str, at: Optional[int]) -> MemoryPool:
-    "The pool of this process that a pickled handle meant"
-    if url not in _NAMED:
-        raise PoolNotFound(f"{url} lives in the memory of another process; save(path) it, and send the pool of that file, MemoryPool(path)")
-    pool = _NAMED[url]
-    return pool if mode == "a" else pool._view(at)
-
-# %% ../../../nbs/storage/pool/memory.ipynb #d6cd1fb6
-class Kept:
-    "The steps of a part, or what reads them"
-    __slots__ = ("steps",)
-    def __init__(self, steps: Episode | Callable[[], Episode]): self.steps = steps
-
-    def read(self) -> Episode:
-        steps = self.steps
-        return steps() if callable(steps) else steps
-
-# %% ../../../nbs/storage/pool/memory.ipynb #6c041cea
-class MemoryPool(Pool):
-    "Episodes in memory; with a path, also in a file that `save` replaces in one step"
-    gives_units: ClassVar[bool] = True
-
-    def __init__(self,
-        path: Optional[str | os.PathLike] = None, # A file to open, and to save to; it need not exist yet
-        mode: str = "a", # `"r"`: the file must exist, and stays as it is
-        name: Optional[str] = None, # By which this process finds the pool again, as `memory://name`
-    ):
-        self.path = None if path is None else Path(plain_path(path)).absolute()
-        super().__init__(str(self.path) if self.path else f"memory://{name or secrets.token_hex(8)}", mode)
-        self._log: dict[int, Commit] = {}
-        self._shared = dict(last=0, oldest=0, saved=0, tokens={})  # with snapshots, which must see it change
-        self._saving = forkable_lock()  # held while a file is written; always taken before other locks
-        if self.path: _load(self)
-        elif mode == "r":
-            raise PoolNotFound("a pool in memory begins empty, so mode='r' has nothing to read; "
-                               "give the path of a saved one")
-        if not self.path: _NAMED[self.url] = self
-
-    def _head(self) -> int: return self._shared["last"]
-    def _oldest(self) -> int: return self._shared["oldest"]
-
-    def _changes(self, after: int, upto: int) -> Iterable[Commit]:
-        few = upto - after < len(self._log)  # `_forget` leaves gaps: go over the shorter of the two
-        numbers = range(after + 1, upto + 1) if few else sorted(self._log)
-        return [self._log[n] for n in numbers if n in self._log and after < n <= upto]
-
-    def _write(self, token: str, parts: Sequence[tuple[Part, Episode]], schema: Schema) -> list[Part]:
-        return [replace(part, where=Kept(episode)) for part, episode in parts]
-
-    def _put(self, commit: Commit) -> bool:
-        with self._lock:
-            if commit.number != self._shared["last"] + 1: return False
-            in_one_step(partial(dict.update, self._log, {commit.number: commit}), partial(dict.update, self._shared, last=commit.number))
-            return True
-
-    def _read(self, parts: Sequence[Part]) -> Iterator[Episode]: return (part.where.read() for part in parts)
-
-    def _close(self) -> None:
-        if self.path and self.mode == "a" and self._shared["last"] > self._shared["saved"]: self.save()
-
-    def _repair(self, version: int, dry_run: bool) -> list[str]: return _leftovers(self.path, dry_run)
-
-    def _forked(self) -> None: self._shared["saved"] = self._shared["last"]  # what was there is the parent's to save
-
-    def save(self,
-        path: Optional[str | os.PathLike] = None, # By default the pool's own
-        overwrite: bool = False, # Replace a file that holds other experience
-    ) -> None:
-        "Write every version to one file, in one step; raises `PoolUnavailable` rather than lose another's work"
-        with at_the_door: _save(self, self.path if path is None else Path(plain_path(path)).absolute(), overwrite)
-
-    @classmethod
-    def _from_url(cls, url: str, mode: str = "a", **options: Any) -> MemoryPool:
-        if not url.startswith("memory://"): return cls(url, mode, **options)
-        if url in _NAMED:
-            _NAMED[url].load()
-            return _NAMED[url] if mode == "a" else _NAMED[url]._view()
-        return cls(mode=mode, name=url.removeprefix("memory://"), **options)
-
-    def __reduce__(self): return super().__reduce__() if self.path else (_same, (self.url, self.mode, self._at))
 
 # %% ../../../nbs/storage/pool/memory.ipynb #77be9a6e
 def _unzip(f: Any) -> zipfile.ZipFile: # `f`: an open binary file
@@ -374,67 +398,31 @@ def _there(path: Path) -> Optional[os.stat_result]:
     raise PoolUnavailable(f"{str(path)!r} is a folder or a device; give the path of a file")
 
 # %% ../../../nbs/storage/pool/memory.ipynb #86d178e2
-def _hold_lent(pool: MemoryPool, work: Callable[[], Any], held: tuple = ()) -> Any:
+@patch
+def _while_lent(self: LogInMemory, work: Callable[[], Any], held: tuple = ()) -> Any:
     "Do some work while the locks of all lent rows are held"
-    steps = (part.where.steps for commit in list(pool._log.values()) for part in commit.put)
+    steps = (part.where.steps for commit in list(self._log.values()) for part in commit.put)
     locks = (getattr(lent, "lock", None) for lent in steps if callable(lent))
     lock = next((lock for lock in locks if lock is not None and lock not in held), None)
     if lock is None: return work()
-    with lock: return _hold_lent(pool, work, (*held, lock))
+    with lock: return self._while_lent(work, (*held, lock))
 
-def _write_pool(pool: MemoryPool, f: Any, token: str) -> int: # `f`: an open binary file
+@patch
+def _write_to(self: LogInMemory, f: Any, token: str) -> int: # `f`: an open binary file
     "Write every version, and say which was the last"
-    with pool._lock:
-        last, horizon = pool._head(), pool._oldest()
-        commits, schema = list(pool._changes(0, last)), pool._catch_up(last).schema_at(0)
+    with self._lock:
+        last, horizon = self._head(), self._oldest()
+        commits, schema = list(self._changes(0, last)), self._catch_up(last).schema_at(0)
     file = zipfile.ZipFile(f, "w", zipfile.ZIP_STORED)
     try:
-        if schema: _write_steps(file, schema, [p for c in commits for p in c.put], pool._read_one)
+        if schema: _write_steps(file, schema, [p for c in commits for p in c.put], self._read_one)
         log = _log_json(commits, schema, last, horizon, token, {m.filename: m.CRC for m in file.infolist()})
-        file.writestr(zipfile.ZipInfo("log.json"), log)  # without a date, which a clock that stands at 1970 could not give
+        file.writestr(zipfile.ZipInfo("log.json"), log)  # without a date: a clock at 1970 could not give one
         file.close()
     except BaseException:
         file.fp = None  # half a file needs no end, and an error in writing one would hide this error
         raise
     return last
-
-# %% ../../../nbs/storage/pool/memory.ipynb #7f9552c6
-def _save(pool: MemoryPool, path: Optional[Path], overwrite: bool) -> None:
-    own, target = (p and _target(p) for p in (pool.path, path))
-    if pool.mode == "r" and target in (None, own):
-        raise ReadOnly(f"{pool!r} is read-only; save(path) writes a copy elsewhere")
-    if target is None: raise PoolUnavailable("this pool has no file yet; save(path) says where")
-    if pool._at is not None:  # one version only, without its past
-        return super(MemoryPool, pool).save(path, overwrite)
-    with pool._saving:
-        last = _replace_saved(pool, target, overwrite)
-        if target == own: pool._shared["saved"] = last
-
-def _replace_saved(pool: MemoryPool, target: Path, overwrite: bool) -> int:
-    "Write a pool to a file, and say which was the last version"
-    tokens, token, last = pool._shared["tokens"], secrets.token_hex(16), 0
-    def check() -> Optional[os.stat_result]:
-        found = _there(target)
-        if not found or overwrite or _token(target) in tokens.get(target, ()): return found
-        raise PoolUnavailable(f"{str(target)!r} was written by somebody else; open it and copy_to it, "
-                              "choose another path, or overwrite=True to replace it")
-    def write(f: Any) -> None:
-        nonlocal last
-        last = _hold_lent(pool, lambda: _write_pool(pool, f, token))
-        check()  # again: writing takes its time
-        tokens[target] = (*tokens.get(target, ()), token)
-    try: replace_file(target, write, check())
-    except DataIOError: raise
-    except OSError as e: raise PoolUnavailable(f"could not save {str(target)!r}: {e}; {_outcome(target, token)}") from e
-    tokens[target] = (token,)
-    return last
-
-def _outcome(target: Path, token: str) -> str:
-    "What became of a file that could not be replaced, and what to do"
-    try: done = _token(target) == token
-    except OSError: return "it cannot be read now, and is as it was or as it should be; save again"
-    if done: return "it has the new content, which a power failure could still undo; save again"
-    return "what was there is as it was; see that its folder exists, can be written and has room, and save again, or save(path) elsewhere"
 
 # %% ../../../nbs/storage/pool/memory.ipynb #5297aafb
 def _read_pool(f: Any) -> tuple[dict[int, Commit], Optional[Schema], dict, dict[int, Episode]]:
@@ -450,46 +438,120 @@ def _read_pool(f: Any) -> tuple[dict[int, Commit], Optional[Schema], dict, dict[
         parts = [p for c in commits.values() for p in c.put]
         return commits, schema, log, _read_steps(file, schema, parts) if schema else {}
 
-def _load(pool: MemoryPool) -> None:
-    "Take a file in, whole or not at all; where there is none, only a reader minds"
+# %% ../../../nbs/storage/pool/memory.ipynb #0bfae235
+_NAMED: weakref.WeakValueDictionary[str, MemoryPool] = weakref.WeakValueDictionary()
+
+def _same(url: str, mode: str, at: Optional[int]) -> MemoryPool:
+    "The pool of this process that a pickled handle meant"
+    if url not in _NAMED:
+        raise PoolNotFound(f"{url} lives in the memory of another process; save(path) it, "
+                           "and send the pool of that file, MemoryPool(path)")
+    pool = _NAMED[url]
+    return pool if mode == "a" else pool._view(at)
+
+# %% ../../../nbs/storage/pool/memory.ipynb #885215fc
+class MemoryPool(LogInMemory):
+    "Episodes in memory; with a path, also in a file that `save` replaces in one step"
+    def __init__(self,
+        path: Optional[str | os.PathLike] = None, # A file to open, and to save to; it need not exist yet
+        mode: str = "a", # `"r"`: the file must exist, and stays as it is
+        name: Optional[str] = None, # By which this process finds the pool again, as `memory://name`
+    ):
+        self.path = None if path is None else Path(plain_path(path)).absolute()
+        super().__init__(str(self.path) if self.path else f"memory://{name or secrets.token_hex(8)}", mode)
+        self._saving = forkable_lock()  # held while a file is written; always taken before other locks
+        if self.path: self._take_in()
+        elif mode == "r":
+            raise PoolNotFound("a pool in memory begins empty, so mode='r' has nothing to read; "
+                               "give the path of a saved one")
+        if not self.path: _NAMED[self.url] = self
+
+    def save(self,
+        path: Optional[str | os.PathLike] = None, # By default the pool's own
+        overwrite: bool = False, # Replace a file that holds other experience
+    ) -> None:
+        "Write every version to one file, in one step; `PoolUnavailable` rather than lose another's work"
+        with at_the_door:
+            path = self.path if path is None else Path(plain_path(path)).absolute()
+            own, target = (p and _target(p) for p in (self.path, path))
+            if self.mode == "r" and target in (None, own):
+                raise ReadOnly(f"{self!r} is read-only; save(path) writes a copy elsewhere")
+            if target is None: raise PoolUnavailable("this pool has no file yet; save(path) says where")
+            if self._at is not None: return super().save(path, overwrite)  # one version, without its past
+            with self._saving:
+                last = self._replace_saved(target, overwrite)
+                if target == own: self._shared["saved"] = last
+
+    def _close(self) -> None:
+        if self.path and self.mode == "a" and self._shared["last"] > self._shared["saved"]: self.save()
+
+    def _forked(self) -> None: self._shared["saved"] = self._shared["last"]  # the parent saves that
+
+# %% ../../../nbs/storage/pool/memory.ipynb #c5c3f22a
+@patch
+def _take_in(self: MemoryPool) -> None:
+    "What the pool's file holds; where there is none, only a reader minds"
     try:
-        _there(target := _target(pool.path))  # opening a pipe would wait for ever
+        _there(target := _target(self.path))  # opening a pipe would wait for ever
         with open(target, "rb") as f: commits, schema, log, steps = _read_pool(f)
     except (FileNotFoundError, NotADirectoryError):
-        if pool.mode == "a": return
-        raise PoolNotFound(f"no pool at {pool.url!r}; mode='a' creates one") from None
+        if self.mode == "a": return
+        raise PoolNotFound(f"no pool at {self.url!r}; mode='a' creates one") from None
     except Exception as e:
-        senseless = isinstance(e, OSError) and e.errno == errno.EINVAL  # an offset that the file gives, not the disk
+        # an offset that the file gives, not the disk
+        senseless = isinstance(e, OSError) and e.errno == errno.EINVAL
         if isinstance(e, (OSError, MemoryError)) and not (senseless or isinstance(e, CorruptData)):
-            raise PoolUnavailable(f"{pool.url!r} cannot be read now: {e or 'there is no room for it in memory'}") from e
-        raise CorruptData(f"{pool.url!r} is no pool that MemoryPool saved, or is damaged: {e}") from e
-    pool._log = {n: c._replace(put=tuple(replace(p, where=Kept(steps[p.where])) for p in c.put)) for n, c in commits.items()}
-    pool._index.schema = schema
-    pool._shared.update(last=log["last"], oldest=log["horizon"], saved=log["last"], tokens={target: (log["token"],)})
+            room = "there is no room for it in memory"
+            raise PoolUnavailable(f"{self.url!r} cannot be read now: {e or room}") from e
+        raise CorruptData(f"{self.url!r} is no pool that MemoryPool saved, or is damaged: {e}") from e
+    def kept(parts: Sequence[Part]) -> tuple[Part, ...]:
+        return tuple(replace(part, where=Kept(steps[part.where])) for part in parts)
+    self._log = {n: c._replace(put=kept(c.put)) for n, c in commits.items()}
+    self._index.schema = schema
+    tokens = {target: (log["token"],)}
+    self._shared.update(last=log["last"], oldest=log["horizon"], saved=log["last"], tokens=tokens)
 
-# %% ../../../nbs/storage/pool/memory.ipynb #03318610
-def lending(
-    part: Part,
-    steps: Episode | Callable[[], Episode], # Themselves, to keep them again, or what reads them from now on
-) -> Callable[[], None]:
-    "What changes where a part's steps are"
-    return partial(setattr, part.where, "steps", steps)
+# %% ../../../nbs/storage/pool/memory.ipynb #7f9552c6
+@patch
+def _replace_saved(self: MemoryPool, target: Path, overwrite: bool) -> int:
+    "Write the pool to a file, and say which was the last version"
+    tokens, token, last = self._shared["tokens"], secrets.token_hex(16), 0
+    def check() -> Optional[os.stat_result]:
+        found = _there(target)
+        if not found or overwrite or _token(target) in tokens.get(target, ()): return found
+        raise PoolUnavailable(f"{str(target)!r} was written by somebody else; open it and copy_to it, "
+                              "choose another path, or overwrite=True to replace it")
+    def write(f: Any) -> None:
+        nonlocal last
+        last = self._while_lent(lambda: self._write_to(f, token))
+        check()  # again: writing takes its time
+        tokens[target] = (*tokens.get(target, ()), token)
+    try: replace_file(target, write, check())
+    except DataIOError: raise
+    except OSError as e:
+        raise PoolUnavailable(f"could not save {str(target)!r}: {e}; {_outcome(target, token)}") from e
+    tokens[target] = (token,)
+    return last
+
+def _outcome(target: Path, token: str) -> str:
+    "What became of a file that could not be replaced, and what to do"
+    try: done = _token(target) == token
+    except OSError: return "it cannot be read now, and is as it was or as it should be; save again"
+    if done: return "it has the new content, which a power failure could still undo; save again"
+    return ("what was there is as it was; see that its folder exists, can be written and has room, "
+            "and save again, or save(path) elsewhere")
+
+# %% ../../../nbs/storage/pool/memory.ipynb #6c916c51
+@patch(cls_method=True)
+def _from_url(cls: MemoryPool, url: str, mode: str = "a", **options: Any) -> MemoryPool:
+    if not url.startswith("memory://"): return cls(url, mode, **options)
+    if url not in _NAMED: return cls(mode=mode, name=url.removeprefix("memory://"), **options)
+    _NAMED[url].load()
+    return _NAMED[url] if mode == "a" else _NAMED[url]._view()
 
 @patch
-def _forgetting(self: MemoryPool, # Its lock is held until the changes were made
-    parts: Sequence[Part], # The oldest of their episodes
-) -> list[Callable[[], None]]:
-    "What drops parts from every version, for good"
-    if not parts: return []
-    gone, log, last = {part.where for part in parts}, self._log, self._shared["last"]
-    lives, changes = self._catch_up(last).lives, [partial(dict.update, self._shared, oldest=last)]
-    for commit in {part.version: log[part.version] for part in parts}.values():
-        put = tuple(part for part in commit.put if part.where not in gone)
-        if put or commit.hide: changes.append(partial(dict.update, log, {commit.number: commit._replace(put=put)}))
-        else: changes.append(partial(dict.pop, log, commit.number))
-    for id in {part.id for part in parts}:
-        oldest = [(life, next((n for n, part in enumerate(life.parts) if part.where not in gone), None)) for life in lives[id]]
-        left = [life for life, n in oldest if n is not None]
-        changes.append(partial(dict.update, lives, {id: left}) if left else partial(dict.pop, lives, id))
-        changes += [partial(list.__delitem__, life.parts, slice(n)) for life, n in oldest if n]
-    return changes
+def __reduce__(self: MemoryPool):
+    return super(MemoryPool, self).__reduce__() if self.path else (_same, (self.url, self.mode, self._at))
+
+@patch
+def _repair(self: MemoryPool, version: int, dry_run: bool) -> list[str]: return _leftovers(self.path, dry_run)
