@@ -270,6 +270,8 @@ class _Checked:
     def close(self) -> None: self.source.close()
 
 # %% ../../../nbs/storage/pool/parquet.ipynb #500a084f
+_NEAR = pa.OSFile, pa.BufferReader  # what is on this machine
+
 def open_parquet(
     source: Any, # A `pyarrow.NativeFile`
     footer: Any, # Its last bytes, which are sound
@@ -282,8 +284,8 @@ def open_parquet(
     if len(begins) != len(sums): raise ValueError("its footer has not a checksum for each column")
     checked = _Checked(source, begins, source.size() - len(footer), sums)
     # a fork while Arrow's threads call Python can hang its child (in 3.11); only a remote file gains by them
-    near = isinstance(source, (pa.OSFile, pa.BufferReader))
-    return pq.ParquetFile(pa.PythonFile(checked, mode="r"), metadata=meta, pre_buffer=not near)
+    far = not isinstance(source, _NEAR)
+    return pq.ParquetFile(pa.PythonFile(checked, mode="r"), metadata=meta, pre_buffer=far)
 
 def is_made_for(
     source: Any, # A `pyarrow.NativeFile`
