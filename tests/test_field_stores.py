@@ -76,7 +76,7 @@ def test_a_column_is_never_made_one_arrow_array():
     "Pieces that share a little memory are more than 2 GB together"
     column = parquet.Column("x", pa.binary(), "info", film(1, "uint8", 1 << 20).schema.of("info")[0])
     piece = pa.array([bytes(1 << 20)] * 64, pa.binary())
-    values = parquet._from_arrow(column, pa.chunked_array([piece] * 33))
+    values = column._from_arrow(pa.chunked_array([piece] * 33))
     assert values.shape == (33 * 64, 1 << 20) and values.nbytes > 2**31 and not values[-1].any()
 
 
@@ -463,7 +463,7 @@ def test_a_folder_that_others_read(tmp_path, name):
         warnings.simplefilter("error")
         pool = DaskPool(tmp_path / name)
         pool.store(drive())
-        delta._checkpoint(pool._lake, 1)
+        pool._lake._checkpoint(1)
     assert deltalake.DeltaTable(str(tmp_path / name)).version() == 1
 
 

@@ -272,7 +272,7 @@ class TestCreation:
     def test_a_table_that_another_made(self, harness):
         "A writer died, or is slow, between making the table and its first commit: the columns are those of the rows"
         slow, pool = harness.open(), harness.open()
-        delta._create_remote(slow.lake, drive().schema)
+        slow._lake.create(drive().schema)
         try: pool.store(other_schema())
         except SchemaError: slow.store(drive())
         assert columns_fit(harness, harness.open())

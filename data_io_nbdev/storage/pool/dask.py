@@ -13,22 +13,60 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple, Optional
 from fastcore.basics import patch
 import pandas as pd  # type: ignore
 
 # %% auto #0
-__all__ = ['windows', 'read_window', 'write_files', 'files_of', 'DaskPool', 'living']
+__all__ = ['write_files', 'files_of', 'windows', 'read_window', 'living', 'LakeReader', 'LakeWriter', 'LakeCompaction',
+           'LakeVacuum', 'DaskPool']
 
 # %% ../../../nbs/storage/pool/dask.ipynb #f298789c
-from ...errors import CorruptData, DataIOError, PoolNotFound, PoolUnavailable, QueryError, SchemaError, SnapshotNotFound, at_the_door
+from ...errors import (CorruptData, DataIOError, PoolNotFound, PoolUnavailable, QueryError,
+                                  SchemaError, SnapshotNotFound, at_the_door)
 from ...data.schema import Schema
 from ...data.core import Episode
 from .pool import Commit, Index, Part, Pool, in_bulk, safe_url
 from .parquet import File, Rows, parquet_bytes, read_episodes
-from .delta import Entry, Lake, flaws, open_lake, said_by, unreachable
+from .delta import Entry, Lake, open_lake, unreachable
+
+# %% ../../../nbs/storage/pool/dask.ipynb #9160b0f2
+_FILE, _PARTS = 32 << 20, 1024  # Bytes of steps in a file, and parts of episodes
+
+def _weight(size: int) -> Callable[[Part], float]:
+    "How many bytes a part takes of a file of so many"
+    return lambda part: part.nbytes + size / _PARTS
+
+def write_files(
+    lake: Lake, # To write to
+    token: str, # Random; the files are called after it
+    parts: Iterable[tuple[Part, Episode | Rows]], # In the order that they shall have
+    size: int = _FILE, # Bytes of steps in a file
+) -> list[Part]: # With their places
+    "Write steps that no commit names yet: all of them, or none"
+    placed: list[Part] = []
+    paths: list[str] = []
+    weight = _weight(size)
+    try:
+        for i, bulk in enumerate(in_bulk(parts, lambda pair: weight(pair[0]), size)):
+            paths.append(f"{token}-{i}.parquet")
+            file, content = parquet_bytes(paths[-1], bulk, lake.table.id)
+            lake.write(file.path, content)
+            row = 0
+            for part, _ in bulk:
+                placed.append(replace(part, where=(file, row)))
+                row += part.length
+    except BaseException:
+        with suppress(OSError): lake.remove(paths)
+        raise
+    return placed
+
+def files_of(
+    parts: Iterable[Part], # With their places
+) -> tuple[File, ...]:
+    "The files in which parts are, each once"
+    return tuple({part.where[0].path: part.where[0] for part in parts}.values())
 
 # %% ../../../nbs/storage/pool/dask.ipynb #d3bbb2fe
 _WINDOW = 4 << 20  # Bytes of steps that are read at once
@@ -40,8 +78,8 @@ def windows(
     return in_bulk(parts, lambda part: part.nbytes, _WINDOW)
 
 def read_window(
-    lake: Lake,
-    schema: Schema,
+    lake: Lake, # Where the files are
+    schema: Schema, # Of the episodes
     parts: Sequence[Part], # In any order
 ) -> list[Episode]: # In that order
     "The steps of some parts; raises `CorruptData`, or `FileNotFoundError` where a file is gone"
@@ -62,7 +100,9 @@ def _run(parts: Sequence[Part], order: Sequence[int]) -> list[int]:
         run.append(i)
     return run
 
+# %% ../../../nbs/storage/pool/dask.ipynb #129a594d
 def _read_run(lake: Lake, schema: Schema, run: Sequence[Part], whole: bool = False) -> list[Episode]:
+    "The steps of neighbours in a file; `whole`: fetch all of it first, in case it was the store that failed"
     path = run[0].where[0].path
     try:
         file = lake.open(run[0].where[0], whole)
@@ -70,118 +110,31 @@ def _read_run(lake: Lake, schema: Schema, run: Sequence[Part], whole: bool = Fal
     except FileNotFoundError: raise
     except Exception as e:
         if isinstance(e, PoolUnavailable): raise
-        said, cause = said_by(lake, e)
-        if unreachable(e): raise PoolUnavailable(f"{safe_url(lake.url)}: {path} cannot be read: {said}") from cause
-        if not (lake.settled or whole): return _read_run(lake, schema, run, whole=True)  # it may be the store that failed
-        if len(run) > 1: return [episode for part in run for episode in _read_run(lake, schema, [part], whole)]
+        said, cause = lake.said(e)
+        wrong = f"{path} cannot be read: {said}"
+        if unreachable(e): raise PoolUnavailable(f"{safe_url(lake.url)}: {wrong}") from cause
+        if not (lake.settled or whole): return _read_run(lake, schema, run, whole=True)
+        if len(run) > 1: return [read for part in run for read in _read_run(lake, schema, [part], whole)]
         raise CorruptData(f"episode {run[0].id} cannot be read from {path}: {said}") from cause
 
-# %% ../../../nbs/storage/pool/dask.ipynb #9160b0f2
-_FILE, _PARTS = 32 << 20, 1024  # Bytes of steps in a file, and parts of episodes
+# %% ../../../nbs/storage/pool/dask.ipynb #b3dc9bf9
+def living(
+    index: Index, # What the log says
+    version: int, # At which
+    paths: Optional[Iterable[str]] = None, # Of these files only
+) -> dict[str, list[Part]]: # By path, as they lie in the file
+    "The files of the table, and the parts that are in them"
+    files: dict[str, list[Part]] = {}
+    for id in list(index.lives):
+        for part in index.parts(id, version):
+            path = part.where[0].path
+            if paths is None or path in paths: files.setdefault(path, []).append(part)
+    for parts in files.values(): parts.sort(key=lambda part: part.where[1])
+    return files
 
-def _weight(size: int) -> Callable[[Part], float]:
-    "How many bytes a part takes of a file of so many"
-    return lambda part: part.nbytes + size / _PARTS
+def _key(part: Part) -> tuple: return part.who, part.start, part.offset  # the order that files have
 
-def write_files(
-    lake: Lake,
-    token: str, # Random; the files are called after it
-    parts: Iterable[tuple[Part, Episode | Rows]], # In the order that they shall have
-    size: int = _FILE, # Bytes of steps in a file
-) -> list[Part]: # With their places
-    "Write steps that nobody sees yet: all of them, or none"
-    placed: list[Part] = []
-    paths: list[str] = []
-    weight = _weight(size)
-    try:
-        for i, bulk in enumerate(in_bulk(parts, lambda pair: weight(pair[0]), size)):
-            paths.append(f"{token}-{i}.parquet")
-            file, content = parquet_bytes(paths[-1], bulk, lake.table.id)
-            lake.write(file.path, content)
-            row = 0
-            for part, _ in bulk:
-                placed.append(replace(part, where=(file, row)))
-                row += part.length
-    except BaseException:
-        with suppress(OSError): lake.remove(paths)
-        raise
-    return placed
-
-def files_of(parts: Iterable[Part]) -> tuple[File, ...]:
-    "The files in which parts are, each once"
-    return tuple({part.where[0].path: part.where[0] for part in parts}.values())
-
-# %% ../../../nbs/storage/pool/dask.ipynb #7203fc8f
-class DaskPool(Pool):
-    "Episodes in a Delta Lake table, in a folder or in an object store"
-    durable: ClassVar[bool] = True
-    gives_units: ClassVar[bool] = True
-
-    def __init__(self,
-        url: str | os.PathLike, # A folder, or `s3://…`, `gs://…`, `abfss://…`; it need not exist yet
-        mode: str = "a", # `"r"`: it must exist, and stays as it is
-        storage_options: Optional[dict[str, str]] = None, # Of the object store; by default from the environment
-        grace: str | pd.Timedelta = "24h", # How long a writer may take before `repair` counts its files as left behind
-    ):
-        with at_the_door:
-            self._lake, self.grace = open_lake(url, storage_options), pd.Timedelta(grace).total_seconds()
-            self._layout = SimpleNamespace(now=_Layout())  # shared with snapshots
-            super().__init__(safe_url(self._lake.url), mode)
-            with _reachable(self):
-                if not self._lake.check() and mode == "r": raise PoolNotFound(f"no pool at {self.url!r}; mode='a' creates one")
-
-    def _head(self) -> int:
-        with _reachable(self): return max(0, self._lake.head())
-
-    def _changes(self, after: int, upto: int) -> Iterator[Commit]: return _changes(self, after, upto)
-    def _read(self, parts: Sequence[Part]) -> Iterator[Episode]: return _read(self, parts)
-
-    def _write(self, token: str, parts: Sequence[tuple[Part, Episode]], schema: Schema) -> list[Part]:
-        with _reachable(self): return write_files(self._lake, token, parts) if self._lake.found(schema) else []
-
-    def _put(self, commit: Commit) -> bool: return _put(self, commit)
-
-    def _drop(self, parts: Sequence[Part]) -> None:
-        with _reachable(self): self._lake.remove({part.where[0].path for part in parts})
-
-    def _options(self) -> dict[str, Any]: return {"grace": pd.Timedelta(seconds=self.grace)}
-
-    def _oldest(self) -> int:
-        with suppress(DataIOError): self._catch_up(self._head())  # a commit that nobody can read ends no version before it
-        return self._index.oldest
-
-    def _repair(self, version: int, dry_run: bool) -> list[str]: return _repair(self, dry_run)
-
-    def verify(self) -> list[str]: # Empty when sound
-        "Read every step of every version, and every byte of every file; one line for each damaged part"
-        with at_the_door: return _verify(self)
-
-    def compact(self,
-        size: int = _FILE, # Bytes of steps in a file, about
-    ) -> int: # How many files were rewritten
-        "Make large files of small ones, in the order of subject and time; every version reads as before"
-        with at_the_door: return _compact(self, size)
-
-    def vacuum(self,
-        older_than: str | pd.Timedelta, # For example `"365D"`: versions that nobody saw as the newest since then
-        dry_run: bool = True, # Only say what it would remove
-    ) -> list[str]: # One line for each file that is, or would be, removed
-        "Give up old versions, and remove the files that only they need; reading them raises `SnapshotNotFound` from then on"
-        with at_the_door: return _vacuum(self, older_than, dry_run)
-
-# %% ../../../nbs/storage/pool/dask.ipynb #cd27b291
-@contextmanager
-def _reachable(pool: DaskPool) -> Iterator[None]:
-    "Whatever the store says is said with the pool's name"
-    try: yield
-    except DataIOError: raise
-    except (OSError, MemoryError) as e:
-        said, cause = said_by(pool._lake, e)
-        raise PoolUnavailable(f"{pool.url!r}: {said}") from cause
-
-# %% ../../../nbs/storage/pool/dask.ipynb #e9f0bfda
-def _now() -> int: return time.time_ns() // 1_000_000  # as an entry says it
-
+# %% ../../../nbs/storage/pool/dask.ipynb #db25f412
 class _Layout(NamedTuple):
     "Where the table's rows are after an entry, as far as that is not where a pool put them"
     number: int = 0  # Of the entry
@@ -192,249 +145,352 @@ class _Layout(NamedTuple):
     hidden: dict[int, tuple[str, ...]] = {}  # By number: ids of the episodes that went with them
 
     def then(self, entry: Entry, hide: tuple[str, ...]) -> _Layout:
-        "After the next entry"
+        "After the next entry, which hides these episodes"
         gone, new = {file.path for file in entry.gone}, {file.path: file for file in entry.files}
         theirs, ours = {path: file for path, file in self.theirs.items() if path not in gone}, self.ours
         if entry.relaid: theirs, ours = {**theirs, **new}, ours | (gone - self.theirs.keys())
         taken, brought = self.taken, self.brought
         if not entry.commit.token: taken, brought = taken | gone, brought | new.keys()
         hidden = {**self.hidden, entry.commit.number: hide} if hide else self.hidden
-        return _Layout(entry.commit.number, theirs, ours if theirs else frozenset(), taken - new.keys(), brought, hidden)
+        ours = ours if theirs else frozenset()
+        return _Layout(entry.commit.number, theirs, ours, taken - new.keys(), brought, hidden)
 
-def _put_back(pool: DaskPool, number: int) -> bool:
-    "Whether files had to be put back, by a commit of its own"
-    layout = pool._layout.now
-    if not layout.theirs: return False
-    back = [p for ps in living(pool._index, number - 1, layout.ours).values() for p in ps]
-    entry = Entry(Commit(number, secrets.token_hex(16), move=tuple(back)), files_of(back), tuple(layout.theirs.values()), _now())
-    with _reachable(pool): pool._lake.put(entry, pool._index.schema)
-    return True
+    def hides(self, entry: Entry, index: Index) -> tuple[str, ...]:
+        "Ids of the episodes that an entry of another engine takes out of the table, by the index before it"
+        gone, number = {file.path for file in entry.gone}, entry.commit.number
+        there = {part.where[0].path for part in index.every_part()}
+        nowhere = gone <= self.taken or (not index.oldest and gone.isdisjoint(there | self.theirs.keys()))
+        if (gone and nowhere) or any(file.path in self.brought for file in entry.files):
+            raise CorruptData(f"commit {number} of the log is damaged: it removes what is not there, or adds "
+                              "what was there before")
+        if entry.relaid or not gone: return ()
+        if theirs := gone & self.theirs.keys():
+            if theirs != self.theirs.keys():
+                raise SchemaError(f"commit {number} removed some of the files that another engine had laid "
+                                  "out anew, and nothing says which episodes those are; "
+                                  f"snapshot({number - 1}) reads what was there before")
+            gone |= self.ours
+        return tuple({part.id: None for part in index.every_part() if part.where[0].path in gone})
 
-def _changes(pool: DaskPool, after: int, upto: int) -> Iterator[Commit]:
-    if after > pool._layout.now.number: pool._catch_up(after)
-    known: list[Commit] = []
-    with _reachable(pool):
-        for entry in pool._lake.entries(after, upto):
-            known.append(_follow(pool, entry, known))
-            yield known[-1]
+# %% ../../../nbs/storage/pool/dask.ipynb #7203fc8f
+class LakeReader(Pool):
+    "What a pool reads of a lake"
+    durable: ClassVar[bool] = True
+    gives_units: ClassVar[bool] = True
 
-def _follow(pool: DaskPool, entry: Entry, known: Sequence[Commit]) -> Commit:
+    def __init__(self,
+        url: str | os.PathLike, # A folder, or `s3://…`, `gs://…`, `abfss://…`; it need not exist yet
+        mode: str = "a", # `"r"`: it must exist, and stays as it is
+        storage_options: Optional[dict[str, str]] = None, # Of the store; by default from the environment
+        grace: str | pd.Timedelta = "24h", # How old a file must be before `repair` takes it for left behind
+    ):
+        with at_the_door:
+            self._lake, self.grace = open_lake(url, storage_options), pd.Timedelta(grace).total_seconds()
+            self._layout = SimpleNamespace(now=_Layout())  # shared with snapshots
+            super().__init__(safe_url(self._lake.url), mode)
+            with self._reachable():
+                if not self._lake.check() and mode == "r":
+                    raise PoolNotFound(f"no pool at {self.url!r}; mode='a' creates one")
+
+    def _options(self) -> dict[str, Any]: return {"grace": pd.Timedelta(seconds=self.grace)}
+
+    def _head(self) -> int:
+        with self._reachable(): return max(0, self._lake.head())
+
+    def _changes(self, after: int, upto: int) -> Iterator[Commit]:
+        if after > self._layout.now.number: self._catch_up(after)
+        known: list[Commit] = []
+        with self._reachable():
+            for entry in self._lake.entries(after, upto):
+                known.append(self._follow(entry, known))
+                yield known[-1]
+
+    def _read(self, parts: Sequence[Part]) -> Iterator[Episode]:
+        schema = self._index.schema
+        for window in windows(parts):
+            with self._reachable():
+                try: episodes = read_window(self._lake, schema, window)
+                except FileNotFoundError: episodes = [self._reread(schema, part) for part in window]
+            yield from episodes
+
+# %% ../../../nbs/storage/pool/dask.ipynb #cd27b291
+@patch
+@contextmanager
+def _reachable(self: LakeReader) -> Iterator[None]:
+    "What the store says is said with the pool's name"
+    try: yield
+    except DataIOError: raise
+    except (OSError, MemoryError) as e:
+        said, cause = self._lake.said(e)
+        raise PoolUnavailable(f"{self.url!r}: {said}") from cause
+
+@patch
+def _follow(self: LakeReader, entry: Entry, known: Sequence[Commit]) -> Commit:
     "Take note of an entry, once; gives its commit"
     number = entry.commit.number
-    with pool._lock:
-        layout = pool._layout.now
+    with self._lock:
+        layout = self._layout.now
         if number > layout.number:
-            pool._layout.now = layout = layout.then(entry, () if entry.commit.token else _hidden(pool, layout, entry, known))
+            hide = () if entry.commit.token else layout.hides(entry, self._index_at(number - 1, known))
+            self._layout.now = layout = layout.then(entry, hide)
     return entry.commit._replace(hide=layout.hidden[number]) if number in layout.hidden else entry.commit
 
-def _hidden(pool: DaskPool, layout: _Layout, entry: Entry, known: Sequence[Commit]) -> tuple[str, ...]:
-    "Ids of the episodes that an entry of another engine takes out of the table"
-    gone, number = {file.path for file in entry.gone}, entry.commit.number
-    index = _index_at(pool, number - 1, known)
-    there = {part.where[0].path for part in index.every_part()}
-    nowhere = gone <= layout.taken or (not index.oldest and gone.isdisjoint(there | layout.theirs.keys()))
-    if (gone and nowhere) or any(file.path in layout.brought for file in entry.files):
-        raise CorruptData(f"commit {number} of the log is damaged: it removes what is not there, or adds what was there before")
-    if entry.relaid or not gone: return ()
-    if theirs := gone & layout.theirs.keys():
-        if theirs != layout.theirs.keys():
-            raise SchemaError(f"commit {number} removed some of the files that another engine had laid out anew, and nobody "
-                              f"can say which episodes those are; snapshot({number - 1}) reads what was there before")
-        gone |= layout.ours
-    return tuple({part.id: None for part in index.every_part() if part.where[0].path in gone})
-
-def _index_at(pool: DaskPool, number: int, known: Sequence[Commit]) -> Index:
+@patch
+def _index_at(self: LakeReader, number: int, known: Sequence[Commit]) -> Index:
     "What the log says up to a number that the pool's index may still be on its way to"
-    if pool._index.number >= number: return pool._index
-    index = deepcopy(pool._index)
+    if self._index.number >= number: return self._index
+    index = deepcopy(self._index)
     for commit in known:
         if commit.number > index.number: index.apply(commit)
     return index
 
 # %% ../../../nbs/storage/pool/dask.ipynb #71440a0e
-def _read(pool: DaskPool, parts: Sequence[Part]) -> Iterator[Episode]:
-    schema = pool._index.schema
-    for window in windows(parts):
-        with _reachable(pool):
-            try: episodes = read_window(pool._lake, schema, window)
-            except FileNotFoundError: episodes = [_reread(pool, schema, part) for part in window]
-        yield from episodes
-
-def _reread(pool: DaskPool, schema: Schema, part: Part) -> Episode:
+@patch
+def _reread(self: LakeReader, schema: Schema, part: Part) -> Episode:
     "A part, wherever it is now"
-    try: return read_window(pool._lake, schema, [part])[0]
-    except FileNotFoundError: now = pool._part_now(part)
-    try: return read_window(pool._lake, schema, [now])[0]
-    except FileNotFoundError: raise CorruptData(f"episode {part.id} cannot be read: {now.where[0].path} is missing") from None
+    try: return read_window(self._lake, schema, [part])[0]
+    except FileNotFoundError: now = self._part_now(part)
+    try: return read_window(self._lake, schema, [now])[0]
+    except FileNotFoundError: pass
+    raise CorruptData(f"episode {part.id} cannot be read: {now.where[0].path} is missing")
 
 @patch
-def _part_now(self: DaskPool, part: Part) -> Part:
+def _part_now(self: LakeReader, part: Part) -> Part:
     "A part where its steps are now; raises `SnapshotNotFound` where the versions that had it were given up"
     if now := self._catch_up(self._head()).place(part): return now
-    raise SnapshotNotFound(f"episode {part.id}: the versions that had it were given up; the oldest is {self._index.oldest}")
+    raise SnapshotNotFound(f"episode {part.id}: the versions that had it were given up; "
+                           f"the oldest is {self._index.oldest}")
 
-# %% ../../../nbs/storage/pool/dask.ipynb #b3dc9bf9
-def living(
-    index: Index,
-    version: int, # At which
-    paths: Optional[Iterable[str]] = None, # Of these files only
-) -> dict[str, list[Part]]: # By path, as they lie in the file
-    "The files of the table, and the parts that are in them"
-    files: dict[str, list[Part]] = {}
-    for id in list(index.lives):
-        for part in index.parts(id, version):
-            if paths is None or part.where[0].path in paths: files.setdefault(part.where[0].path, []).append(part)
-    for parts in files.values(): parts.sort(key=lambda part: part.where[1])
-    return files
+# %% ../../../nbs/storage/pool/dask.ipynb #1a0bbc5e
+def _now() -> int: return time.time_ns() // 1_000_000  # as an entry says it
 
-def _key(part: Part) -> tuple: return part.who, part.start, part.offset  # the order that files have
+def _sound(part: Part, episode: Episode) -> Episode:
+    if replace(episode).digest == part.digest: return episode
+    raise CorruptData(f"episode {part.id} in {part.where[0].path} is not what was stored")
 
-def _put(pool: DaskPool, commit: Commit) -> bool:
-    if pool._head() >= commit.number: return False
-    try:
-        index = pool._catch_up(commit.number - 1)
-        if _put_back(pool, commit.number): return False
-        gone, moved = _make_room(pool, index, commit)
-    except BaseException:  # nobody has heard of the new steps
-        with suppress(DataIOError): pool._drop(commit.put)
-        raise
-    done = _commit(pool, commit._replace(move=tuple(moved)), gone)
-    if not done: pool._drop(moved)
-    return done
+# %% ../../../nbs/storage/pool/dask.ipynb #2c9a05bc
+class LakeWriter(LakeReader):
+    "What a pool writes to a lake"
+    def _write(self, token: str, parts: Sequence[tuple[Part, Episode]], schema: Schema) -> list[Part]:
+        with self._reachable():
+            self._lake.found(schema)
+            return write_files(self._lake, token, parts)
 
-def _make_room(pool: DaskPool, index: Index, commit: Commit) -> tuple[tuple[File, ...], list[Part]]:
+    def _drop(self, parts: Sequence[Part]) -> None:
+        with self._reachable(): self._lake.remove({part.where[0].path for part in parts})
+
+    def _put(self, commit: Commit) -> bool:
+        if self._head() >= commit.number: return False
+        try:
+            index = self._catch_up(commit.number - 1)
+            if self._put_back(commit.number): return False
+            gone, moved = self._make_room(index, commit)
+        except BaseException:  # no commit names the new steps
+            with suppress(DataIOError): self._drop(commit.put)
+            raise
+        done = self._put_entry(commit._replace(move=tuple(moved)), gone)
+        if not done: self._drop(moved)
+        return done
+
+    def _put_entry(self, commit: Commit, gone: tuple[File, ...]) -> bool:
+        "Make this commit N, unless there is one"
+        entry, lake = Entry(commit, files_of((*commit.put, *commit.move)), gone, _now()), self._lake
+        with self._reachable():
+            for file in entry.files:
+                if lake.age(file.path) > self.grace / 2:
+                    raise PoolUnavailable(f"{self!r}: steps waited longer than half of grace={self.grace:g} "
+                                          "s for their commit; store them again")
+            try: return lake.put(entry, commit.schema or self._index.schema)
+            except BaseException:  # what surely is in no log is taken back; else it is for `repair` to judge
+                with suppress(DataIOError, OSError):
+                    if lake.settled and lake.head() < commit.number: lake.remove(f.path for f in entry.files)
+                raise
+
+# %% ../../../nbs/storage/pool/dask.ipynb #e9f0bfda
+@patch
+def _make_room(self: LakeWriter, index: Index, commit: Commit) -> tuple[tuple[File, ...], list[Part]]:
     "The files that hold what a commit hides, and their other parts in new files"
     if not commit.hide: return (), []
     hidden = set(commit.hide)
     paths = {p.where[0].path for id in hidden for p in index.parts(id, commit.number - 1)}
     touched = sorted(living(index, commit.number - 1, paths).values(), key=lambda parts: _key(parts[0]))
-    return files_of(p for ps in touched for p in ps), _move(pool, [p for ps in touched for p in ps if p.id not in hidden])
+    every = [p for parts in touched for p in parts]
+    return files_of(every), self._rewrite([p for p in every if p.id not in hidden])
 
-def _move(pool: DaskPool, parts: Sequence[Part], size: int = _FILE) -> list[Part]:
+@patch
+def _put_back(self: LakeWriter, number: int) -> bool:
+    "Whether files had to be put back into the table, by a commit of its own"
+    layout = self._layout.now
+    if not layout.theirs: return False
+    back = [p for ps in living(self._index, number - 1, layout.ours).values() for p in ps]
+    commit = Commit(number, secrets.token_hex(16), move=tuple(back))
+    entry = Entry(commit, files_of(back), tuple(layout.theirs.values()), _now())
+    with self._reachable(): self._lake.put(entry, self._index.schema)
+    return True
+
+@patch
+def _rewrite(self: LakeWriter, parts: Sequence[Part], size: int = _FILE) -> list[Part]:
     "Parts in new files, in this order"
-    with _reachable(pool): return write_files(pool._lake, secrets.token_hex(16), _stored(pool, parts), size)
+    token = secrets.token_hex(16)
+    with self._reachable(): return write_files(self._lake, token, self._sound_steps(parts), size)
 
-def _stored(pool: DaskPool, parts: Sequence[Part]) -> Iterator[tuple[Part, Episode | Rows]]:
-    "The steps of parts, of which none is damaged"
-    left, tables, schema = Counter(part.where[0].path for part in parts), {}, pool._index.schema
+@patch
+def _sound_steps(self: LakeWriter, parts: Sequence[Part]) -> Iterator[tuple[Part, Episode | Rows]]:
+    "The steps of parts; raises `CorruptData` for one that is damaged"
+    left, tables, schema = Counter(part.where[0].path for part in parts), {}, self._index.schema
     for part in parts:
         file, row = part.where
-        if file.path not in tables: tables[file.path] = pool._lake.rows(file, schema)
+        if file.path not in tables: tables[file.path] = self._lake.rows(file, schema)
         table = tables[file.path]
         if table is not None and row + part.length <= len(table): yield part, Rows(schema, table, row)
-        else: yield part, _sound(part, pool._read_one(part))
+        else: yield part, _sound(part, self._read_one(part))
         left[file.path] -= 1
         if not left[file.path]: del tables[file.path]
-
-def _sound(part: Part, episode: Episode) -> Episode:
-    if replace(episode).digest != part.digest: raise CorruptData(f"episode {part.id} in {part.where[0].path} is not what was stored")
-    return episode
-
-def _commit(pool: DaskPool, commit: Commit, gone: tuple[File, ...]) -> bool:
-    "Make this commit N, if nobody has"
-    entry = Entry(commit, files_of((*commit.put, *commit.move)), gone, _now())
-    with _reachable(pool):
-        for file in entry.files:
-            if pool._lake.age(file.path) > pool.grace / 2:
-                raise PoolUnavailable(f"{pool!r}: steps waited longer than half of grace={pool.grace:g} s for their commit; store them again")
-        try: return pool._lake.put(entry, commit.schema or pool._index.schema)
-        except BaseException:  # what nobody can have seen is taken back; in doubt it stays, and `repair` looks again
-            with suppress(DataIOError, OSError):
-                if pool._lake.settled and pool._lake.head() < commit.number: pool._lake.remove(file.path for file in entry.files)
-            raise
 
 # %% ../../../nbs/storage/pool/dask.ipynb #7594ae80
 _ROUND = 8  # So many times `size` is rewritten in one commit
 
-def _round(pool: DaskPool, version: int, size: int) -> tuple[list[Part], int]: # In order; none where there is nothing to gain
+def _worth_rewriting(
+    files: Iterable[Sequence[Part]], # The parts of each
+    size: int, # Bytes of steps in a file, about
+) -> tuple[list[Part], int]: # In order; none where there is nothing to gain
     "The parts of neighbouring files that are worth rewriting, a commit's worth, and how many files those are"
     weight, largest = _weight(size), _weight(_FILE)
     def full(parts: Sequence[Part]) -> float: return sum(map(weight, parts))
-    def huge(parts: Sequence[Part]) -> bool: return len(parts) > 1 and sum(map(largest, parts)) > _ROUND * _FILE
-    files = (sorted(parts, key=_key) for parts in living(pool._catch_up(version), version).values())
-    chosen = sorted((ps for ps in files if full(ps) < size / 2 or huge(ps)), key=lambda ps: _key(ps[0]))
+    def huge(parts: Sequence[Part]) -> bool:
+        return len(parts) > 1 and sum(map(largest, parts)) > _ROUND * _FILE
+    ordered = (sorted(parts, key=_key) for parts in files)
+    chosen = sorted((ps for ps in ordered if full(ps) < size / 2 or huge(ps)), key=lambda ps: _key(ps[0]))
     for bulk in in_bulk(chosen, full, _ROUND * size):
         parts = sorted((p for ps in bulk for p in ps), key=_key)
-        if any(map(huge, bulk)) or sum(1 for _ in in_bulk(parts, weight, size)) < len(bulk): return parts, len(bulk)
+        fewer = sum(1 for _ in in_bulk(parts, weight, size)) < len(bulk)
+        if fewer or any(map(huge, bulk)): return parts, len(bulk)
     return [], 0
 
-def _compact(pool: DaskPool, size: int) -> int:
-    pool._check_writable()
-    while _put_back(pool, pool._catch_up(pool.version).number + 1): pass
-    done, size = 0, min(size, _FILE)
-    while (found := _round(pool, version := pool.version, size))[1]:
-        moved = _move(pool, found[0], size)
-        if _replace_files(pool, version, files_of(found[0]), moved): done += found[1]
-        else: pool._drop(moved)
-    return done
+# %% ../../../nbs/storage/pool/dask.ipynb #e7a51962
+class LakeCompaction(LakeWriter):
+    "A lake whose small files can be merged"
+    def compact(self,
+        size: int = _FILE, # Bytes of steps in a file, about
+    ) -> int: # How many files were rewritten
+        "Make large files of small ones, in the order of subject and time; every version reads as before"
+        with at_the_door:
+            self._check_writable()
+            while self._put_back(self._catch_up(self.version).number + 1): pass
+            done, size = 0, min(size, _FILE)
+            while True:
+                version = self.version
+                parts, n = _worth_rewriting(living(self._catch_up(version), version).values(), size)
+                if not n: return done
+                moved = self._rewrite(parts, size)
+                if self._replace_files(version, files_of(parts), moved): done += n
+                else: self._drop(moved)
 
-def _replace_files(pool: DaskPool, version: int, old: Sequence[File], moved: Sequence[Part]) -> bool:
-    "Let moved parts take the place of files, unless somebody touched these since a version"
-    paths = {file.path for file in old}
-    while True:
-        now = pool.version
-        if any(file.path in paths for entry in pool._lake.entries(version, now) for file in entry.gone): return False
-        if _commit(pool, Commit(now + 1, secrets.token_hex(16), move=tuple(moved)), tuple(old)): return True
-        version = now
+    def _replace_files(self, version: int, old: Sequence[File], moved: Sequence[Part]) -> bool:
+        "Let moved parts take the place of files, unless a commit since a version took one of these out"
+        paths = {file.path for file in old}
+        while True:
+            now = self.version
+            since = self._lake.entries(version, now)
+            if any(file.path in paths for entry in since for file in entry.gone): return False
+            commit = Commit(now + 1, secrets.token_hex(16), move=tuple(moved))
+            if self._put_entry(commit, tuple(old)): return True
+            version = now
 
 # %% ../../../nbs/storage/pool/dask.ipynb #2e1186a9
-def _vacuum(pool: DaskPool, older_than: str | pd.Timedelta, dry_run: bool) -> list[str]:
+def _seconds(older_than: str | pd.Timedelta) -> float:
     try: seconds = pd.Timedelta(older_than).total_seconds()
-    except ValueError as e: raise QueryError(f"older_than: expected a duration such as '365D', got {older_than!r}") from e
+    except ValueError as e:
+        raise QueryError(f"older_than: expected a duration such as '365D', got {older_than!r}") from e
     if not seconds >= 0: raise QueryError(f"older_than: expected a duration from 0, got {older_than!r}")
-    if not dry_run: pool._check_writable()
-    with _reachable(pool): there, entries = pool._lake.listing(), list(pool._lake.entries(0, pool.version))
-    ever = {f.path for e in entries for f in e.files}
-    then, times = (time.time() - seconds) * 1000, [e.time for e in entries]
-    for i in range(len(times) - 2, -1, -1): times[i] = times[i] or times[i + 1]  # another engine need not say when; it was before the next
-    oldest = next((i for i, t in enumerate(times) if t > then or not t), len(times))  # the newest one of that time
+    return seconds
+
+def _unneeded(
+    entries: Sequence[Entry], # All of them, from 1 on
+    there: Iterable[str], # Paths in the table's folder
+    then: float, # When, in milliseconds since 1970
+) -> tuple[int, dict[str, str]]: # The oldest version to keep; by path, a line for each file
+    "Files that no version needs which was the newest at some time since then"
+    ever, times = {f.path for e in entries for f in e.files}, [e.time for e in entries]
+    for i in range(len(times) - 2, -1, -1):
+        times[i] = times[i] or times[i + 1]  # another engine need not say when; it was before the next
+    oldest = next((i for i, t in enumerate(times) if t > then or not t), len(times))
     lines: dict[str, str] = {}
     for n, e in enumerate(entries):
         for f in e.gone if n < oldest and not e.relaid else ():
             if f.path in there and f.path in ever:
                 lines[f.path] = f"{f.path}, {f.size} bytes: not needed since version {e.commit.number}"
         for f in e.files: lines.pop(f.path, None)
-    if not dry_run:
-        while oldest > (index := pool._catch_up(pool.version)).oldest:
-            entry = Entry(Commit(index.number + 1, secrets.token_hex(16), oldest=oldest), time=_now())
-            with _reachable(pool): pool._lake.put(entry, index.schema)
-        with _reachable(pool): pool._lake.remove(lines)
-    return list(lines.values())
+    return oldest, lines
+
+# %% ../../../nbs/storage/pool/dask.ipynb #46f89383
+class LakeVacuum(LakeCompaction):
+    "A lake whose old versions can be given up"
+    def vacuum(self,
+        older_than: str | pd.Timedelta, # For example `"365D"`: versions that were last the newest before that
+        dry_run: bool = True, # Only say what it would remove
+    ) -> list[str]: # One line for each file that is, or would be, removed
+        "Give up old versions, and remove the files that only they need; they raise `SnapshotNotFound` then"
+        with at_the_door:
+            seconds = _seconds(older_than)
+            if not dry_run: self._check_writable()
+            with self._reachable():
+                there, entries = self._lake.listing(), list(self._lake.entries(0, self.version))
+            oldest, lines = _unneeded(entries, there, (time.time() - seconds) * 1000)
+            if not dry_run:
+                while oldest > (index := self._catch_up(self.version)).oldest:
+                    entry = Entry(Commit(index.number + 1, secrets.token_hex(16), oldest=oldest), time=_now())
+                    with self._reachable(): self._lake.put(entry, index.schema)
+                with self._reachable(): self._lake.remove(lines)
+            return list(lines.values())
+
+    def _oldest(self) -> int:
+        with suppress(DataIOError): self._catch_up(self._head())  # a damaged commit ends no version before it
+        return self._index.oldest
 
 # %% ../../../nbs/storage/pool/dask.ipynb #eacb607e
-def _repair(pool: DaskPool, dry_run: bool) -> list[str]:
-    with _reachable(pool):
-        there = pool._lake.listing()  # before the log is read, so that what is committed meanwhile is not in it
-        entries = list(pool._lake.entries(0, pool.version))
-        named = {file.path for entry in entries for file in entry.files}
-        left = {path: f"{path}: named by no commit, {age / 3600:.1f} hours old" for path, age in there.items()
-                if path not in named and age > pool.grace and pool._lake.ours(path)}
-        if not dry_run: pool._lake.remove(left)
-        return [*left.values(), *pool._lake.mend(entries, dry_run)]
+class DaskPool(LakeVacuum):
+    "Episodes in a Delta Lake table, in a folder or in an object store"
+    def _repair(self, version: int, dry_run: bool) -> list[str]:
+        with self._reachable():
+            there = self._lake.listing()  # first, so that no file is in it that a later entry names
+            entries = list(self._lake.entries(0, self.version))
+            named = {file.path for entry in entries for file in entry.files}
+            left = {path: f"{path}: named by no commit, {age / 3600:.1f} hours old"
+                    for path, age in there.items()
+                    if path not in named and age > self.grace and self._lake.ours(path)}
+            if not dry_run: self._lake.remove(left)
+            return [*left.values(), *self._lake.mend(entries, dry_run)]
+
+    def verify(self) -> list[str]: # Empty when sound
+        "Read every step of every version, and every byte of every file; one line for each damaged part"
+        files: dict[str, list[Part]] = {}
+        with at_the_door, self._reachable():
+            for part in self._catch_up(self.version).every_part():
+                files.setdefault(part.where[0].path, []).append(part)
+            lines = [line for parts in files.values() for line in self._file_damages(parts)]
+            if self.version: lines += self._lake._flaws(self.version, self._index.schema_at(1))
+            return lines
+
+    def _file_damages(self, parts: Sequence[Part]) -> list[str]:
+        "A line for each damaged part of a file; for every part where only the file as a whole is damaged"
+        if found := list(self._damages(parts)): return found
+        wrong = self._file_damage(parts[0])
+        return [part._damage_line(wrong) for part in parts] if wrong else []
 
 # %% ../../../nbs/storage/pool/dask.ipynb #7b480361
-def _verify(pool: DaskPool) -> list[str]:
-    files: dict[str, list[Part]] = {}
-    for part in pool._catch_up(pool.version).every_part(): files.setdefault(part.where[0].path, []).append(part)
-    lines = []
-    with _reachable(pool):
-        for path, parts in files.items():
-            found = list(pool._damages(parts))
-            if not found and (wrong := _file_damage(pool, parts[0])): found = [part._damage_line(wrong) for part in parts]
-            lines += found
-        return [*lines, *(flaws(pool._lake, pool.version, pool._index.schema_at(1)) if pool.version else ())]
-
-def _file_damage(pool: DaskPool, part: Part) -> str:
+@patch
+def _file_damage(self: DaskPool, part: Part) -> str:
     "What is wrong with the file of a part as a whole; empty when it is sound"
     file, crc = part.where[0], 0
     try:
-        with pool._lake.source(file.path) as source:
+        with self._lake.source(file.path) as source:
             while block := source.read(8 << 20): crc = zlib.crc32(block, crc)
     except FileNotFoundError:
         with suppress(SnapshotNotFound):
-            if pool._part_now(part).where[0] == file: return f"{file.path} is missing"
+            if self._part_now(part).where[0] == file: return f"{file.path} is missing"
         return ""  # it is elsewhere by now, or given up
     except OSError as e:
-        if unreachable(e) or not pool._lake.settled: raise
-        return f"{file.path} cannot be read: {said_by(pool._lake, e)[0]}"
+        if unreachable(e) or not self._lake.settled: raise
+        return f"{file.path} cannot be read: {self._lake.said(e)[0]}"
     return "" if crc == file.crc else f"{file.path} has other bytes than were written"

@@ -22,25 +22,30 @@ from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Optional
 from urllib.parse import unquote
+from fastcore.basics import patch
 import numpy as np
 
 # %% auto #0
-__all__ = ['FORMAT', 'NEWEST', 'Entry', 'facts_text', 'parse_entry', 'Table', 'Lake', 'unreachable', 'LocalLake', 'said_by',
-           'RemoteLake', 'flaws', 'open_lake']
+__all__ = ['FORMAT', 'NEWEST', 'Entry', 'parse_entry', 'Table', 'LakeFiles', 'LakeLog', 'LakeHistory', 'unreachable', 'Lake',
+           'LocalFiles', 'LocalLake', 'RemoteFiles', 'RemoteLake', 'open_lake']
 
 # %% ../../../nbs/storage/pool/delta.ipynb #9dde590d
-from ...errors import CorruptData, DataIOError, PoolUnavailable, QueryError, SchemaError, require, tell
+from ...errors import (CorruptData, DataIOError, PoolUnavailable, QueryError, SchemaError, require,
+                                  tell)
 from ...data.schema import Schema
 from ...data.core import FIRST, LAST
-from .pool import Commit, Part, forkable_lock, path_text, plain_path, quoted, safe_url
+from .pool import (Commit, Part, forkable_lock, path_text, plain_path, quoted,
+                                             safe_url)
 from .memory import replace_file, sync_folder
-from .parquet import Column, File, columns_of, is_made_for, open_parquet, whole_table
+from .parquet import (Column, File, columns_of, is_made_for, open_parquet,
+                                                whole_table)
 
 # %% ../../../nbs/storage/pool/delta.ipynb #22bc4b27
 pa = require("pyarrow", "dask")
 pq = require("pyarrow.parquet", "dask")
 deltalake = require("deltalake", "dask")
-for module in ("pyarrow.fs", "deltalake.fs", "deltalake.transaction", "deltalake.exceptions"): require(module, "dask")
+for module in ("pyarrow.fs", "deltalake.fs", "deltalake.transaction", "deltalake.exceptions"):
+    require(module, "dask")
 
 # %% ../../../nbs/storage/pool/delta.ipynb #83b01819
 FORMAT, NEWEST = 2, 3  # 1 did not say where an entry belongs; 3 is an entry that gives units
@@ -66,27 +71,30 @@ class Entry(NamedTuple):
 
 # %% ../../../nbs/storage/pool/delta.ipynb #9f80911c
 _FACTS = "data_io_nbdev"  # the key of our facts in `commitInfo`
-_PART = ("id", "who", "start", "zone", "offset", "length", "begin", "end", "number", "digest", "reward", "nbytes",
-         "ended", "linked", "tail", "born", "version")
+_PART = ("id", "who", "start", "zone", "offset", "length", "begin", "end", "number", "digest", "reward",
+         "nbytes", "ended", "linked", "tail", "born", "version")
 
 def _sealed(said: dict) -> str: # JSON behind its CRC-32
     text = json.dumps({k: v for k, v in said.items() if v}, separators=(",", ":"))
     return f"{zlib.crc32(text.encode()):08x} {text}"
 
-def facts_text(
-    entry: Entry,
+@patch
+def _facts_text(self: Entry,
     table_id: str = "", # Of the table that it belongs to
 ) -> str: # JSON behind its CRC-32
-    "What a pool knows of an entry, and where that belongs, as its `commitInfo` holds it"
-    commit, place = entry.commit, {file.path: i for i, file in enumerate(entry.files)}
-    def plain(p: Part) -> list: return [*(getattr(p, name) for name in _PART), place[p.where[0].path], p.where[1]]
+    "What a pool knows of the entry, and where that belongs, as its `commitInfo` holds it"
+    commit, place = self.commit, {file.path: i for i, file in enumerate(self.files)}
+    def plain(parts: Iterable[Part]) -> list[list]:
+        return [[*(getattr(p, name) for name in _PART), place[p.where[0].path], p.where[1]] for p in parts]
     said = commit.schema if commit.number == 1 else commit.units
-    return _sealed(dict(format=NEWEST if commit.units else FORMAT, table=table_id, number=commit.number, since=entry.since, token=commit.token,
-                        time=entry.time, files=entry.files, gone=entry.gone, put=[plain(p) for p in commit.put], move=[plain(p) for p in commit.move], hide=commit.hide,
-                        oldest=commit.oldest, schema=said and said.to_json()))
+    return _sealed(dict(
+        format=NEWEST if commit.units else FORMAT, table=table_id, number=commit.number, since=self.since,
+        token=commit.token, time=self.time, files=self.files, gone=self.gone, put=plain(commit.put),
+        move=plain(commit.move), hide=commit.hide, oldest=commit.oldest, schema=said and said.to_json()))
 
 # %% ../../../nbs/storage/pool/delta.ipynb #b4535617
-_STRANGE = re.compile(r"[\0\\]|^[A-Za-z][A-Za-z0-9+.-]*:|^_|(^|/)([./]|$)")  # URLs, drives, hidden and upper folders, no name
+# URLs, drives, hidden and upper folders, no name
+_STRANGE = re.compile(r"[\0\\]|^[A-Za-z][A-Za-z0-9+.-]*:|^_|(^|/)([./]|$)")
 
 def _inside(path: str) -> str:
     "A path in the table's folder; raises `ValueError` for others"
@@ -99,16 +107,19 @@ def _inside(path: str) -> str:
     return path
 
 # %% ../../../nbs/storage/pool/delta.ipynb #44379db7
-_KINDS = set(product([str], [list], [int], [str], *[[int]] * 4, [int, type(None)], [str], [int, float], [int], [bool], [bool], [str],
-                     *[[int]] * 4))  # of the values in `_PART`, the file's place among the entry's, and the row
+# of the values in `_PART`, the file's place, and the row
+_KINDS = set(product([str], [list], [int], [str], *[[int]] * 4, [int, type(None)], [str], [int, float], [int],
+                     [bool], [bool], [str], *[[int]] * 4))
 
 def _part(values: list, files: Sequence[File]) -> Part:
     if tuple(map(type, values)) not in _KINDS: raise ValueError("a part in it is none")
     *rest, i, row = values
     rest[1], number = tuple(rest[1]), rest[8] or 0
     part = Part(*rest, (files[i], row))  # type: ignore
-    if (min(part.offset, part.length - 1, part.nbytes - 1, part.born, i, row) < 0 or min(part.start, part.begin, number) < -2**63
-            or max(part.start, part.end, part.offset, part.length, part.nbytes, number, row) >= 2**63 or not all(map(_is_who, part.who))):
+    least = min(part.offset, part.length - 1, part.nbytes - 1, part.born, i, row)
+    early = min(part.start, part.begin, number)
+    late = max(part.start, part.end, part.offset, part.length, part.nbytes, number, row)
+    if least < 0 or early < -2**63 or late >= 2**63 or not all(map(_is_who, part.who)):
         raise ValueError("a part in it cannot be")
     return part
 
@@ -124,20 +135,25 @@ def _unsealed(text: str) -> dict:
     if crc != f"{zlib.crc32(body.encode()):08x}": raise ValueError("its checksum does not fit")
     return json.loads(body)
 
+# %% ../../../nbs/storage/pool/delta.ipynb #4cc0ca74
 def _parse_facts(number: int, text: str, table_id: str) -> Entry:
     "An entry from its facts; raises `ValueError` where they are damaged, or belong elsewhere"
     d = _unsealed(text)
     if d["format"] > NEWEST:
-        raise CorruptData(f"commit {number} has format {d['format']}, which needs a newer data_io_nbdev; this one reads up to {NEWEST}")
+        raise CorruptData(f"commit {number} has format {d['format']}, which needs a newer data_io_nbdev; "
+                          f"this one reads up to {NEWEST}")
     if d["format"] > 1:
         if d.get("number") != number: raise ValueError(f"it is commit {d.get('number')}")
-        if table_id and d.get("table") != table_id: raise ValueError(f"it belongs to table {d.get('table')}, and this is {table_id}")
+        if table_id and d.get("table") != table_id:
+            raise ValueError(f"it belongs to table {d.get('table')}, and this is {table_id}")
     files = tuple(map(_as_file, d.get("files", ())))
     put, move = (tuple(_part(values, files) for values in d.get(name, ())) for name in ("put", "move"))
     if any(p.version != number for p in put) or any(not 0 < p.version <= number for p in move):
         raise ValueError("it has parts of another commit")
-    hide, token, numbers = tuple(d.get("hide", ())), d["token"], (d.get("oldest", 0), d["time"], d.get("since", 0))
-    if {*map(type, (token, *hide))} != {str} or {*map(type, numbers)} != {int}: raise ValueError("it is none of ours")
+    hide, token = tuple(d.get("hide", ())), d["token"]
+    numbers = d.get("oldest", 0), d["time"], d.get("since", 0)
+    if {*map(type, (token, *hide))} != {str} or {*map(type, numbers)} != {int}:
+        raise ValueError("it is none of ours")
     try: schema = Schema.from_json(d["schema"]) if "schema" in d else None
     except SchemaError as e: raise ValueError(f"its schema is none: {e}") from e
     first, units = (schema, None) if number == 1 else (None, schema)
@@ -145,7 +161,8 @@ def _parse_facts(number: int, text: str, table_id: str) -> Entry:
     return Entry(commit, files, tuple(map(_as_file, d.get("gone", ()))), numbers[1], d["format"], numbers[2])
 
 # %% ../../../nbs/storage/pool/delta.ipynb #bf24fcb5
-_ACTIONS = {"commitInfo", "add", "remove", "cdc", "metaData", "protocol", "txn", "domainMetadata", "checkpointMetadata", "sidecar"}
+_ACTIONS = {"commitInfo", "add", "remove", "cdc", "metaData", "protocol", "txn", "domainMetadata",
+            "checkpointMetadata", "sidecar"}
 _DATA = re.compile(r"[0-9a-f]{32}-[0-9]+\.parquet")  # how our files are called
 
 def _foreign(number: int, actions: Sequence[dict]) -> Entry:
@@ -153,20 +170,25 @@ def _foreign(number: int, actions: Sequence[dict]) -> Entry:
     info: dict = next((a["commitInfo"] for a in actions if "commitInfo" in a), {})
     engine, what = info.get("engineInfo", "an unknown engine"), info.get("operation", "a commit")
     adds, removes = ([a[kind] for a in actions if kind in a] for kind in ("add", "remove"))
-    if engine == _FACTS or {key for a in actions for key in a} - _ACTIONS or any(_DATA.fullmatch(a["path"]) for a in adds):
+    strange = {key for a in actions for key in a} - _ACTIONS
+    if engine == _FACTS or strange or any(_DATA.fullmatch(a["path"]) for a in adds):
         raise ValueError("it is one of ours, or says what no engine says")
-    deletes = [r for r in removes if r.get("dataChange")]  # who deletes rows says so; who lays them out anew adds files
-    if any("protocol" in a or "metaData" in a for a in actions) or any(a.get("dataChange") for a in adds) or (adds and deletes):
-        raise SchemaError(f"commit {number}, {what} by {engine}, wrote rows or columns of its own; a pool takes episodes "
-                          f"through store(). snapshot({number - 1}) reads what was there before")
+    deletes = [r for r in removes if r.get("dataChange")]  # a change of layout has none
+    about = any("protocol" in a or "metaData" in a for a in actions)
+    if about or any(a.get("dataChange") for a in adds) or (adds and deletes):
+        raise SchemaError(f"commit {number}, {what} by {engine}, wrote rows or columns of its own; a pool "
+                          f"takes episodes through store(). snapshot({number - 1}) reads what was there "
+                          "before")
     new, gone = (tuple(map(_file, files)) for files in (adds, removes if adds else deletes))
     return Entry(Commit(number, ""), new, gone, _count(info.get("timestamp")), 0)
 
 def _file(action: dict) -> File: return File(_inside(action["path"]), _count(action.get("size")), 0, 0, 0)
 def _count(value: Any) -> int: return value if type(value) is int and value > 0 else 0
 
+# %% ../../../nbs/storage/pool/delta.ipynb #016fc577
 # what damaged text leads to
-_BROKEN = (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError, MemoryError)
+_BROKEN = (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError,
+           MemoryError)
 
 def parse_entry(
     number: int, # Of the commit
@@ -187,10 +209,13 @@ def _facts(actions: Sequence[dict]) -> Optional[str]:
 # %% ../../../nbs/storage/pool/delta.ipynb #297221fb
 def _stats(columns: Sequence[Column], parts: Sequence[Part]) -> dict:
     "Delta Lake's statistics of a file that holds these parts"
+    def steps(p: Part) -> tuple:
+        first = p.offset if p.number is None else p.number
+        return first, first + p.length - 1
     def span(column: Column, i: int) -> Optional[tuple]:
-        ends = {"episode": lambda p: (p.id, p.id), "episodestart": lambda p: (p.start, p.start),
-                "timestamp": lambda p: (p.begin, p.end), "who": lambda p: (p.who[i],) * 2,
-                "step": lambda p: ((first := p.offset if p.number is None else p.number), first + p.length - 1)}[column.role]
+        of = {"episode": lambda p: (p.id, p.id), "episodestart": lambda p: (p.start, p.start), "step": steps,
+              "timestamp": lambda p: (p.begin, p.end), "who": lambda p: (p.who[i], p.who[i])}
+        ends = of[column.role]
         both = [ends(p) for p in parts]
         least, most = min(a for a, _ in both), max(b for _, b in both)
         if not pa.types.is_timestamp(column.type): return least, most
@@ -202,27 +227,67 @@ def _stats(columns: Sequence[Column], parts: Sequence[Part]) -> dict:
         if (ends := span(column, level)) is not None: spans[column.name] = ends
         level += column.role == "who"
     return dict(numRecords=sum(p.length for p in parts), nullCount=dict.fromkeys(spans, 0),
-                minValues={k: a for k, (a, _) in spans.items()}, maxValues={k: b for k, (_, b) in spans.items()})
+                minValues={k: a for k, (a, _) in spans.items()},
+                maxValues={k: b for k, (_, b) in spans.items()})
+
+# %% ../../../nbs/storage/pool/delta.ipynb #1eb2aae1
+@patch
+def _lines(self: Entry, schema: Schema, facts: str) -> Iterator[dict]:
+    "The entry as Delta Lake's actions"
+    commit = self.commit
+    kind = ("WRITE" if commit.put else "DELETE" if commit.hide else "OPTIMIZE" if commit.move else
+            "CHANGE COLUMN" if commit.units else "VACUUM END")
+    yield {"commitInfo": {"timestamp": self.time, "operation": kind, "operationParameters": {},
+                          "engineInfo": "data_io_nbdev", _FACTS: facts}}
+    for add in self._adds(schema): yield {"add": add}
+    for f in self.gone:
+        yield {"remove": {"path": f.path, "deletionTimestamp": self.time, "dataChange": self.changes,
+                          "partitionValues": {}, "extendedFileMetadata": True, "size": f.size}}
+
+@patch
+def _adds(self: Entry, schema: Schema) -> Iterator[dict]:
+    "What is said of each new file"
+    held: dict[str, list[Part]] = {}
+    for p in (*self.commit.put, *self.commit.move): held.setdefault(p.where[0].path, []).append(p)
+    columns = columns_of(schema)
+    for f in self.files:
+        yield {"path": f.path, "partitionValues": {}, "size": f.size, "modificationTime": self.time,
+               "dataChange": self.changes, "stats": json.dumps(_stats(columns, held[f.path]))}
+
+def _json_lines(lines: Iterable[dict]) -> bytes:
+    return "\n".join(json.dumps(line, separators=(",", ":")) for line in lines).encode()
 
 # %% ../../../nbs/storage/pool/delta.ipynb #4b27aa59
 _OURS, _INTERVAL = "data_io_nbdev.format", 500  # commits between two checkpoints
 
 def _configuration(schema: Schema) -> dict[str, str]:
-    return {_OURS: str(FORMAT), "data_io_nbdev.schema": schema.to_json(), "delta.enableExpiredLogCleanup": "false",
-            "delta.logRetentionDuration": "interval 36500 days", "delta.deletedFileRetentionDuration": "interval 36500 days",
-            "delta.checkpointInterval": str(_INTERVAL)}
+    years = "interval 36500 days"
+    return {_OURS: str(FORMAT), "data_io_nbdev.schema": schema.to_json(),
+            "delta.enableExpiredLogCleanup": "false", "delta.logRetentionDuration": years,
+            "delta.deletedFileRetentionDuration": years, "delta.checkpointInterval": str(_INTERVAL)}
 
-def _delta_schema(schema: Schema): # A `deltalake.Schema`
+def _delta_schema(schema: Schema) -> Any: # A `deltalake.Schema`
     return deltalake.Schema.from_arrow(pa.schema([c.arrow for c in columns_of(schema)]))
 
 def _about(metadata: dict) -> int: # CRC-32 of what a pool and others read of it
-    return zlib.crc32(json.dumps([metadata["configuration"], json.loads(metadata["schemaString"])], sort_keys=True).encode())
+    said = [metadata["configuration"], json.loads(metadata["schemaString"])]
+    return zlib.crc32(json.dumps(said, sort_keys=True).encode())
 
 def _birth(schema: Schema) -> tuple[dict, str]: # What the metadata has to say, and the facts of entry 0
     "What is said of a table that is made for a schema"
     ours = dict(schemaString=_delta_schema(schema).to_json(), configuration=_configuration(schema))
     return ours, _sealed(dict(format=FORMAT, table=secrets.token_hex(16), about=_about(ours)))
 
+def _first_lines(schema: Schema) -> list[dict]:
+    "Entry 0 as Delta Lake's actions"
+    ours, facts = _birth(schema)
+    about = {"id": str(uuid.uuid4()), "format": {"provider": "parquet", "options": {}},
+             "partitionColumns": [], "createdTime": time.time_ns() // 1_000_000}
+    info = {"operation": "CREATE TABLE", "operationParameters": {}, _FACTS: facts}
+    protocol = {"minReaderVersion": 1, "minWriterVersion": 2}
+    return [{"commitInfo": info}, {"protocol": protocol}, {"metaData": {**about, **ours}}]
+
+# %% ../../../nbs/storage/pool/delta.ipynb #03259ad7
 class Table(NamedTuple):
     "What entry 0 says"
     id: str  # What each entry of the table calls it
@@ -242,49 +307,88 @@ def _parse_table(url: str, actions: Sequence[dict]) -> Table:
             return Table(d["table"], d["format"])
     except _BROKEN as e: raise CorruptData(f"commit 0 of the log of {url} is damaged: {e}") from e
     if found is None and not facts:
-        raise SchemaError(f"{url} is a Delta table, but no pool of data_io_nbdev: its metadata lacks {_OURS!r}. It has the columns "
-                          f"{', '.join(map(str, names))}; read them as a frame, give it the index and columns of an episode, and store() that in a pool of its own")
+        raise SchemaError(f"{url} is a Delta table, but no pool of data_io_nbdev: its metadata lacks "
+                          f"{_OURS!r}. It has the columns {', '.join(map(str, names))}; read them as a "
+                          "frame, give it the index and columns of an episode, and store() that in a pool "
+                          "of its own")
     if found and found > FORMAT:
-        raise CorruptData(f"{url} has format {found}, which needs a newer data_io_nbdev; this one reads up to {FORMAT}")
+        raise CorruptData(f"{url} has format {found}, which needs a newer data_io_nbdev; "
+                          f"this one reads up to {FORMAT}")
     if found != 1 or type(about.get("id")) is not str:
         raise CorruptData(f"commit 0 of the log of {url} is damaged: it does not say which table it is")
     return Table(about["id"], 1)
 
 # %% ../../../nbs/storage/pool/delta.ipynb #4510f384
-class Lake(abc.ABC):
-    "Where a table is, and how it is read and written there"
-    settled: ClassVar[bool] = True  # Whether an entry that is not there when `put` has failed will not appear later
+class LakeFiles(abc.ABC):
+    "The files of a table, by their paths in its folder"
+    settled: ClassVar[bool] = True  # Whether an entry that is not there when `put` failed stays away
 
     def __init__(self,
         url: str, # Of the table
     ):
-        self.url, self._table = url, None
-        self._bare = self._since = None  # the numbers of the last entry that did not say where it belongs, and of the first that did
+        self.url = url
+
+    @abc.abstractmethod
+    def read(self, path: str, # In the table's folder
+    ) -> bytes: "A whole small file; raises `FileNotFoundError`"
+    @abc.abstractmethod
+    def write(self, path: str, # In the table's folder
+        content: Any, # Bytes, or a buffer of them
+    ) -> None: "Make a new file, durable when this returns"
+    @abc.abstractmethod
+    def source(self, path: str, # In the table's folder
+    ) -> Any: "A file to read from, as a `pyarrow.NativeFile`; raises `FileNotFoundError`"
+    @abc.abstractmethod
+    def remove(self, paths: Iterable[str], # In the table's folder
+    ) -> None: "Delete files, if they are not gone already"
+    @abc.abstractmethod
+    def age(self, path: str, # In the table's folder
+    ) -> float: "Seconds since a file was written; raises `FileNotFoundError`"
+    @abc.abstractmethod
+    def size(self, path: str, # In the table's folder
+    ) -> int: "Bytes of a file; raises `FileNotFoundError`"
+    @abc.abstractmethod
+    def listing(self) -> dict[str, float]: # By path, the age in seconds
+        "Every file in the table's folder, and what dead writers leave below it"
+
+    def each(self, what: Callable[[int], Any], numbers: range) -> Iterable[Any]:
+        "The answer for each number, several at a time where that is faster"
+        return map(what, numbers)
+
+    def said(self,
+        error: BaseException, # Of the store, or of the library that asked it
+    ) -> tuple[str, Optional[BaseException]]: # The words, and the cause where its own words may be printed
+        "What a store said, as far as it can be shown: its words may repeat a key, or an address with one"
+        return quoted(error, self.url, getattr(self, "options", None))
+
+# %% ../../../nbs/storage/pool/delta.ipynb #07185aa0
+class LakeLog(LakeFiles):
+    "The log of a table, entry by entry"
+    def __init__(self,
+        url: str, # Of the table
+    ):
+        super().__init__(url)
+        self._table: Optional[Table] = None
+        self._bare = None  # number of the last entry that did not say where it belongs
+        self._since = None  # number of the first that did
 
     @abc.abstractmethod
     def head(self) -> int: "The newest entry's number; -1 where there is no table"
     @abc.abstractmethod
-    def create(self, schema: Schema) -> None: "Make entry 0, unless somebody does"
+    def create(self, schema: Schema, # Of the steps that the table is for
+    ) -> None: "Make entry 0, unless it is there"
     @abc.abstractmethod
-    def put(self, entry: Entry, schema: Schema) -> bool: "Create entry N, durably; `False` if somebody was first"
-    @abc.abstractmethod
-    def read(self, path: str) -> bytes: "A whole small file"
-    @abc.abstractmethod
-    def write(self, path: str, content: Any) -> None: "A new file, durable when this returns"
-    @abc.abstractmethod
-    def source(self, path: str) -> Any: "A file to read from, as a `pyarrow.NativeFile`"
-    @abc.abstractmethod
-    def remove(self, paths: Iterable[str]) -> None: "Delete files, those that are gone already too"
-    @abc.abstractmethod
-    def age(self, path: str) -> float: "Seconds since a file was written; raises `FileNotFoundError`"
-    @abc.abstractmethod
-    def size(self, path: str) -> int: "Bytes of a file; raises `FileNotFoundError`"
-    @abc.abstractmethod
-    def listing(self) -> dict[str, float]: "The age in seconds of every file in the table's folder, and of what dead writers leave below it"
+    def put(self, entry: Entry, # Its commit has the number N
+        schema: Schema, # Of the steps in the table
+    ) -> bool: "Create entry N, durably; `False` if it is there"
 
-    def check(self) -> bool: # Whether there is a table
-        "Raise `SchemaError` for a table that is no pool"
-        return self.head() >= 0 and bool(self.table)
+    def actions(self,
+        number: int, # Of an entry
+    ) -> list[dict]:
+        "What an entry of the log says, line by line; raises `CorruptData`"
+        try: return _dicts(self.read(_entry(number)))
+        except (FileNotFoundError, *_BROKEN) as e:
+            raise CorruptData(f"{_entry(number)} of {safe_url(self.url)} is damaged: {e}") from e
 
     @property
     def table(self) -> Table:
@@ -292,91 +396,40 @@ class Lake(abc.ABC):
         if self._table is None: self._table = _parse_table(safe_url(self.url), self.actions(0))
         return self._table
 
+    def check(self) -> bool: # Whether there is a table
+        "Raise `SchemaError` for a table that is no pool"
+        return self.head() >= 0 and bool(self.table)
+
     def found(self,
         schema: Schema, # Of the steps that it is for
     ) -> Table:
-        "Make the table if need be: whoever writes to it says whose the files are"
+        "The table, which is made if need be: before a file is written, it is known whose it will be"
         if self._table is None and self.head() < 0: self.create(schema)
         return self.table
 
-    def facts(self, entry: Entry) -> str:
-        "The text for an entry that this table is to have"
-        since = 0 if self.table.format > 1 else self._since or entry.commit.number
-        return facts_text(entry._replace(since=since), self.table.id)
+# %% ../../../nbs/storage/pool/delta.ipynb #da9c2463
+@patch
+def _facts_of(self: LakeLog, entry: Entry) -> str: # JSON behind its CRC-32
+    "The text for an entry that this table is to have"
+    since = 0 if self.table.format > 1 else self._since or entry.commit.number
+    return entry._replace(since=since)._facts_text(self.table.id)
 
-    def ours(self, path: str) -> bool:
-        "Whether a file that no entry names is one that a writer of this table left; in doubt it is somebody else's"
-        if not _DATA.fullmatch(path): return bool(_LEFT.fullmatch(path))
-        try:
-            with self.source(path) as source: return self.head() >= 0 and is_made_for(source, path, self.table.id)
-        except PoolUnavailable: raise
-        except OSError: return False
-
-    def mend(self, entries: Sequence[Entry], dry_run: bool) -> list[str]: # One line for each
-        "Make anew, or say that one would, which copies of the log are damaged"
-        return _mend_segments(self, len(entries), dry_run)
-
-    def actions(self,
-        number: int, # Of an entry
-    ) -> list[dict]:
-        "What an entry of the log says, line by line"
-        try: return _dicts(self.read(_entry(number)))
-        except (FileNotFoundError, *_BROKEN) as e: raise CorruptData(f"{_entry(number)} of {safe_url(self.url)} is damaged: {e}") from e
-
-    def entries(self, after: int, upto: int) -> Iterator[Entry]:
-        "The entries `after < number <= upto`, in order"
-        return _entries(self, after, upto)
-
-    def each(self, what: Callable[[int], Any], numbers: range) -> Iterable[Any]: return map(what, numbers)
-
-    def open(self,
-        file: File,
-        whole: bool = False, # Fetch all of it first, so that what fails afterwards is the file and not the store
-    ): # A `pyarrow.parquet.ParquetFile`
-        "A Parquet file whose size and footer are as the log says; raises `CorruptData`"
-        return _opened(file, pa.BufferReader(self.read(file.path)) if whole else self.source(file.path))
-
-    def rows(self,
-        file: File,
-        schema: Schema,
-    ): # A `pyarrow.Table` with every column, or `None`
-        "Every row of a file that is to the last byte what was written; of any other none"
-        try:
-            with self.source(file.path) as source: content = source.read_buffer() if source.size() == file.size else b""
-            sound = len(content) and zlib.crc32(content) == file.crc
-            return whole_table(_opened(file, pa.BufferReader(content)), schema) if sound else None
-        except (FileNotFoundError, CorruptData, ValueError): return None
-        except OSError as e:
-            if unreachable(e) or not self.settled: raise
-            return None
-
-def _opened(file: File, source: Any) -> Any: # A `pyarrow.parquet.ParquetFile`
-    if (size := source.size()) != file.size: raise CorruptData(f"{file.path} has {size} bytes, and the log says {file.size}")
-    source.seek(max(0, file.size - file.footer))
-    footer = source.read_buffer()
-    if zlib.crc32(footer) != file.footer_crc: raise CorruptData(f"the footer of {file.path} is damaged")
-    return open_parquet(source, footer)
+@patch
+def _made(self: LakeLog) -> dict:
+    "What entry 0 says of the table; raises `SchemaError` where that is no pool"
+    return next(a["metaData"] for a in self.actions(0) if "metaData" in a) if self.table else {}
 
 def _entry(number: int) -> str: return f"_delta_log/{number:020d}.json"
-
-_STORE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN}
-
-def unreachable(e: BaseException) -> bool:
-    "Whether an error says something of the store, or of this process, and nothing of what is stored"
-    return isinstance(e, (PoolUnavailable, MemoryError)) or (isinstance(e, OSError) and e.errno in _STORE)
 
 def _dicts(content: bytes) -> list[dict]:
     "The lines of an entry; raises `ValueError`"
     lines = [json.loads(line) for line in content.splitlines()]
-    if not lines or not all(isinstance(line, dict) for line in lines): raise ValueError("it is empty, or no lines of JSON objects")
+    if not lines or not all(isinstance(line, dict) for line in lines):
+        raise ValueError("it is empty, or no lines of JSON objects")
     return lines
 
 # %% ../../../nbs/storage/pool/delta.ipynb #a1c5c24e
-def _segment(last: int) -> str: return f"_history/{last:020d}.json.gz"
-def _head(lake: Lake, last: int) -> dict: return dict(format=FORMAT, table=lake.table.id, last=last)
-def _numbers(last: int) -> range: return range(last - _INTERVAL + 1, last + 1)
-
-_PLENTY = 32 << 20  # Bytes that a segment may be without anybody asking how large the entries are
+_PLENTY = 32 << 20  # Bytes that a copy may have before the sizes of the entries are asked for
 
 def _unzip(data: bytes, most: Callable[[], int]) -> bytes:
     "Unpack, but not to more bytes than there can be"
@@ -386,102 +439,207 @@ def _unzip(data: bytes, most: Callable[[], int]) -> bytes:
     if not unpack.eof or unpack.unused_data: raise ValueError("it is cut, or longer than it can be")
     return content
 
-def _segment_lines(lake: Lake, last: int) -> Optional[list[bytes]]:
-    "What a copy says of each entry up to a number; `None` where it is missing, damaged, or the copy of something else"
-    try:
-        packed = lake.read(_segment(last))
-        crc, _, text = _unzip(packed, lambda: 8 * sum(map(lake.size, map(_entry, _numbers(last))))).partition(b" ")
-        head, *lines = text.split(b"\n")
-        fine = crc == b"%08x" % zlib.crc32(text) and json.loads(head) == _head(lake, last) and len(lines) == _INTERVAL
-    except (OSError, EOFError, zlib.error, *_BROKEN): return None
-    return lines if fine else None
-
-def _read_segment(lake: Lake, last: int) -> Optional[list[Entry]]:
-    if (lines := _segment_lines(lake, last)) is None: return None
-    try: return [parse_entry(n, json.loads(line), lake.table.id) for n, line in zip(_numbers(last), lines)]
-    except (CorruptData, *_BROKEN): return None
-
-def _entries(lake: Lake, after: int, upto: int) -> Iterator[Entry]:
-    number = after + 1
-    while number <= upto:
-        last = -(-number // _INTERVAL) * _INTERVAL
-        known: Optional[Iterable[Entry]] = _read_segment(lake, last) if last <= upto and last - number > 20 else None
-        if known is not None: known = known[number - last - 1:]
-        else:
-            numbers = range(number, min(last, upto) + 1)
-            known = (parse_entry(n, actions, lake.table.id) for n, actions in zip(numbers, lake.each(lake.actions, numbers)))
-        for entry in known:
-            yield _in_order(lake, entry)
-            number += 1
-
-def _in_order(lake: Lake, entry: Entry) -> Entry:
-    "An entry; raises `CorruptData` for one of a format in which nobody wrote any more"
-    number, since = entry.commit.number, 1 if lake.table.format > 1 else entry.since or lake._since
-    bare = max(number, lake._bare or 0) if entry.format == 1 else lake._bare
-    if since and bare and bare >= since:
-        raise CorruptData(f"commit {bare} of the log is damaged: it has format 1, and from {since} on each says where it belongs")
-    vars(lake).update(_bare=bare, _since=min(number, since or number) if entry.format > 1 else lake._since)
-    return entry
-
-def _write_segments(lake: Lake, upto: int) -> None:
-    "Write every segment up to a number that is not there, or is damaged"
-    for last in range(_INTERVAL, upto + 1, _INTERVAL):
-        if _segment_lines(lake, last) is not None: continue
-        every = list(lake.each(lake.actions, _numbers(last)))
-        for number, actions in zip(_numbers(last), every): parse_entry(number, actions, lake.table.id)  # no copy makes them better
-        text = "\n".join(json.dumps(what) for what in (_head(lake, last), *map(_own, every))).encode()
-        lake.write(_segment(last), gzip.compress(b"%08x %s" % (zlib.crc32(text), text)))
+def _segment(last: int) -> str: return f"_history/{last:020d}.json.gz"
+def _numbers(last: int) -> range: return range(last - _INTERVAL + 1, last + 1)
 
 def _own(actions: list[dict]) -> list[dict]:
     "What a pool reads of an entry"
     return actions if (facts := _facts(actions)) is None else [{"commitInfo": {_FACTS: facts}}]
 
-def _mend_segments(lake: Lake, upto: int, dry_run: bool) -> list[str]:
+# %% ../../../nbs/storage/pool/delta.ipynb #f7a70be4
+class LakeHistory(LakeLog):
+    "The log of a table, five hundred entries at a time"
+    def entries(self,
+        after: int, # A number
+        upto: int, # Another, not less
+    ) -> Iterator[Entry]:
+        "The entries `after < number <= upto`, in order; raises `CorruptData`"
+        number = after + 1
+        while number <= upto:
+            last = -(-number // _INTERVAL) * _INTERVAL
+            known: Optional[Iterable[Entry]] = None
+            if last <= upto and last - number > 20: known = self._read_segment(last)
+            if known is not None: known = known[number - last - 1:]
+            else:
+                numbers = range(number, min(last, upto) + 1)
+                every = zip(numbers, self.each(self.actions, numbers))
+                known = (parse_entry(n, actions, self.table.id) for n, actions in every)
+            for entry in known:
+                yield self._in_order(entry)
+                number += 1
+
+    def _in_order(self, entry: Entry) -> Entry:
+        "An entry; raises `CorruptData` for one of format 1 behind an entry that says where it belongs"
+        number, since = entry.commit.number, 1 if self.table.format > 1 else entry.since or self._since
+        bare = max(number, self._bare or 0) if entry.format == 1 else self._bare
+        if since and bare and bare >= since:
+            raise CorruptData(f"commit {bare} of the log is damaged: it has format 1, and from {since} on "
+                              "each says where it belongs")
+        first = min(number, since or number) if entry.format > 1 else self._since
+        vars(self).update(_bare=bare, _since=first)
+        return entry
+
+# %% ../../../nbs/storage/pool/delta.ipynb #b0d969bd
+@patch
+def _segment_head(self: LakeHistory, last: int) -> dict:
+    return dict(format=FORMAT, table=self.table.id, last=last)
+
+@patch
+def _segment_lines(self: LakeHistory, last: int) -> Optional[list[bytes]]:
+    "What a copy says of each entry up to a number; `None` where it is missing, damaged, or of something else"
+    def most() -> int: return 8 * sum(self.size(_entry(n)) for n in _numbers(last))
+    try:
+        crc, _, text = _unzip(self.read(_segment(last)), most).partition(b" ")
+        head, *lines = text.split(b"\n")
+        whole = crc == b"%08x" % zlib.crc32(text) and len(lines) == _INTERVAL
+        return lines if whole and json.loads(head) == self._segment_head(last) else None
+    except (OSError, EOFError, zlib.error, *_BROKEN): return None
+
+@patch
+def _read_segment(self: LakeHistory, last: int) -> Optional[list[Entry]]:
+    if (lines := self._segment_lines(last)) is None: return None
+    try: return [parse_entry(n, json.loads(line), self.table.id) for n, line in zip(_numbers(last), lines)]
+    except (CorruptData, *_BROKEN): return None
+
+@patch
+def _write_segments(self: LakeHistory, upto: int) -> None:
+    "Write every copy up to a number that is not there, or is damaged"
+    for last in range(_INTERVAL, upto + 1, _INTERVAL):
+        if self._segment_lines(last) is not None: continue
+        every = list(self.each(self.actions, _numbers(last)))
+        for number, actions in zip(_numbers(last), every):
+            parse_entry(number, actions, self.table.id)  # what is damaged gets no copy
+        text = "\n".join(json.dumps(what) for what in (self._segment_head(last), *map(_own, every))).encode()
+        self.write(_segment(last), gzip.compress(b"%08x %s" % (zlib.crc32(text), text)))
+
+# %% ../../../nbs/storage/pool/delta.ipynb #7fb60891
+@patch
+def _mend_segments(self: LakeHistory, upto: int, dry_run: bool) -> list[str]: # One line for each
+    "Make anew, or say that one would, which copies of the log are damaged"
     numbers = range(_INTERVAL, upto + 1, _INTERVAL)
     lines = [f"{_segment(last)}: a damaged copy of the log, or one of an earlier format" for last in numbers
-             if _segment_lines(lake, last) is None and _there(lake, _segment(last))]
-    if lines and not dry_run: _write_segments(lake, upto)
+             if self._segment_lines(last) is None and self._holds(_segment(last))]
+    if lines and not dry_run: self._write_segments(upto)
     return lines
 
-def _there(lake: Lake, path: str) -> bool:
-    try: return lake.size(path) >= 0
+@patch
+def _holds(self: LakeFiles, path: str) -> bool:
+    try: return self.size(path) >= 0
     except (FileNotFoundError, NotADirectoryError): return False
 
-# %% ../../../nbs/storage/pool/delta.ipynb #6258c50d
-class LocalLake(Lake):
-    "A table in a folder"
+# %% ../../../nbs/storage/pool/delta.ipynb #840a1b05
+_SHADOW = re.compile("_shadow-[0-9a-f]{16}")
+_LEFT = re.compile(rf"\.{_DATA.pattern}\.[0-9a-f]{{16}}|_delta_log/\.[0-9a-f]{{16}}\.tmp"
+                   r"|_delta_log/\._last_checkpoint\.[0-9a-f]{16}"
+                   rf"|_history/\.[0-9]{{20}}\.json\.gz\.[0-9a-f]{{16}}|{_SHADOW.pattern}")
+
+_STORE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM, errno.ESTALE, errno.ETIMEDOUT,
+          errno.ENOTCONN}
+
+def unreachable(
+    e: BaseException, # Raised by a lake
+) -> bool:
+    "Whether an error says something of the store, or of this process, and nothing of what is stored"
+    return isinstance(e, (PoolUnavailable, MemoryError)) or (isinstance(e, OSError) and e.errno in _STORE)
+
+def _opened(file: File, source: Any) -> Any: # A `pyarrow.parquet.ParquetFile`
+    if (size := source.size()) != file.size:
+        raise CorruptData(f"{file.path} has {size} bytes, and the log says {file.size}")
+    source.seek(max(0, file.size - file.footer))
+    footer = source.read_buffer()
+    if zlib.crc32(footer) != file.footer_crc: raise CorruptData(f"the footer of {file.path} is damaged")
+    return open_parquet(source, footer)
+
+# %% ../../../nbs/storage/pool/delta.ipynb #3978629d
+class Lake(LakeHistory):
+    "Where a table is, and how it is read and written there"
+    def ours(self,
+        path: str, # In the table's folder
+    ) -> bool:
+        "Whether a file that no entry names was left by a writer of this table; in doubt it was not"
+        if not _DATA.fullmatch(path): return bool(_LEFT.fullmatch(path))
+        try:
+            with self.source(path) as source:
+                return self.head() >= 0 and is_made_for(source, path, self.table.id)
+        except PoolUnavailable: raise
+        except OSError: return False
+
+    def open(self,
+        file: File, # As the log knows it
+        whole: bool = False, # Fetch all of it first, so that a failure is the file's and not the store's
+    ) -> Any: # A `pyarrow.parquet.ParquetFile`
+        "A Parquet file whose size and footer are as the log says; raises `CorruptData`"
+        return _opened(file, pa.BufferReader(self.read(file.path)) if whole else self.source(file.path))
+
+    def rows(self,
+        file: File, # As the log knows it
+        schema: Schema, # Of the steps in it
+    ) -> Any: # A `pyarrow.Table` with every column, or `None`
+        "Every row of a file that is to the last byte what was written; of any other none"
+        try:
+            with self.source(file.path) as source:
+                content = source.read_buffer() if source.size() == file.size else b""
+            sound = len(content) and zlib.crc32(content) == file.crc
+            return whole_table(_opened(file, pa.BufferReader(content)), schema) if sound else None
+        except (FileNotFoundError, CorruptData, ValueError): return None
+        except OSError as e:
+            if unreachable(e) or not self.settled: raise
+            return None
+
+    def mend(self,
+        entries: Sequence[Entry], # All of them, from 1 on
+        dry_run: bool, # Only say what it would make anew
+    ) -> list[str]: # One line for each
+        "Make anew, or say that one would, what is a damaged copy of entries"
+        return [*self._mend_segments(len(entries), dry_run), *self._mend_checkpoints(entries, dry_run)]
+
+    def _mend_checkpoints(self, entries: Sequence[Entry], dry_run: bool) -> list[str]: return []
+    def _checkpoint(self, number: int) -> None: "Make a checkpoint for other readers"
+
+# %% ../../../nbs/storage/pool/delta.ipynb #03543bcd
+_IN_SHADOW = re.compile(r"([0-9]{20}\.(json|checkpoint\.parquet)|_last_checkpoint)(#[0-9]+)?")
+
+def _files(folder: Path) -> list[str]:
+    "The names of the files in a folder, without links; none where it is a link itself"
+    if folder.is_symlink(): return []
+    try: return [entry.name for entry in os.scandir(folder) if entry.is_file(follow_symlinks=False)]
+    except (FileNotFoundError, NotADirectoryError): return []
+
+def _is_shadow(folder: Path) -> bool:
+    "Whether a folder is a shadow of the log, and holds nothing else"
+    if not _SHADOW.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir(): return False
+    log = folder / "_delta_log"
+    names = os.listdir(log) if log.is_dir() and not log.is_symlink() else []
+    known = set(filter(_IN_SHADOW.fullmatch, _files(log)))
+    return set(os.listdir(folder)) <= {"_delta_log"} and set(names) == known
+
+def _remove_shadow(folder: Path) -> None:
+    if not _is_shadow(folder): return
+    for name in _files(log := folder / "_delta_log"): (log / name).unlink(missing_ok=True)
+    for empty in (log, folder):
+        with suppress(OSError): empty.rmdir()  # unless something was put into it meanwhile
+
+def _make_folder(path: Path) -> None:
+    "Create a folder and those above it, durably"
+    if path.is_dir(): return
+    _make_folder(path.parent)
+    path.mkdir(exist_ok=True)
+    sync_folder(path.parent)
+
+# %% ../../../nbs/storage/pool/delta.ipynb #473be31f
+class LocalFiles(LakeFiles):
+    "The files of a table in a folder"
     def __init__(self, url: str):
         super().__init__(url)
-        self.root, self._seen = Path(url), -1
+        self.root = Path(url)
         self.log = self.root / "_delta_log"
-
-    def _entry(self, number: int) -> str: return os.path.join(self.root, _entry(number))
-
-    def head(self) -> int:
-        number = self._seen if self._seen >= 0 else _last_entry(self.log)
-        while _exists(self._entry(number + 1)): number += 1
-        if number > self._seen:  # its writer may have died before it was synced
-            sync_folder(self.log)
-            self._seen = number
-        return number
-
-    def create(self, schema: Schema) -> None: _create(self, schema)
-
-    def put(self, entry: Entry, schema: Schema) -> bool:
-        number = entry.commit.number
-        about = _about_columns(self, schema) if number == 1 and self.found(schema) else ()
-        lines = [*about, *_lines(entry, schema, self.facts(entry))]
-        if not _link(self, number, lines): return False
-        self._seen = max(self._seen, number)
-        if number % _INTERVAL == 0: _tidy(self, number, lambda: _checkpoint(self, number))
-        return True
 
     def read(self, path: str) -> bytes: return (self.root / path).read_bytes()
     def source(self, path: str) -> Any: return pa.OSFile(str(self.root / path))
 
     def write(self, path: str, content: Any) -> None:
         target = self.root / path
-        _make_folder(self.log)  # first, so that whatever a dead writer leaves can be told from somebody else's folder
+        _make_folder(self.log)  # first, so that what a dead writer leaves can be told from another folder
         _make_folder(target.parent)
         replace_file(target, lambda f: f.write(content))
 
@@ -491,7 +649,8 @@ class LocalLake(Lake):
             else: (self.root / (path if _LEFT.fullmatch(path) else _inside(path))).unlink(missing_ok=True)
 
     def listing(self) -> dict[str, float]:
-        below = (f"{folder}/{name}" for folder in ("_delta_log", "_history") for name in _files(self.root / folder))
+        folders = ("_delta_log", "_history")
+        below = (f"{folder}/{name}" for folder in folders for name in _files(self.root / folder))
         shadows = (path.name for path in self.root.glob("_shadow-*") if _is_shadow(path))
         ages = {}
         for path in (*_files(self.root.resolve()), *filter(_LEFT.fullmatch, below), *shadows):
@@ -500,37 +659,6 @@ class LocalLake(Lake):
 
     def age(self, path: str | Path) -> float: return time.time() - (self.root / path).stat().st_mtime
     def size(self, path: str) -> int: return (self.root / path).stat().st_size
-    def mend(self, entries: Sequence[Entry], dry_run: bool) -> list[str]:
-        return [*super().mend(entries, dry_run), *_mend(self, entries, dry_run)]
-
-    def check(self) -> bool:
-        if not self.log.is_dir() and _strange(self.root):
-            raise SchemaError(f"{self.url} is no pool: it lacks a folder _delta_log, and is not empty either; name another folder")
-        return super().check()
-
-# %% ../../../nbs/storage/pool/delta.ipynb #03543bcd
-_SHADOW = re.compile("_shadow-[0-9a-f]{16}")
-_LEFT = re.compile(rf"\.{_DATA.pattern}\.[0-9a-f]{{16}}|_delta_log/\.[0-9a-f]{{16}}\.tmp|_delta_log/\._last_checkpoint\.[0-9a-f]{{16}}"
-                   rf"|_history/\.[0-9]{{20}}\.json\.gz\.[0-9a-f]{{16}}|{_SHADOW.pattern}")
-_IN_SHADOW = re.compile(r"([0-9]{20}\.(json|checkpoint\.parquet)|_last_checkpoint)(#[0-9]+)?")
-
-def _files(folder: Path) -> list[str]:
-    "The names of the files in a folder, without links; none where it is a link itself"
-    try: return [] if folder.is_symlink() else [entry.name for entry in os.scandir(folder) if entry.is_file(follow_symlinks=False)]
-    except (FileNotFoundError, NotADirectoryError): return []
-
-def _is_shadow(folder: Path) -> bool:
-    "Whether a folder is a shadow of the log, and nobody put anything else into it"
-    if not _SHADOW.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir(): return False
-    log = folder / "_delta_log"
-    names = os.listdir(log) if log.is_dir() and not log.is_symlink() else []
-    return set(os.listdir(folder)) <= {"_delta_log"} and set(names) == set(filter(_IN_SHADOW.fullmatch, _files(log)))
-
-def _remove_shadow(folder: Path) -> None:
-    if not _is_shadow(folder): return
-    for name in _files(log := folder / "_delta_log"): (log / name).unlink(missing_ok=True)
-    for empty in (log, folder):
-        with suppress(OSError): empty.rmdir()  # unless somebody put something into it
 
 # %% ../../../nbs/storage/pool/delta.ipynb #d238fe2b
 def _exists(path: str) -> bool:
@@ -544,123 +672,134 @@ def _last_entry(log: Path) -> int:
     return max((int(name[:20]) for name in names if re.fullmatch(r"[0-9]{20}\.json", name)), default=-1)
 
 def _strange(path: Path) -> bool:
-    "Whether there is something that is no table"
+    "Whether a folder is not empty, and holds no table"
     try: names = os.listdir(path)
     except FileNotFoundError: return False
     except NotADirectoryError: return True
     return bool(names) and "_delta_log" not in names  # it may have been made a moment ago
-
-def _make_folder(path: Path) -> None:
-    "Create a folder and those above it, durably"
-    if path.is_dir(): return
-    _make_folder(path.parent)
-    path.mkdir(exist_ok=True)
-    sync_folder(path.parent)
-
-def _link(lake: LocalLake, number: int, lines: Iterable[dict]) -> bool:
-    "Create an entry that is on the disk before it can be seen; `False` if there is one"
-    temporary = lake.log / f".{secrets.token_hex(8)}.tmp"
-    try:
-        with open(temporary, "xb") as f:
-            f.write("\n".join(json.dumps(line, separators=(",", ":")) for line in lines).encode())
-            f.flush()
-            os.fsync(f.fileno())
-        try: os.link(temporary, lake._entry(number))
-        except FileExistsError:  # over NFS a link may have been made, its answer lost, and the request repeated
-            if not os.path.samefile(temporary, lake._entry(number)): return False
-    finally: temporary.unlink(missing_ok=True)
-    sync_folder(lake.log)
-    return True
-
-# %% ../../../nbs/storage/pool/delta.ipynb #1eb2aae1
-def _lines(entry: Entry, schema: Schema, facts: str) -> Iterator[dict]:
-    "An entry as Delta Lake's actions"
-    kind = "WRITE" if entry.commit.put else "DELETE" if entry.commit.hide else "OPTIMIZE" if entry.commit.move else "CHANGE COLUMN" if entry.commit.units else "VACUUM END"
-    yield {"commitInfo": {"timestamp": entry.time, "operation": kind, "operationParameters": {}, "engineInfo": "data_io_nbdev", _FACTS: facts}}
-    for add in _adds(entry, schema): yield {"add": add}
-    for f in entry.gone:
-        yield {"remove": {"path": f.path, "deletionTimestamp": entry.time, "dataChange": entry.changes, "partitionValues": {},
-                          "extendedFileMetadata": True, "size": f.size}}
-
-def _adds(entry: Entry, schema: Schema) -> Iterator[dict]:
-    held: dict[str, list[Part]] = {}
-    for p in (*entry.commit.put, *entry.commit.move): held.setdefault(p.where[0].path, []).append(p)
-    columns = columns_of(schema)
-    for f in entry.files:
-        yield {"path": f.path, "partitionValues": {}, "size": f.size, "modificationTime": entry.time,
-               "dataChange": entry.changes, "stats": json.dumps(_stats(columns, held[f.path]))}
-
-def _made(lake: Lake) -> dict:
-    "What entry 0 says of the table; raises `SchemaError` where that is no pool"
-    return next(a["metaData"] for a in lake.actions(0) if "metaData" in a) if lake.table else {}
 
 def _misread(path: str) -> str:
     "What other readers take for something else in the name of a folder"
     found = re.search(r"%[0-9A-Fa-f]{2}|[\x00-\x1f\x7f]" + (r"|\\" if os.sep == "/" else ""), path)
     return found[0] if found else ""
 
-def _create(lake: LocalLake, schema: Schema) -> None:
-    if sign := _misread(lake.url):
-        tell(f"{lake.url!r}: other readers, and checkpoints, take {sign!r} in a path for something else and will not find this table; "
-             "name the folder without it")
-    about = {"id": str(uuid.uuid4()), "format": {"provider": "parquet", "options": {}}, "partitionColumns": [],
-             "createdTime": time.time_ns() // 1_000_000}
-    ours, facts = _birth(schema)
-    protocol = {"protocol": {"minReaderVersion": 1, "minWriterVersion": 2}}
-    _make_folder(lake.log)
-    info = {"operation": "CREATE TABLE", "operationParameters": {}, _FACTS: facts}
-    _link(lake, 0, [{"commitInfo": info}, protocol, {"metaData": {**about, **ours}}])
+# %% ../../../nbs/storage/pool/delta.ipynb #6258c50d
+class LocalLake(LocalFiles, Lake):
+    "A table in a folder"
+    def __init__(self,
+        url: str, # Of the folder, a path
+    ):
+        super().__init__(url)
+        self._seen = -1  # the newest entry that is known to be on the disk
 
-def _about_columns(lake: LocalLake, schema: Schema) -> Iterator[dict]:
-    "What entry 1 must say about the columns, because entry 0 says something else: its writer had another schema"
-    there, ours = _made(lake), _birth(schema)[0]
+    def head(self) -> int:
+        number = self._seen if self._seen >= 0 else _last_entry(self.log)
+        while _exists(self._place(number + 1)): number += 1
+        if number > self._seen:  # its writer may have died before it was synced
+            sync_folder(self.log)
+            self._seen = number
+        return number
+
+    def check(self) -> bool:
+        if not self.log.is_dir() and _strange(self.root):
+            raise SchemaError(f"{self.url} is no pool: it lacks a folder _delta_log, and is not empty "
+                              "either; name another folder")
+        return super().check()
+
+    def create(self, schema: Schema) -> None:
+        if sign := _misread(self.url):
+            tell(f"{self.url!r}: other readers, and checkpoints, take {sign!r} in a path for something else "
+                 "and will not find this table; name the folder without it")
+        _make_folder(self.log)
+        self._link(0, _first_lines(schema))
+
+    def put(self, entry: Entry, schema: Schema) -> bool:
+        number = entry.commit.number
+        about = self._about_columns(schema) if number == 1 and self.found(schema) else ()
+        if not self._link(number, [*about, *entry._lines(schema, self._facts_of(entry))]): return False
+        self._seen = max(self._seen, number)
+        if number % _INTERVAL == 0: self._tidy(number)
+        return True
+
+# %% ../../../nbs/storage/pool/delta.ipynb #0680e8ba
+@patch
+def _place(self: LocalLake, number: int) -> str: return os.path.join(self.root, _entry(number))
+
+@patch
+def _about_columns(self: LocalLake, schema: Schema) -> Iterator[dict]:
+    "What entry 1 says about the columns where the writer of entry 0 had another schema"
+    there, ours = self._made(), _birth(schema)[0]
     if there["configuration"] != ours["configuration"]: yield {"metaData": {**there, **ours}}
 
-# %% ../../../nbs/storage/pool/delta.ipynb #eb4d7cbd
-def _tidy(lake: Lake, number: int, checkpoint: Callable[[], None]) -> None:
-    "What keeps opening fast; the commit is done, and must not fail any more"
+@patch
+def _link(self: LocalLake, number: int, lines: Iterable[dict]) -> bool:
+    "Create an entry that is on the disk before it can be seen; `False` if there is one"
+    temporary = self.log / f".{secrets.token_hex(8)}.tmp"
     try:
-        _write_segments(lake, number)
-        checkpoint()
-    except BaseException as e:
-        if not _failed(e): raise
-        tell(f"no checkpoint at commit {number} of {safe_url(lake.url)}: {said_by(lake, e)[0]}")
+        with open(temporary, "xb") as f:
+            f.write(_json_lines(lines))
+            f.flush()
+            os.fsync(f.fileno())
+        try: os.link(temporary, self._place(number))
+        except FileExistsError:  # over NFS a link may be made, its answer lost, and the request repeated
+            if not os.path.samefile(temporary, self._place(number)): return False
+    finally: temporary.unlink(missing_ok=True)
+    sync_folder(self.log)
+    return True
 
+# %% ../../../nbs/storage/pool/delta.ipynb #eb4d7cbd
 def _failed(e: BaseException) -> bool:
-    "Whether something went wrong, in `deltalake` too, whose panics are no `Exception`; else somebody wants the process to stop"
+    "Whether this is a failure, also of `deltalake`, whose panics are no `Exception`, and not an interrupt"
     return isinstance(e, Exception) or type(e).__name__ == "PanicException"
 
-def _checkpoint(lake: LocalLake, number: int, whole: bool = False) -> None:
+@patch
+def _tidy(self: Lake, number: int) -> None:
+    "What keeps opening fast; the commit is done, and must not fail any more"
+    try:
+        self._write_segments(number)
+        self._checkpoint(number)
+    except BaseException as e:
+        if not _failed(e): raise
+        tell(f"no checkpoint at commit {number} of {safe_url(self.url)}: {self.said(e)[0]}")
+
+@patch
+def _checkpoints(self: LocalLake) -> list[Path]:
+    names = sorted(_files(self.log))
+    return [self.log / name for name in names if re.fullmatch(r"[0-9]{20}\.checkpoint\.parquet", name)]
+
+@patch
+def _checkpoint(self: LocalLake, number: int, whole: bool = False) -> None:
     "Make a checkpoint, from the last one and what follows, or from all entries"
-    shadow, name = lake.root / f"_shadow-{secrets.token_hex(8)}", f"{number:020d}.checkpoint.parquet"
-    log = shadow / "_delta_log"
-    last = 0 if whole else max((int(p.name[:20]) for p in _checkpoints(lake) if p.name < name), default=0)
+    shadow, name = self.root / f"_shadow-{secrets.token_hex(8)}", f"{number:020d}.checkpoint.parquet"
+    log, done = shadow / "_delta_log", [] if whole else [p for p in self._checkpoints() if p.name < name]
+    last = int(done[-1].name[:20]) if done else 0
     log.mkdir(parents=True)
     try:
-        for path in map(lake._entry, range(last, number + 1)): os.link(path, log / os.path.basename(path))
-        if last: os.link(lake.log / f"{last:020d}.checkpoint.parquet", log / f"{last:020d}.checkpoint.parquet")
+        for path in map(self._place, range(last, number + 1)): os.link(path, log / os.path.basename(path))
+        if last: os.link(done[-1], log / done[-1].name)
         deltalake.DeltaTable(shadow.as_uri()).create_checkpoint()
         with open(log / name, "rb+") as f: os.fsync(f.fileno())
-        os.replace(log / name, lake.log / name)
-        replace_file(lake.log / "_last_checkpoint", lambda f: f.write((log / "_last_checkpoint").read_bytes()))
+        os.replace(log / name, self.log / name)
+        hint = (log / "_last_checkpoint").read_bytes()
+        replace_file(self.log / "_last_checkpoint", lambda f: f.write(hint))
     except Exception:
         if not last: raise
         shutil.rmtree(shadow, ignore_errors=True)
-        _checkpoint(lake, number, whole=True)  # the last one may be damaged
+        self._checkpoint(number, whole=True)  # the last one may be damaged
     finally: shutil.rmtree(shadow, ignore_errors=True)
 
 # %% ../../../nbs/storage/pool/delta.ipynb #50be56ec
-def _checkpoints(lake: LocalLake) -> list[Path]:
-    return [lake.log / name for name in sorted(_files(lake.log)) if re.fullmatch(r"[0-9]{20}\.checkpoint\.parquet", name)]
-
-def _mend(lake: LocalLake, entries: Sequence[Entry], dry_run: bool) -> list[str]:
-    every, hint = _checkpoints(lake), lake.log / "_last_checkpoint"
+@patch
+def _mend_checkpoints(self: LocalLake, entries: Sequence[Entry], dry_run: bool) -> list[str]:
+    every, hint = self._checkpoints(), self.log / "_last_checkpoint"
     damaged = [path for path in every if not _readable(path, entries)]
-    if not damaged and (every or hint.exists()) and not _as_they_say(lake, entries): damaged = every or [hint]
+    some = every or hint.exists()
+    if some and not damaged and not self._as_they_say(entries): damaged = every or [hint]
     if damaged and not dry_run:
         for path in (hint, *damaged): path.unlink(missing_ok=True)  # first the one that names the others
-        _checkpoint(lake, lake.head(), whole=True)
-    return [f"{path.name}: a damaged checkpoint, which keeps other readers out or misleads them" for path in damaged]
+        self._checkpoint(self.head(), whole=True)
+    wrong = "a damaged checkpoint, which keeps other readers out or misleads them"
+    return [f"{path.name}: {wrong}" for path in damaged]
 
 def _readable(path: Path, entries: Sequence[Entry]) -> bool:
     "Whether a checkpoint can be read, and is not much larger than what it stands for"
@@ -671,14 +810,15 @@ def _readable(path: Path, entries: Sequence[Entry]) -> bool:
         return bool(pq.read_table(path, page_checksum_verification=True))
     except Exception: return False
 
-def _as_they_say(lake: LocalLake, entries: Sequence[Entry]) -> bool:
+@patch
+def _as_they_say(self: LocalLake, entries: Sequence[Entry]) -> bool:
     "Whether other readers, who trust checkpoints, see the files that the entries up to some number name"
     right: dict[str, int] = {}
     for entry in entries:
         for file in entry.gone: right.pop(file.path, None)
         right.update((file.path, file.size) for file in entry.files)
     try:
-        table = deltalake.DeltaTable(lake.root.as_uri())
+        table = deltalake.DeltaTable(self.root.as_uri())
         table.load_as_version(len(entries))  # others may write meanwhile
         seen = pa.table(table.get_add_actions()).to_pydict()
     except BaseException as e:
@@ -686,71 +826,42 @@ def _as_they_say(lake: LocalLake, entries: Sequence[Entry]) -> bool:
         return False
     return dict(zip(seen["path"], seen["size_bytes"])) == right
 
-# %% ../../../nbs/storage/pool/delta.ipynb #d3127aac
-def said_by(
-    lake: Lake,
-    error: BaseException, # Of the store, or of the library that asked it
-) -> tuple[str, Optional[BaseException]]: # The words, and the cause where its own words may be printed
-    "What a store said, as far as it can be shown"
-    return quoted(error, lake.url, getattr(lake, "options", None))
+# %% ../../../nbs/storage/pool/delta.ipynb #558351c9
+_SAYS = {"s3": "AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "
+               "and AWS_ALLOW_HTTP for http://",
+         "gs": "GOOGLE_APPLICATION_CREDENTIALS",
+         "az": "AZURE_STORAGE_ACCOUNT_NAME, AZURE_STORAGE_ACCOUNT_KEY"}
+
+def _where_it_is(url: str) -> str:
+    "What says where a store is, and who may read it"
+    scheme = url.partition("://")[0].lower()
+    names = _SAYS.get("s3" if scheme == "s3a" else scheme, _SAYS["az"])
+    return f"; it is found by storage_options, or in the environment by {names}"
+
+def _store(url: str, options: Optional[dict[str, str]]) -> Any:
+    "`deltalake`'s view of an object store; raises `QueryError` where URL and options cannot be meant"
+    try: return deltalake.fs.DeltaStorageHandler(url, options)
+    except (TypeError, ValueError, OSError, deltalake.exceptions.DeltaError) as e:
+        said, cause = quoted(e, url, options)
+        raise QueryError(f"{safe_url(url)}: no object store has this URL, or takes these storage_options: "
+                         f"{said}") from cause
+
+def _age(info: Any) -> float:
+    if info.type == pa.fs.FileType.NotFound: raise FileNotFoundError(info.path)
+    return time.time() - info.mtime_ns / 1e9
 
 # %% ../../../nbs/storage/pool/delta.ipynb #59c25b9b
-class RemoteLake(Lake):
-    "A table in an object store"
+class RemoteFiles(LakeFiles):
+    "The files of a table in an object store"
     settled = False  # a request may still be on its way
     process: ClassVar[Optional[int]] = None  # The one in which `deltalake` first asked a store
 
-    def __init__(self,
-        url: str,
-        options: Optional[dict[str, str]] = None, # Of the store, as `deltalake` takes them; by default from the environment
-    ):
+    def __init__(self, url: str, options: Optional[dict[str, str]] = None):
         super().__init__(url)
-        self.options, self._delta, self._lock = options, None, forkable_lock()
-        RemoteLake.process = RemoteLake.process or os.getpid()
+        self.options, self._lock = options, forkable_lock()
+        self._delta = None  # `deltalake`'s view of the table, once the store has answered
+        RemoteFiles.process = RemoteFiles.process or os.getpid()
         with self._asked(): self.files = pa.fs.PyFileSystem(_store(url, options))
-
-    def __reduce__(self): return RemoteLake, (self.url,)  # keys stay here; elsewhere they come from the environment
-
-    @contextmanager
-    def _asked(self) -> Iterator[None]:
-        "Whatever the store says is said with the table's name"
-        if os.getpid() != self.process:
-            raise PoolUnavailable(f"{safe_url(self.url)}: this process is a fork of one that used an object store, and that needs "
-                                  "threads which it does not have; start processes by spawn: multiprocessing.get_context('spawn')")
-        try: yield
-        except (DataIOError, FileNotFoundError): raise
-        except (OSError, deltalake.exceptions.DeltaError) as e:
-            said, cause = said_by(self, e)
-            raise PoolUnavailable(f"{safe_url(self.url)}: {said}{'' if self._delta else _where_it_is(self.url)}") from cause
-
-    def head(self) -> int:
-        with self._lock, self._asked():
-            try:
-                if self._delta is None: self._delta = deltalake.DeltaTable(self.url, storage_options=self.options)
-                else: self._delta.update_incremental()
-            except deltalake.exceptions.TableNotFoundError: return -1
-            return self._delta.version()
-
-    def create(self, schema: Schema) -> None: _create_remote(self, schema)
-
-    def put(self, entry: Entry, schema: Schema) -> bool:
-        number = entry.commit.number
-        with self._lock:  # nobody may move the table on while it is committed to
-            self.found(schema)
-            if self.head() != number - 1: return False
-            if number == 1: _check_first(self, schema)
-            try: _transact(self._delta, entry, schema, self.facts(entry))
-            except deltalake.exceptions.DeltaError as e:
-                self._delta = None
-                said, cause = said_by(self, e)
-                if self.head() < number: raise PoolUnavailable(f"{safe_url(self.url)}: commit {number} failed: {said}") from cause
-                return next(self.entries(number - 1, number)).commit.token == entry.commit.token
-            if number % _INTERVAL == 0: _tidy(self, number, self._checkpoint)
-            return True
-
-    def _checkpoint(self) -> None:
-        self.head()
-        self._delta.create_checkpoint()
 
     def read(self, path: str) -> bytes:
         with self._asked(), self.files.open_input_stream(path, compression=None) as f: return f.read()
@@ -759,7 +870,8 @@ class RemoteLake(Lake):
         with self._asked(): return self.files.open_input_file(path)
 
     def write(self, path: str, content: Any) -> None:
-        with self._asked(), self.files.open_output_stream(path, compression=None, buffer_size=1 << 20) as f: f.write(content)
+        options = dict(compression=None, buffer_size=1 << 20)
+        with self._asked(), self.files.open_output_stream(path, **options) as f: f.write(content)
 
     def remove(self, paths: Iterable[str]) -> None:
         for path in map(_inside, paths):
@@ -780,92 +892,100 @@ class RemoteLake(Lake):
     def each(self, what: Callable[[int], Any], numbers: range) -> Iterable[Any]:
         with ThreadPoolExecutor(16) as workers: return list(workers.map(what, numbers))
 
-# %% ../../../nbs/storage/pool/delta.ipynb #558351c9
-_SAYS = {"s3": "AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, and AWS_ALLOW_HTTP for http://",
-         "gs": "GOOGLE_APPLICATION_CREDENTIALS", "az": "AZURE_STORAGE_ACCOUNT_NAME, AZURE_STORAGE_ACCOUNT_KEY"}
-
-def _where_it_is(url: str) -> str:
-    "What says where a store is, and who may read it"
-    scheme = url.partition("://")[0].lower()
-    return f"; it is found by storage_options, or in the environment by {_SAYS.get(scheme, _SAYS['s3'] if scheme == 's3a' else _SAYS['az'])}"
+# %% ../../../nbs/storage/pool/delta.ipynb #1629c650
+@patch
+@contextmanager
+def _asked(self: RemoteFiles) -> Iterator[None]:
+    "What the store says is said with the table's name"
+    if os.getpid() != self.process:
+        raise PoolUnavailable(f"{safe_url(self.url)}: this process is a fork of one that used an object "
+                              "store, and that needs threads which it does not have; start processes by "
+                              "spawn: multiprocessing.get_context('spawn')")
+    try: yield
+    except (DataIOError, FileNotFoundError): raise
+    except (OSError, deltalake.exceptions.DeltaError) as e:
+        said, cause = self.said(e)
+        hint = "" if self._delta else _where_it_is(self.url)
+        raise PoolUnavailable(f"{safe_url(self.url)}: {said}{hint}") from cause
 
 # %% ../../../nbs/storage/pool/delta.ipynb #36152a92
-def _store(url: str, options: Optional[dict[str, str]]) -> Any:
-    "`deltalake`'s view of an object store; raises `QueryError` where URL and options cannot be meant"
-    try: return deltalake.fs.DeltaStorageHandler(url, options)
-    except (TypeError, ValueError, OSError, deltalake.exceptions.DeltaError) as e:
-        said, cause = quoted(e, url, options)
-        raise QueryError(f"{safe_url(url)}: no object store has this URL, or takes these storage_options: {said}") from cause
+class RemoteLake(RemoteFiles, Lake):
+    "A table in an object store"
+    def __init__(self,
+        url: str, # Of the table
+        options: Optional[dict[str, str]] = None, # Of the store; by default from the environment
+    ):
+        super().__init__(url, options)
 
-def _create_remote(lake: RemoteLake, schema: Schema) -> None:
-    ours, facts = _birth(schema)
-    try: deltalake.DeltaTable.create(lake.url, _delta_schema(schema), storage_options=lake.options, raise_if_key_not_exists=False,
-                                     configuration=ours["configuration"],
-                                     commit_properties=deltalake.CommitProperties(custom_metadata={_FACTS: facts}, max_commit_retries=0))
-    except deltalake.exceptions.DeltaError as e:
-        said, cause = said_by(lake, e)
-        if lake.head() < 0: raise PoolUnavailable(f"{safe_url(lake.url)}: it cannot be created: {said}") from cause
+    def __reduce__(self): return RemoteLake, (self.url,)  # keys stay here; elsewhere the environment has them
 
-def _check_first(lake: RemoteLake, schema: Schema) -> None:
-    "Raise `SchemaError` where another writer made the table, for other columns"
-    there = _made(lake)["configuration"]
-    if there != {**there, **_configuration(schema), _OURS: there[_OURS]}:
-        raise SchemaError(f"{safe_url(lake.url)} is empty, and was made for episodes of another schema: "
-                          f"{there.get('data_io_nbdev.schema')}; store such episodes, or remove it")
+    def head(self) -> int:
+        with self._lock, self._asked():
+            try:
+                if self._delta is not None: self._delta.update_incremental()
+                else: self._delta = deltalake.DeltaTable(self.url, storage_options=self.options)
+            except deltalake.exceptions.TableNotFoundError: return -1
+            return self._delta.version()
 
-def _age(info: Any) -> float:
-    if info.type == pa.fs.FileType.NotFound: raise FileNotFoundError(info.path)
-    return time.time() - info.mtime_ns / 1e9
+    def create(self, schema: Schema) -> None:
+        ours, facts = _birth(schema)
+        try: deltalake.DeltaTable.create(self.url, _delta_schema(schema), storage_options=self.options,
+                                         raise_if_key_not_exists=False, configuration=ours["configuration"],
+                                         commit_properties=_properties(facts))
+        except deltalake.exceptions.DeltaError as e:
+            said, cause = self.said(e)
+            wrong = f"{safe_url(self.url)}: it cannot be created: {said}"
+            if self.head() < 0: raise PoolUnavailable(wrong) from cause
+
+    def put(self, entry: Entry, schema: Schema) -> bool:
+        number = entry.commit.number
+        with self._lock:  # no other thread may move the table on while it is committed to
+            self.found(schema)
+            if self.head() != number - 1: return False
+            if number == 1: self._check_first(schema)
+            try: _transact(self._delta, entry, schema, self._facts_of(entry))
+            except deltalake.exceptions.DeltaError as e:
+                self._delta = None
+                said, cause = self.said(e)
+                wrong = f"{safe_url(self.url)}: commit {number} failed: {said}"
+                if self.head() < number: raise PoolUnavailable(wrong) from cause
+                return next(self.entries(number - 1, number)).commit.token == entry.commit.token
+            if number % _INTERVAL == 0: self._tidy(number)
+            return True
+
+# %% ../../../nbs/storage/pool/delta.ipynb #570cadff
+def _properties(facts: str) -> Any: # `deltalake.CommitProperties`
+    return deltalake.CommitProperties(custom_metadata={_FACTS: facts}, max_commit_retries=0)
 
 def _transact(table: Any, entry: Entry, schema: Schema, facts: str) -> None:
     "Make an entry the version behind the table's own"
-    adds = [deltalake.transaction.AddAction(a["path"], a["size"], {}, a["modificationTime"], a["dataChange"], a["stats"])
-            for a in _adds(entry, schema)]
-    removes = [deltalake.transaction.RemoveAction(path=f.path, data_change=entry.changes, deletion_timestamp=entry.time, size=f.size,
-                                                  partition_values={}) for f in entry.gone]
-    table.create_write_transaction(
-        [*adds, *removes], mode="append", schema=_delta_schema(schema),
-        commit_properties=deltalake.CommitProperties(custom_metadata={_FACTS: facts}, max_commit_retries=0),
-        post_commithook_properties=deltalake.PostCommitHookProperties(create_checkpoint=False, cleanup_expired_logs=False))
+    def add(a: dict) -> Any:
+        return deltalake.transaction.AddAction(a["path"], a["size"], {}, a["modificationTime"],
+                                               a["dataChange"], a["stats"])
+    def remove(f: File) -> Any:
+        return deltalake.transaction.RemoveAction(path=f.path, size=f.size, data_change=entry.changes,
+                                                  deletion_timestamp=entry.time, partition_values={})
+    adds, removes = map(add, entry._adds(schema)), map(remove, entry.gone)
+    hooks = deltalake.PostCommitHookProperties(create_checkpoint=False, cleanup_expired_logs=False)
+    table.create_write_transaction([*adds, *removes], mode="append", schema=_delta_schema(schema),
+                                   commit_properties=_properties(facts), post_commithook_properties=hooks)
 
-# %% ../../../nbs/storage/pool/delta.ipynb #33de8c47
-def flaws(
-    lake: Lake,
-    upto: int, # Number of the newest entry
-    schema: Schema, # Of the pool
-) -> Iterator[str]: # One line for each entry that is damaged
-    "What is wrong with a log, for people"
-    def flaw(number: int) -> str:
-        try: wrong = _unlike(lake, number, schema)
-        except (DataIOError, OSError, *_BROKEN) as e:
-            if isinstance(e, OSError) and unreachable(e): raise
-            wrong = str(e)
-        return wrong and f"commit {number}: {wrong}"
-    yield from filter(None, lake.each(flaw, range(upto + 1)))
-    yield from _mend_segments(lake, upto, dry_run=True)
+@patch
+def _check_first(self: RemoteLake, schema: Schema) -> None:
+    "Raise `SchemaError` where another writer made the table, for other columns"
+    there = self._made()["configuration"]
+    if there != {**there, **_configuration(schema), _OURS: there[_OURS]}:
+        raise SchemaError(f"{safe_url(self.url)} is empty, and was made for episodes of another schema: "
+                          f"{there.get('data_io_nbdev.schema')}; store such episodes, or remove it")
 
-def _unlike(lake: Lake, number: int, schema: Schema) -> str:
-    actions = lake.actions(number)
-    about = [a["metaData"] for a in actions if "metaData" in a]
-    if not number: return _strange_table(lake, actions, about[0])
-    entry = parse_entry(number, actions, lake.table.id)
-    if not entry.format:  # another engine's has no checksum, but perhaps a copy
-        copy = _segment_lines(lake, last := -(-number // _INTERVAL) * _INTERVAL)
-        return "" if not copy or json.loads(copy[number - last - 1]) == actions else f"{_segment(last)} says something else"
-    right = dict(schemaString=_delta_schema(schema).to_json(), configuration=_configuration(schema))
-    if number == 1 and _columns((about or [_made(lake)])[0]) != _columns(right):
-        return "the table's columns are not those of its steps"
-    told, ours = [a for a in actions if number > 1 or "metaData" not in a], list(_lines(entry, schema, _facts(actions) or ""))
-    if told == ours or (_by_deltalake(told) and _seen(told) == _seen(ours)): return ""
-    return "other readers are told something else than the pool"
+@patch
+def _checkpoint(self: RemoteLake, number: int) -> None:
+    self.head()
+    self._delta.create_checkpoint()
 
-def _by_deltalake(actions: Sequence[dict]) -> bool: return any("clientVersion" in a.get("commitInfo", ()) for a in actions)
-
-def _strange_table(lake: Lake, actions: Sequence[dict], about: dict) -> str:
-    if _parse_table(safe_url(lake.url), actions) != lake.table: return "it is another table's"
-    protocol = next((a["protocol"] for a in actions if "protocol" in a), None)
-    plain = about["partitionColumns"] == [] and about["format"]["provider"] == "parquet"
-    return "" if plain and protocol == {"minReaderVersion": 1, "minWriterVersion": 2} else "other readers are told of another kind of table"
+# %% ../../../nbs/storage/pool/delta.ipynb #ef4b81f0
+def _by_deltalake(actions: Sequence[dict]) -> bool:
+    return any("clientVersion" in a.get("commitInfo", ()) for a in actions)
 
 def _columns(about: dict) -> tuple:
     fields = json.loads(about["schemaString"])["fields"]
@@ -874,19 +994,64 @@ def _columns(about: dict) -> tuple:
 def _seen(lines: Iterable[dict]) -> list[tuple]:
     "What other readers take from an entry"
     def stats(add: dict) -> str: return json.dumps(json.loads(add["stats"]), sort_keys=True)
-    return sorted(("add", a["path"], a["size"], a["dataChange"], stats(a)) if kind == "add" else (kind, a["path"], a["dataChange"])
-                  for line in lines for kind, a in line.items() if kind in ("add", "remove"))
+    def seen(kind: str, a: dict) -> tuple:
+        told = (kind, a["path"], a["dataChange"])
+        return ("add", a["path"], a["size"], a["dataChange"], stats(a)) if kind == "add" else told
+    return sorted(seen(kind, a) for line in lines for kind, a in line.items() if kind in ("add", "remove"))
+
+# %% ../../../nbs/storage/pool/delta.ipynb #33de8c47
+@patch
+def _flaws(self: Lake,
+    upto: int, # Number of the newest entry
+    schema: Schema, # Of the pool
+) -> Iterator[str]: # One line for each entry that is damaged
+    "What is wrong with the log, for people"
+    def flaw(number: int) -> str:
+        try: wrong = self._unlike(number, schema)
+        except (DataIOError, OSError, *_BROKEN) as e:
+            if isinstance(e, OSError) and unreachable(e): raise
+            wrong = str(e)
+        return wrong and f"commit {number}: {wrong}"
+    yield from filter(None, self.each(flaw, range(upto + 1)))
+    yield from self._mend_segments(upto, dry_run=True)
+
+@patch
+def _unlike(self: Lake, number: int, schema: Schema) -> str:
+    actions = self.actions(number)
+    about = [a["metaData"] for a in actions if "metaData" in a]
+    if not number: return self._strange_table(actions, about[0])
+    entry = parse_entry(number, actions, self.table.id)
+    if not entry.format:  # another engine's has no checksum, but perhaps a copy
+        copy = self._segment_lines(last := -(-number // _INTERVAL) * _INTERVAL)
+        same = not copy or json.loads(copy[number - last - 1]) == actions
+        return "" if same else f"{_segment(last)} says something else"
+    right = dict(schemaString=_delta_schema(schema).to_json(), configuration=_configuration(schema))
+    if number == 1 and _columns((about or [self._made()])[0]) != _columns(right):
+        return "the table's columns are not those of its steps"
+    told = [a for a in actions if number > 1 or "metaData" not in a]
+    ours = list(entry._lines(schema, _facts(actions) or ""))
+    if told == ours or (_by_deltalake(told) and _seen(told) == _seen(ours)): return ""
+    return "other readers are told something else than the pool"
+
+# %% ../../../nbs/storage/pool/delta.ipynb #4ca059ce
+@patch
+def _strange_table(self: Lake, actions: Sequence[dict], about: dict) -> str:
+    if _parse_table(safe_url(self.url), actions) != self.table: return "it is another table's"
+    protocol = next((a["protocol"] for a in actions if "protocol" in a), None)
+    plain = about["partitionColumns"] == [] and about["format"]["provider"] == "parquet"
+    fine = plain and protocol == {"minReaderVersion": 1, "minWriterVersion": 2}
+    return "" if fine else "other readers are told of another kind of table"
 
 # %% ../../../nbs/storage/pool/delta.ipynb #b5d09007
 def open_lake(
     url: str | os.PathLike, # A path, or a URL
     options: Optional[dict[str, str]] = None, # Of the object store
 ) -> Lake:
-    "Where a URL points to"
+    "The lake at a URL; raises `QueryError` for a URL that is none, or that holds a key"
     url = path_text(url)
     path = url.removeprefix("delta://")
     if "://" not in path: return LocalLake(os.path.abspath(plain_path(url)))
     if path.lower().startswith("file:"): return LocalLake(os.path.abspath(plain_path(path)))
     if safe_url(path) == path: return RemoteLake(path, options)
-    raise QueryError(f"{safe_url(url)!r}: a lake's URL holds no secrets, because it travels; give keys as storage_options, "
-                     "or in the environment")
+    raise QueryError(f"{safe_url(url)!r}: a lake's URL holds no secrets, because it travels; give keys as "
+                     "storage_options, or in the environment")

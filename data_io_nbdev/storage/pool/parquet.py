@@ -8,14 +8,15 @@ import zlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Optional
+from fastcore.basics import patch
 import numpy as np
 
 # %% auto #0
 __all__ = ['column_names', 'Column', 'columns_of', 'to_table', 'Rows', 'File', 'parquet_bytes', 'open_parquet', 'is_made_for',
-           'read_episodes', 'whole_table', 'episodes_of']
+           'episodes_of', 'read_episodes', 'whole_table']
 
 # %% ../../../nbs/storage/pool/parquet.ipynb #315bf7cc
-from ...errors import CorruptData, require
+from ...errors import require
 from ...data.schema import FLAGS, Field, Schema
 from ...data.core import Episode
 from .pool import Part, in_bulk
@@ -32,11 +33,13 @@ def column_names(
     "Names that every reader of the table accepts"
     names, taken = [], set()
     for text in wanted:
-        name = plain = "".join(c if c == "_" or c.isalnum() else "".join(f"%{b:02X}" for b in c.encode()) for c in text)
+        name = plain = "".join(c if c == "_" or c.isalnum() else _escaped(c) for c in text)
         while name.casefold() in taken: name = f"{plain}%%{len(names)}"
         taken.add(name.casefold())
         names.append(name)
     return names
+
+def _escaped(sign: str) -> str: return "".join(f"%{b:02X}" for b in sign.encode())
 
 # %% ../../../nbs/storage/pool/parquet.ipynb #5e14d8f8
 class Column(NamedTuple):
@@ -47,11 +50,11 @@ class Column(NamedTuple):
     field: Optional[Field] = None  # Of the schema
 
     @property
-    def arrow(self): # A `pyarrow.Field`
+    def arrow(self) -> Any: # A `pyarrow.Field`
         "As Arrow and Delta Lake declare it"
-        f = self.field
-        about = dict(role=self.role)
-        if f: about |= dict(field=f.name, dtype=f.dtype, shape=str(list(f.shape)), **({"unit": f.unit} if f.unit else {}))
+        about, f = dict(role=self.role), self.field
+        if f: about |= dict(field=f.name, dtype=f.dtype, shape=str(list(f.shape)))
+        if f and f.unit: about["unit"] = f.unit
         return pa.field(self.name, self.type, nullable=self.role == "nstate", metadata=about)
 
 # %% ../../../nbs/storage/pool/parquet.ipynb #77984ecd
@@ -64,7 +67,7 @@ def _field_type(f: Field) -> Any:
     return pa.list_(pa.field("element", number, nullable=False)) if f.shape else number
 
 def columns_of(
-    schema: Schema,
+    schema: Schema, # Of the episodes
 ) -> list[Column]: # In the order of the table
     "The columns of the table that holds a schema's steps"
     fixed = [("episode", pa.string(), "episode"), ("episodestart", _TIME, "episodestart"),
@@ -78,25 +81,45 @@ def columns_of(
     return [Column(name, *rest) for name, (_, *rest) in zip(names, wanted)]
 
 # %% ../../../nbs/storage/pool/parquet.ipynb #5e5bd326
-def _to_arrow(
-    column: Column,
+@patch
+def _to_arrow(self: Column,
     values: np.ndarray, # `(steps, *shape)`
     null: Optional[np.ndarray] = None, # `(steps,)` bool: rows to leave out
 ) -> Any: # A `pyarrow.Array` of as many steps
-    "One field of some steps"
-    if pa.types.is_timestamp(column.type): values = values.view("M8[us]")
-    if not (pa.types.is_list(column.type) or pa.types.is_binary(column.type)):
-        return pa.array(np.ascontiguousarray(values), column.type, mask=null)
+    "The column's part for some steps"
+    is_list, is_binary = pa.types.is_list(self.type), pa.types.is_binary(self.type)
+    if pa.types.is_timestamp(self.type): values = values.view("M8[us]")
+    if not (is_list or is_binary): return pa.array(np.ascontiguousarray(values), self.type, mask=null)
     steps, there = len(values), values if null is None else values[~null]
     flat = np.ascontiguousarray(there).reshape(-1)
-    if pa.types.is_binary(column.type): flat = flat.view("u1")
+    if is_binary: flat = flat.view("u1")
     size = flat.size // max(1, len(there))
     ends = np.arange(steps + 1) if null is None else np.concatenate([[0], np.cumsum(~null)])
     offsets = pa.array((ends * size).astype("int32"))
-    if pa.types.is_list(column.type):
-        return pa.ListArray.from_arrays(offsets, pa.array(flat), type=column.type, mask=None if null is None else pa.array(null))
+    if is_list:
+        mask = None if null is None else pa.array(null)
+        return pa.ListArray.from_arrays(offsets, pa.array(flat), type=self.type, mask=mask)
     valid = None if null is None else pa.array(~null).buffers()[1]
     return pa.Array.from_buffers(pa.binary(), steps, [valid, offsets.buffers()[1], pa.py_buffer(flat)])
+
+# %% ../../../nbs/storage/pool/parquet.ipynb #788874b4
+@patch
+def _from_arrow(self: Column, array: Any) -> np.ndarray: # `(rows, *shape)`
+    "The values of the column that are not null"
+    chunks = array.chunks if isinstance(array, pa.ChunkedArray) else [array]
+    pieces = [self._values(chunk) for chunk in chunks]
+    return np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
+
+@patch
+def _values(self: Column, array: Any) -> np.ndarray:
+    f = self.field
+    if array.null_count: array = array.drop_null()
+    if pa.types.is_list(self.type): values = array.flatten().to_numpy(zero_copy_only=False)
+    elif pa.types.is_binary(self.type):
+        ends, rows = np.frombuffer(array.buffers()[1], "int32")[array.offset:], len(array)
+        values = np.frombuffer(array.buffers()[2] or b"", "u1")[ends[0]:ends[rows]].view(f.dtype)
+    else: values = array.to_numpy(zero_copy_only=False)
+    return values.reshape(len(array), *f.shape) if f else values
 
 # %% ../../../nbs/storage/pool/parquet.ipynb #1378a54c
 _SLICE = 64 << 20  # Bytes of steps in one Arrow array, whose offsets count to 2 GB
@@ -114,18 +137,19 @@ def to_table(
     return pa.concat_tables(_slice_table(columns, part, episode, cut) for cut in cuts)
 
 def _slice_table(columns: Sequence[Column], part: Part, episode: Episode, cut: slice) -> Any:
-    steps, fields = cut.stop - cut.start, {role: episode.fields(role) for role in episode.blocks if role not in FLAGS}
+    steps = cut.stop - cut.start
+    fields = {role: episode.fields(role) for role in episode.blocks if role not in FLAGS}
     linked = np.append(episode.links, False)[cut]
     linked[-1:] &= cut.stop < len(episode)
-    who = iter(part.who)
+    who, same = iter(part.who), {"episode": part.id, "episodestart": part.start}
     def array(column: Column) -> Any:
         role = column.role
-        if role in fields: return _to_arrow(column, fields[role][column.field.name][cut], linked if role == "nstate" else None)
-        if role in FLAGS: return _to_arrow(column, episode.blocks[role][cut])
-        if role == "timestamp": return _to_arrow(column, episode.times[cut])
-        if role == "step": return _to_arrow(column, episode.step[cut])
-        value = {"who": lambda: next(who), "episode": lambda: part.id, "episodestart": lambda: part.start}[role]()
-        return pa.repeat(pa.scalar(value, column.type), steps)
+        null = linked if role == "nstate" else None
+        if role in fields: return column._to_arrow(fields[role][column.field.name][cut], null)
+        if role in FLAGS: return column._to_arrow(episode.blocks[role][cut])
+        if role == "timestamp": return column._to_arrow(episode.times[cut])
+        if role == "step": return column._to_arrow(episode.step[cut])
+        return pa.repeat(pa.scalar(next(who) if role == "who" else same[role], column.type), steps)
     return pa.table([array(c) for c in columns], _layout(columns))
 
 def _layout(columns: Sequence[Column]) -> Any: # A `pyarrow.Schema`
@@ -156,7 +180,39 @@ class File(NamedTuple):
     footer_crc: int  # CRC-32 of the end
     crc: int  # CRC-32 of the whole
 
-_SHARED, _GROUP = 1 << 20, 8 << 20  # Bytes of steps that whole parts share a row group up to; the most in one
+# %% ../../../nbs/storage/pool/parquet.ipynb #6e225a4e
+@patch
+def _encoding(self: Column) -> dict[str, str]: # By the name of the column in the file
+    "How the numbers are laid out, where there is something better than one after the other"
+    lists = pa.types.is_list(self.type)
+    name, kind = (f"{self.name}.list.element", self.type.value_type) if lists else (self.name, self.type)
+    if pa.types.is_floating(kind): return {name: "BYTE_STREAM_SPLIT"}
+    if pa.types.is_timestamp(kind) or self.role == "step": return {name: "DELTA_BINARY_PACKED"}
+    return {}
+
+_MARK = "data_io_nbdev"  # the key of what a footer says of us
+
+def _mark(meta: Any) -> Optional[list[str]]: # The file's name, the checksums, the table
+    "What a footer says of us"
+    said = (meta.metadata or {}).get(_MARK.encode())
+    return said and said.decode().split(" ", 2)
+
+def _begins(meta: Any) -> list[int]: # Bytes before each
+    "Where a file's columns begin, one row group after the other"
+    groups = map(meta.row_group, range(meta.num_row_groups))
+    chunks = (group.column(i) for group in groups for i in range(group.num_columns))
+    return [c.dictionary_page_offset if c.has_dictionary_page else c.data_page_offset for c in chunks]
+
+def _seal(data: memoryview, footer: int, mark: bytes) -> None:
+    "Write the checksums of the columns where a mark keeps room for them"
+    begins = _begins(pq.ParquetFile(pa.BufferReader(data[-footer:])).metadata)
+    ends = [*begins[1:], len(data) - footer]
+    at = len(data) - footer + bytes(data[-footer:]).rindex(mark) + mark.index(b" ") + 1
+    data[at:at + 8 * len(begins)] = b"".join(b"%08x" % zlib.crc32(data[a:b]) for a, b in zip(begins, ends))
+
+# %% ../../../nbs/storage/pool/parquet.ipynb #8ca8cf93
+_SHARED = 1 << 20  # Bytes of steps up to which whole parts share a row group
+_GROUP = 8 << 20  # Bytes of steps in one, at most
 
 def parquet_bytes(
     path: str, # That the file will have
@@ -164,13 +220,13 @@ def parquet_bytes(
     table_id: str = "", # Whose file it will be
 ) -> tuple[File, memoryview]: # What the log needs to know, and the content
     "The steps of parts as one Parquet file"
-    columns, sink = columns_of(parts[0][1].schema), pa.BufferOutputStream()
+    columns, sink, blocks = columns_of(parts[0][1].schema), pa.BufferOutputStream(), 0
     flat = [c.name for c in columns if not (pa.types.is_list(c.type) or pa.types.is_binary(c.type))]
     texts = [c.name for c in columns if c.role in ("who", "episode", "episodestart")]
-    encoding = {k: v for c in columns if c.name not in texts for k, v in _encoding(c)}
-    with pq.ParquetWriter(sink, _layout(columns), compression="zstd", compression_level=1, use_dictionary=texts, column_encoding=encoding,
-                          write_statistics=flat, write_page_checksum=True, store_schema=False) as writer:
-        blocks = 0
+    encoding = {k: v for c in columns if c.name not in texts for k, v in c._encoding().items()}
+    options = dict(compression="zstd", compression_level=1, use_dictionary=texts, column_encoding=encoding,
+                   write_statistics=flat, write_page_checksum=True, store_schema=False)
+    with pq.ParquetWriter(sink, _layout(columns), **options) as writer:
         for group in in_bulk(parts, lambda pair: pair[0].nbytes, _SHARED):
             table = pa.concat_tables(_tables(group))
             rows = max(1, _GROUP // max(1, sum(part.nbytes for part, _ in group) // len(table)))
@@ -184,32 +240,9 @@ def parquet_bytes(
     _seal(data, footer, mark.encode())
     return File(path, len(data), footer, zlib.crc32(data[-footer:]), zlib.crc32(data)), data
 
-_MARK = "data_io_nbdev"  # the key of what a footer says of us
-
-def _seal(data: memoryview, footer: int, mark: bytes) -> None:
-    "Write the checksums of the columns where a mark keeps room for them"
-    begins = _begins(pq.ParquetFile(pa.BufferReader(data[-footer:])).metadata)
-    ends = [*begins[1:], len(data) - footer]
-    at = len(data) - footer + bytes(data[-footer:]).rindex(mark) + mark.index(b" ") + 1
-    data[at:at + 8 * len(begins)] = b"".join(b"%08x" % zlib.crc32(data[a:b]) for a, b in zip(begins, ends))
-
-def _begins(meta: Any) -> list[int]: # Bytes before each
-    "Where a file's columns begin, one row group after the other"
-    groups = map(meta.row_group, range(meta.num_row_groups))
-    chunks = (group.column(i) for group in groups for i in range(group.num_columns))
-    return [c.dictionary_page_offset if c.has_dictionary_page else c.data_page_offset for c in chunks]
-
-def _encoding(column: Column) -> list[tuple[str, str]]:
-    "How the numbers of a column are laid out, where there is something better than one after the other"
-    lists = pa.types.is_list(column.type)
-    name, kind = (f"{column.name}.list.element", column.type.value_type) if lists else (column.name, column.type)
-    if pa.types.is_floating(kind): return [(name, "BYTE_STREAM_SPLIT")]
-    if pa.types.is_timestamp(kind) or column.role == "step": return [(name, "DELTA_BINARY_PACKED")]
-    return []
-
 # %% ../../../nbs/storage/pool/parquet.ipynb #be986f5a
 class _Checked:
-    "A file that hands out only what is as it was written"
+    "A file that gives out only bytes that are as they were written"
     closed = False
     def __init__(self, source: Any, begins: Sequence[int], end: int, sums: Sequence[int]):
         self.source, self.begins, self.ends, self.sums, self.at = source, begins, [*begins[1:], end], sums, 0
@@ -221,8 +254,10 @@ class _Checked:
         self.source.seek(begin)
         data = self.source.read_buffer(end - begin)
         view, skip = memoryview(data), self.at - begin
-        for a, b, crc in zip(self.begins[first:last + 1], self.ends[first:last + 1], self.sums[first:last + 1]):
-            if zlib.crc32(view[a - begin:b - begin]) != crc: raise ValueError(f"its bytes {a} to {b} are not what was written")
+        within = slice(first, last + 1)
+        for a, b, crc in zip(self.begins[within], self.ends[within], self.sums[within]):
+            if zlib.crc32(view[a - begin:b - begin]) != crc:
+                raise ValueError(f"its bytes {a} to {b} are not what was written")
         self.at += n
         return data if n == end - begin else data[skip:skip + n]
 
@@ -234,50 +269,33 @@ class _Checked:
     def size(self) -> int: return self.source.size()
     def close(self) -> None: self.source.close()
 
+# %% ../../../nbs/storage/pool/parquet.ipynb #500a084f
+_NEAR = pa.OSFile, pa.BufferReader  # what is on this machine
+
 def open_parquet(
     source: Any, # A `pyarrow.NativeFile`
     footer: Any, # Its last bytes, which are sound
 ) -> Any: # A `pyarrow.parquet.ParquetFile`
-    "A Parquet file of which nothing is unpacked that was not checked"
+    "A Parquet file of which nothing is unpacked before it is checked"
     meta = pq.ParquetFile(pa.BufferReader(footer)).metadata
-    if not (mark := _mark(meta)): return pq.ParquetFile(source, metadata=meta, page_checksum_verification=True)
-    begins, sums = _begins(meta), [int(mark[1][i:i + 8], 16) for i in range(0, len(mark[1]), 8)]
+    mark, begins = _mark(meta), _begins(meta)
+    if not mark: return pq.ParquetFile(source, metadata=meta, page_checksum_verification=True)
+    sums = [int(mark[1][i:i + 8], 16) for i in range(0, len(mark[1]), 8)]
     if len(begins) != len(sums): raise ValueError("its footer has not a checksum for each column")
     checked = _Checked(source, begins, source.size() - len(footer), sums)
-    # where Arrow's threads call Python, a fork can hang its child for ever (in Python 3.11); only a remote file gains by them
-    near = isinstance(source, (pa.OSFile, pa.BufferReader))
-    return pq.ParquetFile(pa.PythonFile(checked, mode="r"), metadata=meta, pre_buffer=not near)
-
-def _mark(meta: Any) -> Optional[list[str]]: # The file's name, the checksums, the table
-    "What a footer says of us"
-    said = (meta.metadata or {}).get(_MARK.encode())
-    return said and said.decode().split(" ", 2)
+    # a fork while Arrow's threads call Python can hang its child (in 3.11); only a remote file gains by them
+    far = not isinstance(source, _NEAR)
+    return pq.ParquetFile(pa.PythonFile(checked, mode="r"), metadata=meta, pre_buffer=far)
 
 def is_made_for(
     source: Any, # A `pyarrow.NativeFile`
     path: str, # Its name
     table_id: str, # Whose folder it is in
 ) -> bool:
-    "Whether a file says of itself that it was written under this name for this table; nobody else's does"
+    "Whether a file says of itself that it was written under this name for this table"
     try: mark = _mark(pq.ParquetFile(source).metadata)
     except Exception: return False
     return bool(mark) and mark[::2] == [path, table_id]
-
-# %% ../../../nbs/storage/pool/parquet.ipynb #788874b4
-def _from_arrow(column: Column, array: Any) -> np.ndarray: # `(rows, *shape)`
-    "The values of a column that are not null"
-    pieces = [_values(column, piece) for piece in (array.chunks if isinstance(array, pa.ChunkedArray) else [array])]
-    return np.concatenate(pieces) if len(pieces) > 1 else pieces[0]  # as one Arrow array they might be more than its offsets count
-
-def _values(column: Column, array: Any) -> np.ndarray:
-    f = column.field
-    if array.null_count: array = array.drop_null()
-    if pa.types.is_list(column.type): values = array.flatten().to_numpy(zero_copy_only=False)
-    elif pa.types.is_binary(column.type):
-        ends, rows = np.frombuffer(array.buffers()[1], "int32")[array.offset:], len(array)
-        values = np.frombuffer(array.buffers()[2] or b"", "u1")[ends[0]:ends[rows]].view(f.dtype)
-    else: values = array.to_numpy(zero_copy_only=False)
-    return values.reshape(len(array), *f.shape) if f else values
 
 # %% ../../../nbs/storage/pool/parquet.ipynb #f48be87a
 def _state_blocks(schema: Schema, found: dict, ends: np.ndarray, null: np.ndarray) -> list[tuple]:
@@ -288,7 +306,8 @@ def _state_blocks(schema: Schema, found: dict, ends: np.ndarray, null: np.ndarra
     there = np.flatnonzero(~null)  # rows that have a next state of their own
     firsts = np.searchsorted(there, ends)
     for k, (a, b, c, d) in enumerate(zip(ends, ends[1:], firsts, firsts[1:])):
-        if c == d or there[d - 1] != b - 1: raise ValueError("the last step of an episode's part has no next state")
+        if c == d or there[d - 1] != b - 1:
+            raise ValueError("the last step of an episode's part has no next state")
         for name, view in views.items():
             view[a + k:b + k] = found["state"][name][a:b]
             view[b + k] = found["nstate"][name][d - 1]
@@ -300,48 +319,53 @@ def _state_blocks(schema: Schema, found: dict, ends: np.ndarray, null: np.ndarra
         blocks.append((state, nstate, links))
     return blocks
 
-# %% ../../../nbs/storage/pool/parquet.ipynb #44f4b380
-def read_episodes(
-    file: Any, # A `pyarrow.parquet.ParquetFile`
-    schema: Schema,
-    parts: Sequence[tuple[Part, int]], # Each with its first row in the file; rows in order, without a gap
-) -> list[Episode]: # As many
-    "The steps of neighbouring parts"
-    begin, columns = parts[0][1], _needed(schema)
-    table = _rows(file, columns, begin, begin + sum(p.length for p, _ in parts), sum(p.nbytes for p, _ in parts))
-    return episodes_of(table, schema, [p for p, _ in parts])
-
-def whole_table(
-    file: Any, # A `pyarrow.parquet.ParquetFile`
-    schema: Schema,
-) -> Any: # A `pyarrow.Table`
-    "Every column of a file, as it was given to be written"
-    layout = _layout(columns_of(schema))
-    return _groups(file, range(file.num_row_groups), layout.names).cast(layout)
-
-def _needed(schema: Schema) -> list[Column]: return [c for c in columns_of(schema) if c.role in schema.roles or c.role == "timestamp"]
+# %% ../../../nbs/storage/pool/parquet.ipynb #8c1e4d68
+def _needed(schema: Schema) -> list[Column]:
+    return [c for c in columns_of(schema) if c.role in schema.roles or c.role == "timestamp"]
 
 def episodes_of(
     table: Any, # A `pyarrow.Table` of their steps, in order, and no others
-    schema: Schema,
-    parts: Sequence[Part],
+    schema: Schema, # Of the episodes
+    parts: Sequence[Part], # Whose steps these are
 ) -> list[Episode]: # As many
-    "The steps of parts"
+    "The steps of parts; raises `ValueError` for a table that does not hold them"
     columns, ends = _needed(schema), np.cumsum([0, *(p.length for p in parts)])
     if len(table) != ends[-1]: raise ValueError(f"it has {len(table)} rows, and {ends[-1]} are expected")
     found: dict[str, dict] = {}
-    for c in columns: found.setdefault(c.role, {})[c.field.name if c.field else ""] = _from_arrow(c, table[c.name])
+    for c in columns:
+        found.setdefault(c.role, {})[c.field.name if c.field else ""] = c._from_arrow(table[c.name])
     null = table[next(c.name for c in columns if c.role == "nstate")].is_null().to_numpy()
     times = found.pop("timestamp")[""].view("int64")
     states = _state_blocks(schema, found, ends, null)
-    rest = {r: v[""] if r in FLAGS else schema.join(r, v) for r, v in found.items() if r not in ("state", "nstate")}
+    others = {r: v for r, v in found.items() if r not in ("state", "nstate")}
+    rest = {r: v[""] if r in FLAGS else schema.join(r, v) for r, v in others.items()}
     episodes = []
     for part, (state, nstate, links), a, b in zip(parts, states, ends, ends[1:]):
         given = {"state": state, "nstate": nstate, **{r: block[a:b] for r, block in rest.items()}}
         episode = episode_of(part, schema, times[a:b], {r: given[r] for r in schema.roles})
-        episode.__dict__["links"] = links  # known from the nulls: nobody need compare the states again
+        episode.__dict__["links"] = links  # known from the nulls, so that states are not compared again
         episodes.append(episode)
     return episodes
+
+# %% ../../../nbs/storage/pool/parquet.ipynb #44f4b380
+def read_episodes(
+    file: Any, # A `pyarrow.parquet.ParquetFile`
+    schema: Schema, # Of the episodes
+    parts: Sequence[tuple[Part, int]], # Each with its first row in the file; rows in order, without a gap
+) -> list[Episode]: # As many
+    "The steps of neighbouring parts; raises `ValueError` for a file that does not hold them"
+    begin, columns = parts[0][1], _needed(schema)
+    length, nbytes = (sum(sizes) for sizes in zip(*((p.length, p.nbytes) for p, _ in parts)))
+    table = _rows(file, columns, begin, begin + length, nbytes)
+    return episodes_of(table, schema, [p for p, _ in parts])
+
+def whole_table(
+    file: Any, # A `pyarrow.parquet.ParquetFile`
+    schema: Schema, # Of the steps in it
+) -> Any: # A `pyarrow.Table`
+    "Every column of a file, as it was given to be written"
+    layout = _layout(columns_of(schema))
+    return _groups(file, range(file.num_row_groups), layout.names).cast(layout)
 
 def _rows(file: Any, columns: list[Column], begin: int, end: int, nbytes: int) -> Any:
     "Rows of a file that are so many bytes of steps, reading the row groups that they are in"
@@ -350,18 +374,28 @@ def _rows(file: Any, columns: list[Column], begin: int, end: int, nbytes: int) -
     if end > ends[-1]: raise ValueError(f"it has {ends[-1]} rows, and {end} are expected")
     first, last = np.searchsorted(ends, begin, side="right") - 1, np.searchsorted(ends, end)
     _check_size(meta, range(first, last), columns, int(ends[last] - ends[first]), nbytes, end - begin)
-    return _groups(file, range(first, last), [c.name for c in columns]).slice(begin - ends[first], end - begin)
+    table = _groups(file, range(first, last), [c.name for c in columns])
+    return table.slice(begin - ends[first], end - begin)
 
 def _groups(file: Any, groups: Iterable[int], columns: list[str]) -> Any:
-    "Row groups, some at a time: unpacking takes a multiple of their size, and the offsets of lists count to 2 GB"
+    "Row groups, some at a time: unpacking takes a multiple of their size, and lists have offsets up to 2 GB"
     size = lambda i: file.metadata.row_group(i).total_byte_size
-    return pa.concat_tables([file.read_row_groups(some, columns, use_threads=False) for some in in_bulk(groups, size, _SLICE)])
+    some = in_bulk(groups, size, _SLICE)
+    return pa.concat_tables([file.read_row_groups(each, columns, use_threads=False) for each in some])
 
-def _check_size(meta: Any, groups: Iterable[int], columns: list[Column], rows: int, nbytes: int, wanted: int) -> None:
-    "Raise `ValueError` where row groups would unpack to more than a log says that `wanted` rows have, `nbytes`"
+# %% ../../../nbs/storage/pool/parquet.ipynb #16e98a66
+def _check_size(meta: Any, groups: Iterable[int], columns: list[Column],
+    rows: int, # In these row groups
+    nbytes: int, # That the wanted rows have, as the log says
+    wanted: int, # How many rows are wanted
+) -> None:
+    "Raise `ValueError` where row groups would unpack to more than the log says"
     most = nbytes + 2 * max(_GROUP, nbytes // wanted)  # of the first and the last group little may be wanted
-    chunks = ((c.path_in_schema.partition(".")[0], c) for i in groups for c in map(meta.row_group(i).column, range(meta.num_columns)))
-    widths = {c.name: {"int8": 4, "int16": 2}.get(c.field.dtype if c.field else "", 1) for c in columns}  # Parquet has no shorter numbers
+    every = (meta.row_group(i).column(k) for i in groups for k in range(meta.num_columns))
+    short = {"int8": 4, "int16": 2}  # Parquet has no shorter numbers
+    widths = {c.name: short.get(c.field.dtype if c.field else "", 1) for c in columns}
+    chunks = ((c.path_in_schema.partition(".")[0], c) for c in every)
     declared = sum(c.total_uncompressed_size // widths[name] for name, c in chunks if name in widths)
     if rows * (nbytes // wanted) > most or declared > 2 * most + (1 << 16) * len(columns):
-        raise ValueError(f"it says that {rows} rows unpack to {declared} bytes, and the log says {nbytes} for {wanted}")
+        raise ValueError(f"it says that {rows} rows unpack to {declared} bytes, "
+                         f"and the log says {nbytes} for {wanted}")
