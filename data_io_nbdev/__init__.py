@@ -35,7 +35,8 @@ class _Absent(type):
 def _absent(name: str, error: ImportError) -> type:
     "What stands for a class that cannot be imported"
     def refuse(*args, **kwargs): raise error.with_traceback(None)
-    return _Absent(name, (), dict(__doc__=str(error), _why=error, _from_url=classmethod(refuse), __init_subclass__=classmethod(refuse)))
+    methods = dict(_from_url=classmethod(refuse), __init_subclass__=classmethod(refuse))
+    return _Absent(name, (), dict(__doc__=str(error), _why=error, **methods))
 
 # %% ../nbs/names.ipynb #9b74a0dd
 def __getattr__(name: str):
