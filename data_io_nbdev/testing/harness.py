@@ -79,7 +79,8 @@ class Harness(abc.ABC):
     def raw_numbers(self, pool: Pool) -> list[int]: "The numbers of the commits in storage, in order"
 
     @abc.abstractmethod
-    def raw_steal(self, pool: Pool) -> None: "Put a valid, empty commit at the next number, behind the pool's back"
+    def raw_steal(self, pool: Pool) -> None:
+        "Put a valid, empty commit at the next number, behind the pool's back"
 
     @abc.abstractmethod
     def raw_damage(self, pool: Pool, id: str) -> None:
@@ -106,7 +107,7 @@ class _SavedFile:
 
     def steps(self) -> dict[str, dict[str, np.ndarray]]:
         "Every living step"
-        hidden = {id: c["number"] for c in self.log["commits"] for id in c["hide"]}  # the last commit that hid it
+        hidden = {id: c["number"] for c in self.log["commits"] for id in c["hide"]}  # the last that hid it
         live: dict[str, list] = {}
         for number, p, a, b in self.parts:
             if number >= hidden.get(p["id"], 0): live.setdefault(p["id"], []).append((p["offset"], a, b))
@@ -144,9 +145,10 @@ class MemoryHarness(Harness):
 
     def raw_damage(self, pool: Pool, id: str) -> None:
         row = next(a for _, p, a, _ in _SavedFile(self.path).parts if p["id"] == id)
-        with zipfile.ZipFile(self.path) as file: info, stored = file.getinfo("times.npy"), file.read("times.npy")
-        data, begin = bytearray(self.path.read_bytes()), len(stored) - np.load(io.BytesIO(stored)).nbytes + 8 * row
-        data[data.index(stored, info.header_offset) + begin] ^= 1
+        with zipfile.ZipFile(self.path) as file:
+            info, stored = file.getinfo("times.npy"), file.read("times.npy")
+        data, head = bytearray(self.path.read_bytes()), len(stored) - np.load(io.BytesIO(stored)).nbytes
+        data[data.index(stored, info.header_offset) + head + 8 * row] ^= 1
         self.path.write_bytes(data)
 
     def _save(self, pool: Pool) -> None:
@@ -177,7 +179,8 @@ def _steps_in(schema: Schema, columns: Any, rows: Any) -> dict[str, np.ndarray]:
         found[role][name] = whole = np.empty((len(array), *known.shape[1:]), about["dtype"])
         null = array.is_null().to_numpy(zero_copy_only=False)
         whole[~null] = known
-        if null.any(): whole[null] = found["state"][name][np.flatnonzero(null) + 1]  # null: the next row's state
+        # Null says: the next row's state
+        if null.any(): whole[null] = found["state"][name][np.flatnonzero(null) + 1]
     times = rows["timestamp"].combine_chunks().cast("int64").to_numpy()
     return {"times": times, **{r: b if r in FLAGS else schema.join(r, b) for r, b in found.items()}}
 
@@ -195,9 +198,9 @@ class _LakeReader(Harness):
         pa, table = require("pyarrow", "dask"), require("deltalake", "dask").DeltaTable(str(self.lake))
         schema = Schema.from_json(table.metadata().configuration["data_io_nbdev.schema"])
         columns, read = pa.schema(table.schema().to_arrow()), require("pyarrow.parquet", "dask").read_table
-        files = [read(self.lake / path).select(columns.names).cast(columns) for path in sorted(table.file_uris())]
+        files = [read(self.lake / path) for path in sorted(table.file_uris())]
         if not files: return {}
-        rows = pa.concat_tables(files).sort_by([("episode", "ascending"), ("timestamp", "ascending")])
+        rows = pa.concat_tables([file.select(columns.names).cast(columns) for file in files]).sort_by([("episode", "ascending"), ("timestamp", "ascending")])
         ids = rows["episode"].to_pylist()
         edges = [0, *(i for i in range(1, len(ids)) if ids[i] != ids[i - 1]), len(ids)]
         return {ids[a]: _steps_in(schema, columns, rows.slice(a, b - a)) for a, b in zip(edges, edges[1:])}
@@ -221,9 +224,9 @@ class LakeHarness(_LakeReader):
             file = parquet.ParquetFile(path)
             if id not in file.read(["episode"])["episode"].to_pylist(): continue
             group = file.metadata.row_group(0)
-            column = next(c for c in map(group.column, range(group.num_columns)) if c.path_in_schema == "timestamp")
-            data = bytearray(path.read_bytes())
-            data[column.data_page_offset + column.total_compressed_size - 1] ^= 1  # the last byte of its only page
+            columns = {c.path_in_schema: c for c in map(group.column, range(group.num_columns))}
+            data, times = bytearray(path.read_bytes()), columns["timestamp"]
+            data[times.data_page_offset + times.total_compressed_size - 1] ^= 1  # the last byte of its only page
             path.write_bytes(data)
 
 HARNESSES["delta"] = LakeHarness
@@ -249,7 +252,8 @@ class _MongoReader(Harness):
         "The log, the entries or the chunks"
         return _mongo(self.server)[self.name["database"]][f"{self.name['collection']}.{what}"]
 
-    def raw_numbers(self, pool: Pool) -> list[int]: return sorted(d["_id"] for d in self.of("log").find({}, {"_id": 1}))
+    def raw_numbers(self, pool: Pool) -> list[int]:
+        return sorted(d["_id"] for d in self.of("log").find({}, {"_id": 1}))
 
     def raw_steps(self, pool: Pool) -> dict[str, dict[str, np.ndarray]]:
         live: dict[str, list] = {}
@@ -258,8 +262,10 @@ class _MongoReader(Harness):
             for entry in sorted(entries, key=lambda d: ("facts" in d, d["_id"])):
                 if "hidden" in entry: live.pop(entry["id"])
                 else: live.setdefault(entry["id"], []).append(json.loads(entry["facts"].partition(" ")[2]))
-        joined = lambda parts: {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
-        return {id: joined([self._raw_part(pool.schema, facts) for facts in parts]) for id, parts in live.items()}
+        def joined(all_facts: list) -> dict[str, np.ndarray]:
+            parts = [self._raw_part(pool.schema, facts) for facts in all_facts]
+            return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+        return {id: joined(all_facts) for id, all_facts in live.items()}
 
     def _raw_part(self, schema: Schema, facts: list) -> dict[str, np.ndarray]:
         pa, (length, key, pieces, row) = require("pyarrow.ipc", "mongo"), (facts[5], *facts[-3:])
@@ -280,7 +286,8 @@ class MongoHarness(_MongoReader):
 
     def raw_steal(self, pool: Pool) -> None:
         last = self.of("log").find_one(sort=[("_id", -1)]) or {"_id": 0, "episodes": 0}
-        empty = {"_id": last["_id"] + 1, "data_io_nbdev": 1, "tokens": ["somebody"], "count": 0}  # of format 1
+        number, format = last["_id"] + 1, 1  # of which a checksum is not asked
+        empty = {"_id": number, "data_io_nbdev": format, "tokens": ["another"], "count": 0}
         self.of("log").insert_one({**empty, "episodes": last["episodes"]})
 
     def raw_damage(self, pool: Pool, id: str) -> None:
@@ -294,7 +301,8 @@ HARNESSES["mongodb"] = MongoHarness
 # %% ../../nbs/testing/harness.ipynb #b5137dd0
 def stored(harness: Harness, pool: Pool) -> tuple: # Version, commit numbers, and the bits of every step
     "Everything that is in storage, in values that compare"
-    steps = {id: {name: bits(a) for name, a in arrays.items()} for id, arrays in harness.raw_steps(pool).items()}
+    raw = harness.raw_steps(pool)
+    steps = {id: {name: bits(a) for name, a in arrays.items()} for id, arrays in raw.items()}
     return pool.version, harness.raw_numbers(pool), steps
 
 class unchanged:
@@ -375,7 +383,8 @@ def episodes(draw, schema: Optional[Schema] = None, most: int = 10) -> Episode:
     schema = schema or draw(schemas())
     steps, rng = draw(st.integers(1, most)), np.random.default_rng(draw(st.integers(0, 2**32)))
     block = lambda role, n: {f.name: odd_numbers(rng, f.dtype, (n, *f.shape)) for f in schema.of(role)}
-    state, link = block("state", 2 * steps + 1), draw(st.sampled_from(["linked", "linked", "broken", "unlinked"]))
+    state = block("state", 2 * steps + 1)
+    link = draw(st.sampled_from(["linked", "linked", "broken", "unlinked"]))
     follow = np.arange(steps) + (1 if link != "unlinked" else steps + 1)  # which state is a step's nstate
     if link == "broken": follow[rng.integers(steps)] = 2 * steps
     gaps = rng.choice([1, 500_000, 1_000_000, 86_400_000_000], steps)
@@ -429,7 +438,8 @@ def answer(
         wanted = {k: [v] if isinstance(v, (str, int)) else list(v) for k, v in ask.get("who", {}).items()}
         if any(e.who[k] not in v for k, v in wanted.items()): continue
         if "ids" in ask and e.id not in ask["ids"]: continue
-        if "start" in ask and not (low(e.episodestart, ask["start"]) and high(e.episodestart, ask["start"])): continue
+        begins = lambda ends: low(e.episodestart, ends) and high(e.episodestart, ends)
+        if "start" in ask and not begins(ask["start"]): continue
         least, most = ask.get("length", (None, None))
         if len(e) < (least or 0) or (most is not None and len(e) > most): continue
         if "time" in ask:
@@ -591,7 +601,8 @@ def promises(
 def _cases(test: Callable) -> list[dict[str, Any]]: # Arguments; one empty case where there are none
     "Every case of a test, as pytest would run them"
     marks = [mark.args for mark in getattr(test, "pytestmark", []) if mark.name == "parametrize"]
-    return [dict(zip([name for name, _ in marks], case)) for case in itertools.product(*(list(v) for _, v in marks))]
+    names = [name for name, _ in marks]
+    return [dict(zip(names, case)) for case in itertools.product(*(list(values) for _, values in marks))]
 
 def _outcome(call: Callable[[], Any]) -> str: # `kept`, or why not
     "Run one case, and say what came of it"
