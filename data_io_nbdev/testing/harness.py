@@ -200,7 +200,8 @@ class _LakeReader(Harness):
         columns, read = pa.schema(table.schema().to_arrow()), require("pyarrow.parquet", "dask").read_table
         files = [read(self.lake / path) for path in sorted(table.file_uris())]
         if not files: return {}
-        rows = pa.concat_tables([file.select(columns.names).cast(columns) for file in files]).sort_by([("episode", "ascending"), ("timestamp", "ascending")])
+        rows = pa.concat_tables([file.select(columns.names).cast(columns) for file in files])
+        rows = rows.sort_by([("episode", "ascending"), ("timestamp", "ascending")])
         ids = rows["episode"].to_pylist()
         edges = [0, *(i for i in range(1, len(ids)) if ids[i] != ids[i - 1]), len(ids)]
         return {ids[a]: _steps_in(schema, columns, rows.slice(a, b - a)) for a, b in zip(edges, edges[1:])}
@@ -226,7 +227,7 @@ class LakeHarness(_LakeReader):
             group = file.metadata.row_group(0)
             columns = {c.path_in_schema: c for c in map(group.column, range(group.num_columns))}
             data, times = bytearray(path.read_bytes()), columns["timestamp"]
-            data[times.data_page_offset + times.total_compressed_size - 1] ^= 1  # the last byte of its only page
+            data[times.data_page_offset + times.total_compressed_size - 1] ^= 1  # its last byte
             path.write_bytes(data)
 
 HARNESSES["delta"] = LakeHarness
@@ -610,7 +611,8 @@ def _outcome(call: Callable[[], Any]) -> str: # `kept`, or why not
     except pytest.skip.Exception as e: return f"skipped: {e}"
     except (Exception, pytest.fail.Exception) as e:
         why = str(e) or traceback.extract_tb(e.__traceback__)[-1].line  # a bare assertion has only its source
-        return f"broken: {why.splitlines()[0]}"
+        kind = "" if isinstance(e, (AssertionError, pytest.fail.Exception)) else f"{type(e).__name__}: "
+        return f"broken: {kind}{why.splitlines()[0]}"
     return "kept"
 
 def try_out(
