@@ -25,7 +25,8 @@ _HOME = {name: module for module, names in {
     "storage.buffer.mongo": ("MongoBuffer",),
 }.items() for name in names}
 
-__all__ = [name for name in _HOME if not name.startswith(("Dask", "Mongo"))]  # what `import *` gives needs no extra
+# What `import *` gives needs no extra
+__all__ = [name for name in _HOME if not name.startswith(("Dask", "Mongo"))]
 
 # %% ../nbs/names.ipynb #7ec8a92e
 class _Absent(type):

@@ -67,7 +67,8 @@ def fleet(
     env, kind = require("gymnasium", "demo").make(env_id), env_id.partition("-")[0].lower()
     for i in range(episodes):
         operator = list(OPERATORS)[i % 2]
-        yield roll_out(env, OPERATORS[operator], {"machine": f"{kind}-{1 + i // 2 % 2}", "operator": operator}, seed + i)
+        who = {"machine": f"{kind}-{1 + i // 2 % 2}", "operator": operator}
+        yield roll_out(env, OPERATORS[operator], who, seed + i)
 
 # %% ../nbs/tutorials/main_job.ipynb #21b2946a
 def record(
@@ -86,7 +87,8 @@ def summary(
 ) -> pd.DataFrame:
     "Who drove how much"
     by = catalogue.groupby(["machine", "operator"])
-    return pd.DataFrame({"episodes": by.size(), "steps": by["seq_len"].sum(), "mean return": by["return"].mean().round(1)})
+    columns = {"steps": by["seq_len"].sum(), "mean return": by["return"].mean().round(1)}
+    return pd.DataFrame({"episodes": by.size(), **columns})
 
 # %% ../nbs/tutorials/main_job.ipynb #2edfa17f
 def features(
@@ -125,7 +127,7 @@ def study(
     operator: str, # Whose experience
     batches: int = 1000, # To draw
     progress: Callable[[Iterable], Iterable] = iter,
-) -> dict[str, float]: # R² on held-out episodes, with the actions as they were and shuffled; batches drawn per second
+) -> dict[str, float]: # R² on held-out episodes, also with shuffled actions; batches drawn per second
     "Open a pool, draw one operator's experience, fit, and test on episodes that were held out"
     pool = open_pool(path, mode="r")
     ids = list(pool.catalogue(PoolQuery(operator=operator)).index)
@@ -150,7 +152,8 @@ def run(
     "The whole road on one environment, told on the way"
     path = store / env_id
     if path.exists(): print(f"{path} holds {len(open_pool(path, mode='r'))} episodes from before")
-    record(env_id, path, episodes, lambda frames: tqdm(frames, f"{env_id}: drive", episodes, unit=" episodes"))
+    driving = lambda frames: tqdm(frames, f"{env_id}: drive", episodes, unit=" episodes")
+    record(env_id, path, episodes, driving)
     catalogue = open_pool(path, mode="r").catalogue()
     print(f"\n{path} holds {len(catalogue)} episodes, {catalogue['seq_len'].sum()} steps:\n")
     print(summary(catalogue).to_string(), "\n")
@@ -162,12 +165,15 @@ def main(
 ) -> None:
     "`python -m data_io_nbdev.demo`"
     parser = argparse.ArgumentParser("data_io_nbdev.demo", description="Record, store, query, sample and fit")
-    parser.add_argument("--store", type=Path, default=Path("experience"), help="folder of the pools (%(default)s)")
-    parser.add_argument("--episodes", type=int, default=20, help="to record on each environment (%(default)s)")
+    parser.add_argument("--store", type=Path, default=Path("experience"),
+                        help="folder of the pools (%(default)s)")
+    parser.add_argument("--episodes", type=int, default=20,
+                        help="to record on each environment (%(default)s)")
     options, tqdm = parser.parse_args(args), require("tqdm", "demo").tqdm
     environments = ("Pendulum-v1", "MountainCarContinuous-v0")
-    results = pd.DataFrame({env_id: run(env_id, options.store, options.episodes, tqdm) for env_id in environments}).T
-    print("\nThe change of the state, fitted on anna's minibatches, and tested on episodes that were held out.\n"
+    results = {env_id: run(env_id, options.store, options.episodes, tqdm) for env_id in environments}
+    results = pd.DataFrame(results).T
+    print("\nThe change of the state, fitted on anna's minibatches, and tested on held-out episodes.\n"
           "With shuffled actions the same model explains less: the rows are aligned.\n")
     print(results.round({"R² held out": 3, "R² shuffled actions": 3, "batches/s": 0}).to_string())
     print(f"\nThe pools stay in {options.store}/; run it again, and it adds to them.")

@@ -26,8 +26,8 @@ __all__ = ['filled', 'BatchesOfBuffers', 'TracedBatches', 'RowsOfBuffers', 'Refr
            'BufferInterface', 'BufferBystanders', 'BufferMachine', 'RingMachine', 'BufferStories', 'BufferContract']
 
 # %% ../../nbs/testing/buffers.ipynb #673c8a6d
-from ..errors import (ClosedError, DataIOError, EpisodeConflict, NotEnoughData, QueryError, ReadOnly,
-                                  SchemaError)
+from ..errors import (ClosedError, DataIOError, EpisodeConflict, NotEnoughData, QueryError,
+                                  ReadOnly, SchemaError)
 from ..data.schema import FLAGS
 from ..data.core import Episode, PoolQuery, records
 from ..storage.pool.pool import Pool
