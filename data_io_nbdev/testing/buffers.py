@@ -737,8 +737,7 @@ class BufferBystanders(RuleBasedStateMachine):
         self.hidden = set()
         if self.capacity: self.live = {i for i in self.live if i >= len(self.rows) - self.capacity}
         if self.live:
-            right = {i: self.rows[i] for i in sorted(self.live)}
-            assert rows(self.buffers[0]) == rows(self.buffers[1]) == right
+            assert [rows(b) for b in self.buffers] == [{i: self.rows[i] for i in sorted(self.live)}] * 2
 
 # %% ../../nbs/testing/buffers.ipynb #80abd78b
 class BufferMachine(BufferBystanders):

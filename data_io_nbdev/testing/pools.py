@@ -589,6 +589,7 @@ for hour in range(5):
     pool.store(drive(hour=hour, driver="everybody"))
 """
 
+# %% ../../nbs/testing/pools.ipynb #05ad2091
 class OtherProcesses:
     "Other processes read the pool, and write to it"
     def test_pickle_to_another_process(self, harness):
@@ -788,8 +789,7 @@ class PoolChanges(RuleBasedStateMachine):
     def __init__(self, harness: Harness):
         super().__init__()
         self.harness, self.pool = harness, harness.open()
-        self.now: dict[str, Episode] = {}
-        self.past = {0: self.now}
+        self.now, self.past = {}, {0: {}}  # id to episode, now and by version
 
     def expect(self, call: Callable, new: Optional[dict]):
         "The call leads to `new`, with one commit or none; or it is refused, where `new` is `None`"
