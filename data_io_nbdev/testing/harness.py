@@ -593,9 +593,10 @@ def promises(
     suite: type, # A contract, or one of its parts
 ) -> pd.DataFrame: # One row a promise: what it is about, its name, its sentence
     "What a suite promises"
-    tests = [(part.__doc__, name, test.__doc__) for part in suite.__mro__ for name, test in vars(part).items()
+    tests = [(part, name, test) for part in suite.__mro__ for name, test in vars(part).items()
              if name.startswith("test_")]
-    return pd.DataFrame([(about, name.removeprefix("test_"), says) for about, name, says in tests],
+    says = lambda thing: (thing.__doc__ or "").partition("\n")[0]
+    return pd.DataFrame([(says(part), name.removeprefix("test_"), says(test)) for part, name, test in tests],
                         columns=["about", "promise", "says"])
 
 # %% ../../nbs/testing/harness.ipynb #4deddf50
