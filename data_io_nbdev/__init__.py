@@ -25,7 +25,8 @@ _HOME = {name: module for module, names in {
     "storage.buffer.mongo": ("MongoBuffer",),
 }.items() for name in names}
 
-__all__ = [name for name in _HOME if not name.startswith(("Dask", "Mongo"))]  # what `import *` gives needs no extra
+# What `import *` gives needs no extra
+__all__ = [name for name in _HOME if not name.startswith(("Dask", "Mongo"))]
 
 # %% ../nbs/names.ipynb #7ec8a92e
 class _Absent(type):
@@ -35,7 +36,8 @@ class _Absent(type):
 def _absent(name: str, error: ImportError) -> type:
     "What stands for a class that cannot be imported"
     def refuse(*args, **kwargs): raise error.with_traceback(None)
-    return _Absent(name, (), dict(__doc__=str(error), _why=error, _from_url=classmethod(refuse), __init_subclass__=classmethod(refuse)))
+    methods = dict(_from_url=classmethod(refuse), __init_subclass__=classmethod(refuse))
+    return _Absent(name, (), dict(__doc__=str(error), _why=error, **methods))
 
 # %% ../nbs/names.ipynb #9b74a0dd
 def __getattr__(name: str):

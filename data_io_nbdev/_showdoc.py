@@ -36,8 +36,8 @@ def plain_signature(
 ) -> inspect.Signature: # Annotations and defaults are text
     "The signature of `sym` as a reader would write it"
     sig, empty = inspect.signature(sym), inspect.Parameter.empty
-    made = {f.name: _Text(f"{_typed(f.default_factory)}()") for f in (fields(sym) if is_dataclass(sym) else ())
-            if f.default_factory is not MISSING}
+    own = fields(sym) if is_dataclass(sym) else ()
+    made = {f.name: _Text(f"{_typed(f.default_factory)}()") for f in own if f.default_factory is not MISSING}
     def annotation(a):
         a = getattr(a, "__forward_arg__", a) # as a named tuple keeps its strings
         return a if a is empty else _Text(a.strip("'\"")) if isinstance(a, str) else _typed(a)
@@ -69,12 +69,16 @@ def _comments(source: str) -> dict[str, str]: # By parameter or field; the resul
         end = node.end_lineno
     else:
         a = node.args
-        places = {x.end_lineno: x.arg for x in [*a.posonlyargs, *a.args, a.vararg, *a.kwonlyargs, a.kwarg] if x}
+        all_of = [*a.posonlyargs, *a.args, a.vararg, *a.kwonlyargs, a.kwarg]
+        places = {x.end_lineno: x.arg for x in all_of if x}
         if node.returns: places[node.returns.end_lineno] = "return"
         end = node.body[0].lineno - 1 # a comment on a one-liner's body is about the body
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    notes = {t.start[0]: t.string.lstrip("#").strip() for t in tokens if t.type == tokenize.COMMENT and t.start[0] <= end}
-    def above(line): return [notes[i] for i in takewhile(lambda i: i in notes and i not in places, count(line - 1, -1))]
+    said = [t for t in tokens if t.type == tokenize.COMMENT and t.start[0] <= end]
+    notes = {t.start[0]: t.string.lstrip("#").strip() for t in said}
+    def above(line):
+        alone = takewhile(lambda i: i in notes and i not in places, count(line - 1, -1))
+        return [notes[i] for i in alone]
     return {name: notes.get(line) or " ".join(reversed(above(line))) for line, name in places.items()}
 
 # %% ../nbs/showdoc.ipynb #f25b2aa5
@@ -89,7 +93,8 @@ def docments(sym) -> dict[str, str]: # By name, and `return`; only what has a co
     return found
 
 # %% ../nbs/showdoc.ipynb #f4edd2ef
-def _row(*cells: str) -> str: return "| " + " | ".join(re.sub(r"(?<!\\)\|", r"\|", cell) for cell in cells) + " |"
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(re.sub(r"(?<!\\)\|", r"\|", cell) for cell in cells) + " |"
 
 def parameter_table(
     sig: inspect.Signature, # From `plain_signature`
@@ -102,14 +107,16 @@ def parameter_table(
             for p in sig.parameters.values()]
     if "return" in notes: rows.append(("*returns*", code(sig.return_annotation), "", notes["return"]))
     if not any(row[3] for row in rows): return ""
-    return "\n".join([_row("", "Type", "Default", "Details"), "|---|---|---|---|", *(_row(*row) for row in rows)])
+    head = [_row("", "Type", "Default", "Details"), "|---|---|---|---|"]
+    return "\n".join([*head, *(_row(*row) for row in rows)])
 
 # %% ../nbs/showdoc.ipynb #4c0d771d
 def _parts(sig: inspect.Signature) -> list[str]:
     "Each parameter, and the marks between them"
     parts, kinds = [], [p.kind for p in sig.parameters.values()]
     for i, p in enumerate(sig.parameters.values()):
-        if p.kind is p.KEYWORD_ONLY and not {p.KEYWORD_ONLY, p.VAR_POSITIONAL} & set(kinds[:i]): parts.append("*")
+        marked = {p.KEYWORD_ONLY, p.VAR_POSITIONAL} & set(kinds[:i])
+        if p.kind is p.KEYWORD_ONLY and not marked: parts.append("*")
         parts.append(str(p))
         if p.kind is p.POSITIONAL_ONLY and p.POSITIONAL_ONLY not in kinds[i + 1:]: parts.append("/")
     return parts
@@ -118,7 +125,8 @@ def _call(head: str, sig: inspect.Signature, width: int = 88) -> str:
     "`head(parameters) -> result`, on one line or on many"
     result = "" if sig.return_annotation is sig.empty else f" -> {sig.return_annotation}"
     line = f"{head}({', '.join(_parts(sig))}){result}"
-    return line if len(line) <= width else "\n".join([f"{head}(", *(f"    {part}," for part in _parts(sig)), f"){result}"])
+    many = [f"{head}(", *(f"    {part}," for part in _parts(sig)), f"){result}"]
+    return line if len(line) <= width else "\n".join(many)
 
 # %% ../nbs/showdoc.ipynb #601b2648
 def headline(
@@ -131,7 +139,8 @@ def headline(
         return name if gives is inspect.Signature.empty else f"{name}: {gives}"
     try: sig = plain_signature(sym)
     except (TypeError, ValueError): sig = None # some builtins have none
-    if not inspect.isclass(sym): return _call("async " * inspect.iscoroutinefunction(sym) + name, sig) if sig else f"{name}(...)"
+    if not inspect.isclass(sym):
+        return _call("async " * inspect.iscoroutinefunction(sym) + name, sig) if sig else f"{name}(...)"
     if not sig or all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in sig.parameters.values()):
         bases = ", ".join(base.__name__ for base in sym.__bases__ if base is not object)
         return f"class {name}({bases})" if bases else f"class {name}"
@@ -154,7 +163,8 @@ class Signature:
         "The docstring"
         doc = inspect.getdoc(self.function) or ""
         if inspect.isclass(self.sym) and doc.startswith(f"{self.sym.__name__}("): return ""
-        return re.sub(r"(?<=:\n)( +- .*(\n|$))+", lambda m: dedent(m[0]), doc) # indented, it would not be a list in Markdown
+        # Indented, a list would not be one in Markdown
+        return re.sub(r"(?<=:\n)( +- .*(\n|$))+", lambda m: dedent(m[0]), doc)
 
     @property
     def table(self) -> str: # Empty where there is nothing to say
@@ -167,4 +177,5 @@ class Signature:
         code = f"```python\n{headline(self.sym, self.name)}\n```"
         return "\n\n".join(part for part in (heading, code, self.doc, self.table) if part)
 
-    def __repr__(self) -> str: return "\n\n".join(part for part in (headline(self.sym, self.name), self.doc) if part)
+    def __repr__(self) -> str:
+        return "\n\n".join(part for part in (headline(self.sym, self.name), self.doc) if part)

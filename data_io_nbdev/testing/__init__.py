@@ -16,7 +16,7 @@ __all__ = [*drives.__all__, *server.__all__]
 
 # %% ../../nbs/testing/contract.ipynb #3e341084
 def __getattr__(name: str):
-    "What is not there; raises `MissingExtra` where that is because the extra is not installed"
+    "Called for a name that is missing; raises `MissingExtra` where the extra `[test]` is not installed"
     if not name.startswith("_"): require("pytest", "test"), require("hypothesis", "test")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

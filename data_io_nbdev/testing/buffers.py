@@ -21,13 +21,13 @@ import pandas as pd  # type: ignore
 
 # %% auto #0
 __all__ = ['filled', 'BatchesOfBuffers', 'TracedBatches', 'RowsOfBuffers', 'Refreshing', 'RowsOfQueries', 'Rings', 'chi_square',
-           'Chance', 'SameDraws', 'through_json', 'Resume', 'ResumeElsewhere', 'WholeEpisodes', 'BufferRefusals',
-           'ClosedBuffers', 'closings', 'Lifecycle', 'Finalizers', 'OwnBuffers', 'BufferInterface', 'BufferBystanders',
-           'BufferMachine', 'RingMachine', 'BufferStories', 'BufferContract']
+           'Chance', 'SameDraws', 'through_json', 'Resume', 'ResumeElsewhere', 'PaddedEpisodes', 'WholeEpisodes',
+           'BufferRefusals', 'ClosedBuffers', 'closings', 'Lifecycle', 'ClosedOnce', 'Finalizers', 'OwnBuffers',
+           'BufferInterface', 'BufferBystanders', 'BufferMachine', 'RingMachine', 'BufferStories', 'BufferContract']
 
 # %% ../../nbs/testing/buffers.ipynb #673c8a6d
-from ..errors import (ClosedError, DataIOError, EpisodeConflict, NotEnoughData, QueryError, ReadOnly,
-                                  SchemaError)
+from ..errors import (ClosedError, DataIOError, EpisodeConflict, NotEnoughData, QueryError,
+                                  ReadOnly, SchemaError)
 from ..data.schema import FLAGS
 from ..data.core import Episode, PoolQuery, records
 from ..storage.pool.pool import Pool
@@ -36,8 +36,8 @@ from ..storage.buffer.buffer import Batch, Buffer
 from ..storage.buffer.sampler import Episodes, Uniform
 from ..storage.buffer.memory import MemoryBuffer
 from .harness import (BAD_FRAMES, HOURS, PARTS, Harness, at_once, batch_facts, bits,
-                                           by_start, draws, drive, examples, facts_of, histories, python, rows,
-                                           steps_of, trace, unchanged)
+                                           by_start, draws, drive, examples, facts_of, histories, python,
+                                           rows, steps_of, trace, unchanged)
 
 # %% ../../nbs/testing/buffers.ipynb #a6aca3fa
 import pytest
@@ -60,7 +60,7 @@ def filled(
 class BatchesOfBuffers:
     "Four arrays, and where they come from"
     def test_shapes(self, harness):
-        "Four arrays as in the README: `(batch, n)`, reward `(batch,)`, of the schema's dtype; `sample(n)` gives n"
+        "Four arrays as in the README: `(batch, n)`, reward `(batch,)`, of the schema's dtype"
         buffer = filled(harness, drive(9), batch_size=16)
         state, action, reward, nstate = batch = buffer.sample()
         assert isinstance(batch, tuple) and isinstance(batch, Batch) and len(batch) == 4
@@ -98,9 +98,9 @@ class BatchesOfBuffers:
 
 # %% ../../nbs/testing/buffers.ipynb #f2516cba
 class TracedBatches:
-    "Whatever was stored is drawn as it was stored"
+    "Every step is drawn as it was stored"
     def test_store_then_sample(self, harness):
-        "What was stored can be drawn by the next `sample`, whether it came as a frame, an episode or a record"
+        "The next `sample` draws what was stored, whether it came as a frame, an episode or a record"
         buffer = filled(harness)
         for n, item in enumerate([drive(hour=1), drive(hour=2).to_frame(), next(records(drive(hour=3)))]):
             id = buffer.store(item)
@@ -110,7 +110,7 @@ class TracedBatches:
     @examples(60)
     @given(history=histories(), states=st.sampled_from(["auto", "once", "twice"]))
     def test_every_schema(self, harness, history, states):
-        "Batches of generated episodes have the schema's blocks, and every row is the step that it says it is"
+        "Batches of generated episodes have the schema's blocks, and every row is the step that it names"
         buffer, schema = filled(harness.fresh(), *history, states=states), history[0].schema
         batch, byid = buffer.sample(50), {e.id: e for e in history}
         for role, block in zip(PARTS, batch):
@@ -169,7 +169,7 @@ class Refreshing:
         buffer.load()
         old = {e.id: e for e in pool}
         pool.store(c); pool.store(b); pool.store(d); pool.delete(a.id)
-        assert list(rows(buffer, old.__getitem__).values()) == right, "a buffer stands still until it is refreshed"
+        assert list(rows(buffer, old.__getitem__).values()) == right, "the buffer did not stand still"
         buffer.refresh()
         right += steps_of(d, b[2:], c)
         live = {i: row for i, row in enumerate(right) if row[0] != a.id}
@@ -191,13 +191,14 @@ class Refreshing:
 class RowsOfQueries:
     "What a buffer with a query draws"
     def test_queries(self, harness):
-        "Only what matches is drawn, cut to the query's time range, and that goes for what is stored later too"
+        "Only matching steps are drawn, within the query's time range; so are those that are stored later"
         query = PoolQuery(vehicle="A", time=("2026-01-01T00:00:02Z", "2026-01-01T01:00:03Z"))
         buffer = filled(harness, drive(6, vehicle="A"), drive(6, vehicle="B"), query=query)
         assert list(rows(buffer).values()) == steps_of(drive(6, vehicle="A")[2:])
         buffer.store(drive(6, hour=1, vehicle="A")[:2]); buffer.store(drive(6, hour=1, vehicle="B"))
         buffer.store(drive(6, hour=1, vehicle="A")); buffer.store(drive(6, hour=2, vehicle="A"))
-        assert list(rows(buffer).values()) == steps_of(drive(6, vehicle="A")[2:], drive(6, hour=1, vehicle="A")[:3])
+        right = steps_of(drive(6, vehicle="A")[2:], drive(6, hour=1, vehicle="A")[:3])
+        assert list(rows(buffer).values()) == right
 
     def test_growing_into_a_query(self, harness):
         "An episode that grew long enough comes in whole"
@@ -214,7 +215,7 @@ class RowsOfQueries:
 class Rings:
     "A buffer with a capacity forgets its oldest rows"
     def test_capacity(self, harness):
-        "A ring of the rows with the last serial numbers; a given pool keeps all, and old batches can be traced"
+        "A ring of the last serial numbers; a given pool keeps all, and old batches can be traced"
         buffer = filled(harness, drive(6, hour=0), drive(6, hour=1), capacity=8)
         right = steps_of(drive(6, hour=0), drive(6, hour=1))
         ring = lambda: dict(list(enumerate(right))[-8:])
@@ -250,7 +251,7 @@ def chi_square(
 
 # %% ../../nbs/testing/buffers.ipynb #b8491bc2
 class Chance:
-    "Draws are uniform and independent, and nobody else's business"
+    "Draws are uniform and independent, and come from the buffer's own generator"
     @pytest.mark.parametrize("states", ["once", "twice"])
     def test_uniform(self, harness, states):
         "Every row comes equally often, whichever episode it is in, and after others were hidden or added"
@@ -259,7 +260,8 @@ class Chance:
         for _ in range(2):
             seen = np.concatenate([buffer.sample(1000).index for _ in range(20)])
             live = rows(buffer)
-            assert set(seen.tolist()) == set(live) and abs(chi_square(list(Counter(seen.tolist()).values()))) < 5
+            counts = Counter(seen.tolist())
+            assert set(counts) == set(live) and abs(chi_square(list(counts.values()))) < 5
             buffer.pool.delete(PoolQuery(ids=[drive(hour=1).id])); buffer.store(drive(20, hour=4))
 
     def test_independent(self, harness):
@@ -271,19 +273,21 @@ class Chance:
 
     def test_the_global_generator(self, harness):
         "numpy's own generator is neither used nor touched"
-        np.random.seed(3); before = np.random.get_state()[1].tolist(), np.random.get_state()[2]
+        state = lambda: (np.random.get_state()[1].tolist(), np.random.get_state()[2])
+        drawn = lambda sampler: draws(filled(harness.fresh(), drive(5), drive(3, hour=1), sampler=sampler))
+        np.random.seed(3); before = state()
         for sampler in (Uniform(), Episodes()):
-            first = draws(filled(harness.fresh(), drive(5), drive(3, hour=1), sampler=sampler))
-            assert (np.random.get_state()[1].tolist(), np.random.get_state()[2]) == before
+            first = drawn(sampler)
+            assert state() == before
             np.random.seed(4)
-            assert draws(filled(harness.fresh(), drive(5), drive(3, hour=1), sampler=type(sampler)())) == first
+            assert drawn(type(sampler)()) == first
             np.random.seed(3)
 
 # %% ../../nbs/testing/buffers.ipynb #57ea597b
 class SameDraws:
     "One seed gives one stream of batches"
     def test_one_seed(self, harness):
-        "Two buffers with one seed give equal batches; another seed gives others; without a seed no two are alike"
+        "One seed gives equal batches, another seed gives others; without a seed no two buffers are alike"
         pool = harness.open()
         pool.extend([drive(9, hour=h) for h in range(4)])
         make = lambda seed: harness.buffer(pool=pool, batch_size=32, seed=seed)
@@ -299,13 +303,14 @@ class SameDraws:
     @examples(40)
     @given(data=st.data())
     def test_once_and_twice(self, harness, data):
-        "States kept once or twice: batches are equal bit for bit, also where episodes came in parts or unlinked"
+        "States kept once or twice give equal batches, also where episodes came in parts or unlinked"
         history, pool = data.draw(histories()), harness.fresh().open()
         make = lambda states: harness.buffer(pool=pool, batch_size=20, seed=3, states=states)
         pool.extend([e[:1 + len(e) // 2] for e in history])
         buffers = [make(s) for s in ("once", "twice", "auto")]
         for b in buffers: b.load()
-        for step in (lambda: None, lambda: pool.extend(history, overwrite=True), lambda: pool.delete(history[0].id)):
+        for step in (lambda: None, lambda: pool.extend(history, overwrite=True),
+                     lambda: pool.delete(history[0].id)):
             step()
             for b in buffers: b.refresh()
             if not len(pool): break
@@ -313,7 +318,9 @@ class SameDraws:
             assert once == twice == auto
 
 # %% ../../nbs/testing/buffers.ipynb #e5257e65
-def through_json(state: dict) -> dict:
+def through_json(
+    state: dict, # From `state_dict`
+) -> dict: # For `load_state_dict`
     "A state as another process gets it"
     return json.loads(json.dumps(state))
 
@@ -322,9 +329,10 @@ class Resume:
     @pytest.mark.parametrize("sampler", [Uniform, Episodes])
     @pytest.mark.parametrize("states", ["once", "twice"])
     def test_state_dict(self, harness, sampler, states):
-        "Through JSON, in the middle of the stream, into a buffer made otherwise: the next batches are the same"
+        "Through JSON, amid the stream, into a buffer with other options: the next batches are the same"
         query = PoolQuery(vehicle="VB7")
-        buffer = filled(harness, *[drive(5, hour=h) for h in range(4)], sampler=sampler(), states=states, query=query)
+        options = dict(sampler=sampler(), states=states, query=query)
+        buffer = filled(harness, *[drive(5, hour=h) for h in range(4)], **options)
         draws(buffer, 3)
         state = through_json(buffer.state_dict())
         right = draws(buffer)
@@ -337,7 +345,7 @@ class Resume:
 
     @pytest.mark.parametrize("capacity", [None, 12])
     def test_through_refreshes(self, harness, capacity):
-        "The rows are those of the versions through which it was loaded and refreshed, and the same refreshes follow"
+        "The rows are those of the versions that it had read, and the same refreshes follow"
         pool = harness.open()
         pool.extend([drive(4, hour=2), drive(6, hour=5)[:3]])
         buffer = harness.buffer(pool=pool, batch_size=16, seed=1, capacity=capacity)
@@ -355,7 +363,7 @@ class Resume:
 
 # %% ../../nbs/testing/buffers.ipynb #62c1ccc0
 class ResumeElsewhere:
-    "The next day, beside another buffer, from a state that is none"
+    "The next day, beside another buffer, or from something that is no state"
     def test_from_storage(self, harness):
         "Into a buffer over the pool as it was opened again, the next day"
         buffer = filled(harness, *[drive(5, hour=h) for h in range(4)])
@@ -366,7 +374,7 @@ class ResumeElsewhere:
         assert draws(other) == right
 
     def test_refresh_points(self, harness):
-        "The same refresh points give the same rows, whoever committed what in between"
+        "The same refresh points give the same rows, whatever was committed in between"
         pool = harness.open()
         pool.store(drive(4, hour=3))
         one, two = (harness.buffer(pool=pool, batch_size=16, seed=1) for _ in range(2))
@@ -392,7 +400,7 @@ class ResumeElsewhere:
             assert draws(buffer) == right
 
 # %% ../../nbs/testing/buffers.ipynb #33dd759f
-class WholeEpisodes:
+class PaddedEpisodes:
     "Episodes are padded to one length, with a mask"
     @pytest.mark.parametrize("states", ["once", "twice"])
     def test_mask_and_padding(self, harness, states):
@@ -402,7 +410,8 @@ class WholeEpisodes:
         buffer = filled(harness, *es.values(), sampler=Episodes(), batch_size=20, states=states)
         batch = buffer.sample()
         steps = batch.mask.shape[1]
-        assert batch.mask.dtype == bool and batch.mask.shape == (20, steps) and steps >= batch.mask.sum(1).max()
+        assert batch.mask.dtype == bool and batch.mask.shape == (20, steps)
+        assert steps >= batch.mask.sum(1).max()
         assert [a.shape for a in batch] == [(20, steps, 3), (20, steps, 2), (20, steps), (20, steps, 3)]
         assert batch.index.shape == (20, steps)
         for i, mask in enumerate(batch.mask):
@@ -419,10 +428,14 @@ class WholeEpisodes:
 
     def test_uniform_episodes(self, harness):
         "Each episode comes equally often, however long it is"
-        buffer = filled(harness, *[drive(1 + 5 * h, hour=h) for h in range(5)], sampler=Episodes(), batch_size=200)
+        drives = [drive(1 + 5 * h, hour=h) for h in range(5)]
+        buffer = filled(harness, *drives, sampler=Episodes(), batch_size=200)
         lengths = Counter(n for _ in range(20) for n in buffer.sample().mask.sum(1).tolist())
         assert sorted(lengths) == [1, 6, 11, 16, 21] and abs(chi_square(list(lengths.values()))) < 5
 
+# %% ../../nbs/testing/buffers.ipynb #5aa2389f
+class WholeEpisodes(PaddedEpisodes):
+    "Episodes are drawn whole, however they came"
     def test_grown_in_parts(self, harness):
         "An episode that came in parts, with others between them, is drawn whole and in order"
         buffer = filled(harness, drive(9)[:3], drive(2, hour=1), sampler=Episodes())
@@ -430,7 +443,8 @@ class WholeEpisodes:
         buffer.store(drive(2, hour=2)); buffer.store(drive(9)[:5]); buffer.store(drive(9))
         batch = buffer.sample(50)
         (i, *_) = [i for i in range(50) if batch.mask[i].sum() == 9]
-        for role, block in zip(PARTS, batch): assert bits(block[i][batch.mask[i]]) == bits(drive(9).blocks[role])
+        for role, block in zip(PARTS, batch):
+            assert bits(block[i][batch.mask[i]]) == bits(drive(9).blocks[role])
 
     def test_hidden(self, harness):
         "A deleted episode is drawn no more"
@@ -443,15 +457,16 @@ class WholeEpisodes:
 class BufferRefusals:
     "Calls that make no sense raise typed errors, and change nothing"
     def test_empty(self, harness):
-        "There is no batch of nothing: an empty pool, a query that matches nothing, everything deleted"
+        "An empty pool, a query that matches nothing, or a pool with everything deleted gives no batch"
         buffer = filled(harness.fresh())
         with pytest.raises(NotEnoughData): buffer.sample()
         buffer.store(drive())
         buffer.sample()
         buffer.pool.delete(everything=True); buffer.refresh()
         with pytest.raises(LookupError): buffer.sample()
-        with pytest.raises(NotEnoughData): filled(harness.fresh(), drive(), query=PoolQuery(vehicle="C")).sample()
-        with pytest.raises(NotEnoughData): filled(harness.fresh(), sampler=Episodes()).sample()
+        nothing = filled(harness.fresh(), drive(), query=PoolQuery(vehicle="C"))
+        for buffer in (nothing, filled(harness.fresh(), sampler=Episodes())):
+            with pytest.raises(NotEnoughData): buffer.sample()
 
     @pytest.mark.parametrize("size", [0, -1, 1.5, "many", True])
     def test_batch_size(self, harness, size):
@@ -466,7 +481,8 @@ class BufferRefusals:
         "Options that mean nothing are refused"
         with pytest.raises((DataIOError, ValueError)): filled(harness, drive(), **options).sample()
 
-    @pytest.mark.parametrize("wrong", ["naive timestamp", "wrong unit", "two episodes", "ragged vector", "nothing"])
+    @pytest.mark.parametrize(
+        "wrong", ["naive timestamp", "wrong unit", "two episodes", "ragged vector", "nothing"])
     def test_bad_items(self, harness, wrong):
         "What the pool refuses, the buffer refuses, and draws what it drew before"
         buffer = filled(harness, drive(hour=1))
@@ -477,7 +493,7 @@ class BufferRefusals:
 
 # %% ../../nbs/testing/buffers.ipynb #e633990e
 class ClosedBuffers:
-    "Nothing is stored where nothing may be"
+    "Closed buffers and read-only pools store nothing"
     def test_closed(self, harness):
         "A closed buffer says so, and closing it twice is harmless"
         buffer = filled(harness, drive())
@@ -487,7 +503,7 @@ class ClosedBuffers:
             with pytest.raises(ClosedError): call()
 
     def test_closed_pool(self, harness):
-        "Storing through a pool that somebody closed is refused"
+        "Storing through a closed pool is refused"
         buffer = filled(harness, drive())
         buffer.sample()
         buffer.pool.close()
@@ -502,7 +518,9 @@ class ClosedBuffers:
             with unchanged(harness, pool, ReadOnly): other.store(drive(hour=1))
 
 # %% ../../nbs/testing/buffers.ipynb #01e4b9c4
-def closings(pool: Pool) -> list:
+def closings(
+    pool: Pool, # Whose `close` is counted from now on
+) -> list: # One element for each time
     "A list that grows by one whenever a pool is closed while it was open"
     calls, close = [], pool.close
     def counted():
@@ -513,7 +531,7 @@ def closings(pool: Pool) -> list:
 
 # %% ../../nbs/testing/buffers.ipynb #0c0c9218
 class Lifecycle:
-    "A buffer closes its pool when it goes, once, unless another buffer holds it"
+    "The last buffer closes its pool, once"
     def test_destroyed(self, harness):
         "`del buffer; gc.collect()` closes the pool, once"
         buffer = filled(harness, drive())
@@ -536,7 +554,7 @@ class Lifecycle:
 
     @pytest.mark.parametrize("how", ["close", "del"])
     def test_two_buffers(self, harness, how):
-        "Of two buffers on one pool the last one closes it; closing one of them twice does not count for the other"
+        "Of two buffers on one pool the last one closes it; closing one twice does not count for the other"
         one, pool = filled(harness, drive()), None
         pool = one.pool
         two = harness.buffer(pool=pool, batch_size=8)
@@ -548,17 +566,8 @@ class Lifecycle:
         assert pool.closed
 
 # %% ../../nbs/testing/buffers.ipynb #045d77ec
-_AT_EXIT = """
-import pickle, sys
-from data_io_nbdev.testing import drive
-pool, buffer_type = pickle.load(sys.stdin.buffer)
-buffer = buffer_type(pool=pool, batch_size=4)
-buffer.store(drive(hour=9))
-buffer.sample()
-"""
-
-class Finalizers:
-    "Closing happens once, also at the end of the interpreter"
+class ClosedOnce:
+    "A closed buffer has nothing left to close"
     def test_finalizer(self, harness):
         "`_finalizer` is a `weakref.finalize` that dies when the buffer is closed, and does nothing twice"
         buffer = filled(harness, drive())
@@ -588,6 +597,18 @@ class Finalizers:
         del buffer; gc.collect()
         assert not pool.closed and len(pool) == 2
 
+# %% ../../nbs/testing/buffers.ipynb #310112c2
+_AT_EXIT = """
+import pickle, sys
+from data_io_nbdev.testing import drive
+pool, buffer_type = pickle.load(sys.stdin.buffer)
+buffer = buffer_type(pool=pool, batch_size=4)
+buffer.store(drive(hour=9))
+buffer.sample()
+"""
+
+class Finalizers(ClosedOnce):
+    "Closing happens once, also at the end of the interpreter"
     def test_interpreter_exit(self, harness):
         "A script that ends without closing anything loses nothing"
         pool = harness.open()
@@ -606,7 +627,8 @@ class OwnBuffers:
         class Mine(Buffer[Episode]):
             def load(self): self.episodes = list(self.pool)
             def close(self): self.pool.close()
-            def sample(self): return tuple(getattr(self.episodes[0], role)[:self.batch_size] for role in PARTS)
+            def sample(self):
+                return tuple(getattr(self.episodes[0], role)[:self.batch_size] for role in PARTS)
         buffer = Mine(pool=harness.open(), batch_size=4)
         id = buffer.store(drive())
         pool, gone = buffer.pool, weakref.ref(buffer)
@@ -656,7 +678,9 @@ class BufferInterface:
     def test_item_types(self, harness):
         "`_type_T` names the item type, is inherited, and minds neither other bases nor keyword arguments"
         class Mixin:
-            def __init_subclass__(cls, flavour=None, **rest): super().__init_subclass__(**rest); cls.flavour = flavour
+            def __init_subclass__(cls, flavour=None, **rest):
+                super().__init_subclass__(**rest)
+                cls.flavour = flavour
         class Concrete(Buffer[Episode]): pass
         class Child(Concrete): pass
         class Mixed(Mixin, Buffer[int], flavour="mild"): pass
@@ -684,7 +708,8 @@ class BufferBystanders(RuleBasedStateMachine):
         for b in self.buffers: b.load()
 
     def make(self, states: str, seed: Optional[int] = 5) -> Buffer:
-        return self.harness.buffer(pool=self.pool, batch_size=12, seed=seed, states=states, capacity=self.capacity)
+        options = dict(batch_size=12, seed=seed, states=states, capacity=self.capacity)
+        return self.harness.buffer(pool=self.pool, **options)
 
     @rule(hour=HOURS, steps=st.integers(1, 6))
     def others_store(self, hour, steps): self.pool.store(drive(6, hour=hour)[:steps])
@@ -712,8 +737,7 @@ class BufferBystanders(RuleBasedStateMachine):
         self.hidden = set()
         if self.capacity: self.live = {i for i in self.live if i >= len(self.rows) - self.capacity}
         if self.live:
-            right = {i: self.rows[i] for i in sorted(self.live)}
-            assert rows(self.buffers[0]) == rows(self.buffers[1]) == right
+            assert [rows(b) for b in self.buffers] == [{i: self.rows[i] for i in sorted(self.live)}] * 2
 
 # %% ../../nbs/testing/buffers.ipynb #80abd78b
 class BufferMachine(BufferBystanders):
@@ -728,7 +752,8 @@ class BufferMachine(BufferBystanders):
         if not self.live: return
         once, twice = (b.sample() for b in self.buffers)
         assert batch_facts(once) == batch_facts(twice) and set(once.index.tolist()) <= self.live
-        assert list(zip(once.episode.tolist(), once.step.tolist())) == [self.rows[i] for i in once.index.tolist()]
+        named = list(zip(once.episode.tolist(), once.step.tolist()))
+        assert named == [self.rows[i] for i in once.index.tolist()]
 
     @rule(which=st.sampled_from(["once", "twice", "auto"]))
     def resume(self, which):
@@ -746,13 +771,14 @@ class BufferStories:
     "Anything, in any order, and from several threads"
     @pytest.mark.parametrize("machine", [BufferMachine, RingMachine])
     def test_stories(self, harness, machine):
-        "After any sequence of calls the rows are those of a plain list, however states are kept, resumed or not"
-        run_state_machine_as_test(lambda: machine(harness.fresh()), settings=examples(40, stateful_step_count=20))
+        "After any sequence of calls the rows are those of a plain list"
+        sequences = examples(40, stateful_step_count=20)
+        run_state_machine_as_test(lambda: machine(harness.fresh()), settings=sequences)
 
     @pytest.mark.parametrize("options", [{"states": "once"}, {"states": "twice"}, {"capacity": 50},
                                          {"sampler": Episodes()}])
     def test_sample_beside_store(self, harness, options):
-        "While threads store and refresh, every batch is made of whole steps, and everything is there in the end"
+        "While threads store and refresh, every batch has whole steps, and no row is missing in the end"
         buffer, done, seen = filled(harness, drive(30), **options), threading.Event(), queue.SimpleQueue()
         buffer.load()
         def write():
@@ -771,7 +797,7 @@ class BufferStories:
 
     @pytest.mark.parametrize("states", ["once", "twice"])
     def test_many_threads(self, harness, states):
-        "Whoever stores, refreshes or saves its state at the same time, every step is in the rows once"
+        "Threads that store, refresh and save the state at once leave every step in the rows once"
         buffer, done = filled(harness, drive(5, hour=99), states=states), threading.Event()
         buffer.load()
         def write(k: int):
@@ -785,6 +811,6 @@ class BufferStories:
 
 # %% ../../nbs/testing/buffers.ipynb #c04c1fb2
 class BufferContract(BatchesOfBuffers, TracedBatches, RowsOfBuffers, Refreshing, RowsOfQueries, Rings, Chance,
-                     SameDraws, Resume, ResumeElsewhere, WholeEpisodes, BufferRefusals, ClosedBuffers, Lifecycle,
-                     Finalizers, OwnBuffers, BufferInterface, BufferStories):
-    "What every buffer promises; a subclass brings a fixture `harness` that gives a `Harness` at an empty place"
+                     SameDraws, Resume, ResumeElsewhere, WholeEpisodes, BufferRefusals, ClosedBuffers,
+                     Lifecycle, Finalizers, OwnBuffers, BufferInterface, BufferStories):
+    "What every buffer promises; a subclass brings a fixture `harness`, a `Harness` at an empty place"

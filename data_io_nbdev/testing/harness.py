@@ -16,6 +16,7 @@ import secrets
 import subprocess
 import sys
 import threading
+import traceback
 import warnings
 import weakref
 import zipfile
@@ -28,9 +29,9 @@ import pandas as pd  # type: ignore
 
 # %% auto #0
 __all__ = ['pytest', 'HARNESSES', 'ODD', 'CLASHING', 'SHAPES', 'DTYPES', 'ZONES', 'HOURS', 'BAD_FRAMES', 'PARTS', 'Harness',
-           'MemoryHarness', 'LakeHarness', 'MongoHarness', 'stored', 'unchanged', 'odd_numbers', 'schemas', 'episodes',
-           'histories', 'examples', 'questions', 'answer', 'at_once', 'lose_races', 'python', 'trace', 'batch_facts',
-           'draws', 'rows', 'steps_of']
+           'MemoryHarness', 'LakeHarness', 'MongoHarness', 'stored', 'unchanged', 'examples', 'odd_numbers', 'schemas',
+           'episodes', 'histories', 'questions', 'answer', 'at_once', 'lose_races', 'python', 'trace', 'batch_facts',
+           'draws', 'rows', 'steps_of', 'promises', 'try_out']
 
 # %% ../../nbs/testing/harness.ipynb #1608bbae
 from ..errors import DataIOError, PoolUnavailable, require
@@ -78,7 +79,8 @@ class Harness(abc.ABC):
     def raw_numbers(self, pool: Pool) -> list[int]: "The numbers of the commits in storage, in order"
 
     @abc.abstractmethod
-    def raw_steal(self, pool: Pool) -> None: "Put a valid, empty commit at the next number, behind the pool's back"
+    def raw_steal(self, pool: Pool) -> None:
+        "Put a valid, empty commit at the next number, behind the pool's back"
 
     @abc.abstractmethod
     def raw_damage(self, pool: Pool, id: str) -> None:
@@ -92,29 +94,30 @@ class Harness(abc.ABC):
 HARNESSES: dict[str, type[Harness]] = {}
 
 # %% ../../nbs/testing/harness.ipynb #e5658600
-def _zip_parts(log: dict) -> list[tuple[int, dict, int, int]]:
-    "`(commit, part, first row, last row + 1)` of every part in a saved pool's log"
-    parts = [(c["number"], p) for c in log["commits"] for p in c["put"]]
-    ends = np.cumsum([0, *(p["length"] for _, p in parts)]).tolist()
-    return [(number, p, a, b) for (number, p), a, b in zip(parts, ends, ends[1:])]
+class _SavedFile:
+    "A saved `MemoryPool`, read without the pool"
+    def __init__(self, path: Path):
+        with zipfile.ZipFile(path) as file:
+            self.log = json.loads(file.read("log.json"))
+            names = [n for n in file.namelist() if n.endswith(".npy")]
+            self.arrays = {n[:-4]: np.load(io.BytesIO(file.read(n)), allow_pickle=False) for n in names}
+        parts = [(c["number"], p) for c in self.log["commits"] for p in c["put"]]
+        ends = np.cumsum([0, *(p["length"] for _, p in parts)]).tolist()
+        self.parts = [(number, p, a, b) for (number, p), a, b in zip(parts, ends, ends[1:])]  # rows a to b
 
-def _zip_steps(path: Path) -> dict[str, dict[str, np.ndarray]]:
-    "Every living step in a saved pool"
-    with zipfile.ZipFile(path) as file:
-        log = json.loads(file.read("log.json"))
-        names = [n for n in file.namelist() if n.endswith(".npy")]
-        arrays = {n[:-4]: np.load(io.BytesIO(file.read(n)), allow_pickle=False) for n in names}
-    hidden = {id: c["number"] for c in log["commits"] for id in c["hide"]}  # the last commit that hid it
-    live: dict[str, list] = {}
-    for number, p, a, b in _zip_parts(log):
-        if number >= hidden.get(p["id"], 0): live.setdefault(p["id"], []).append((p["offset"], a, b))
-    whole = lambda x, rows: np.concatenate([x[a:b] for _, a, b in sorted(rows)])
-    return {id: {name: whole(x, rows) for name, x in arrays.items()} for id, rows in live.items()}
+    def steps(self) -> dict[str, dict[str, np.ndarray]]:
+        "Every living step"
+        hidden = {id: c["number"] for c in self.log["commits"] for id in c["hide"]}  # the last that hid it
+        live: dict[str, list] = {}
+        for number, p, a, b in self.parts:
+            if number >= hidden.get(p["id"], 0): live.setdefault(p["id"], []).append((p["offset"], a, b))
+        whole = lambda x, rows: np.concatenate([x[a:b] for _, a, b in sorted(rows)])
+        return {id: {name: whole(x, rows) for name, x in self.arrays.items()} for id, rows in live.items()}
 
 # %% ../../nbs/testing/harness.ipynb #908f09a0
 class MemoryHarness(Harness):
     "A `MemoryPool` and the file that it saves"
-    buffer = MemoryBuffer
+    buffer, pool = MemoryBuffer, MemoryPool  # a subclass may try others of these kinds
 
     def __init__(self, folder: Path):
         super().__init__(folder)
@@ -123,7 +126,7 @@ class MemoryHarness(Harness):
 
     def open(self, mode: str = "a") -> Pool:
         for pool in list(self._saved): self._save(pool)
-        pool = MemoryPool(self.path, mode)
+        pool = self.pool(self.path, mode)
         if mode == "a": self._saved[pool] = pool.version
         return pool
 
@@ -131,23 +134,21 @@ class MemoryHarness(Harness):
 
     def raw_steps(self, pool: Pool) -> dict[str, dict[str, np.ndarray]]:
         self._save(pool)
-        return _zip_steps(self.path) if self.path.exists() else {}
+        return _SavedFile(self.path).steps() if self.path.exists() else {}
 
     def raw_numbers(self, pool: Pool) -> list[int]:
         self._save(pool)
-        if not self.path.exists(): return []
-        with zipfile.ZipFile(self.path) as file: log = json.loads(file.read("log.json"))
-        return [c["number"] for c in log["commits"]]
+        return [c["number"] for c in _SavedFile(self.path).log["commits"]] if self.path.exists() else []
 
     def raw_steal(self, pool: Pool) -> None:
         assert type(pool)._put(pool, Commit(pool._head() + 1, secrets.token_hex(16)))
 
     def raw_damage(self, pool: Pool, id: str) -> None:
+        row = next(a for _, p, a, _ in _SavedFile(self.path).parts if p["id"] == id)
         with zipfile.ZipFile(self.path) as file:
-            row = next(a for _, p, a, _ in _zip_parts(json.loads(file.read("log.json"))) if p["id"] == id)
             info, stored = file.getinfo("times.npy"), file.read("times.npy")
-        data, begin = bytearray(self.path.read_bytes()), len(stored) - np.load(io.BytesIO(stored)).nbytes + 8 * row
-        data[data.index(stored, info.header_offset) + begin] ^= 1
+        data, head = bytearray(self.path.read_bytes()), len(stored) - np.load(io.BytesIO(stored)).nbytes
+        data[data.index(stored, info.header_offset) + head + 8 * row] ^= 1
         self.path.write_bytes(data)
 
     def _save(self, pool: Pool) -> None:
@@ -158,23 +159,61 @@ class MemoryHarness(Harness):
 
 HARNESSES["memory"] = MemoryHarness
 
+# %% ../../nbs/testing/harness.ipynb #392ade0f
+def _numbers(array: Any, dtype: str) -> np.ndarray:
+    "The numbers in a column without nulls, one after the other"
+    kind = str(array.type)
+    if kind == "binary": return np.frombuffer(b"".join(array.to_pylist()), dtype)
+    return (array.flatten() if kind.startswith("list") else array).to_numpy(zero_copy_only=False)
+
+def _steps_in(schema: Schema, columns: Any, rows: Any) -> dict[str, np.ndarray]:
+    "One episode's steps from its rows, an Arrow table"
+    found: dict[str, dict[str, np.ndarray]] = {role: {} for role in schema.roles}
+    for column in columns:  # `state` comes before `nstate`
+        about = {k.decode(): v.decode() for k, v in (column.metadata or {}).items()}
+        role, name = about["role"], about.get("field")
+        if role in FLAGS: found[role] = rows[column.name].to_numpy()
+        if name is None: continue
+        array = rows[column.name].combine_chunks()
+        known = _numbers(array.drop_null(), about["dtype"]).reshape(-1, *json.loads(about["shape"]))
+        found[role][name] = whole = np.empty((len(array), *known.shape[1:]), about["dtype"])
+        null = array.is_null().to_numpy(zero_copy_only=False)
+        whole[~null] = known
+        # Null says: the next row's state
+        if null.any(): whole[null] = found["state"][name][np.flatnonzero(null) + 1]
+    times = rows["timestamp"].combine_chunks().cast("int64").to_numpy()
+    return {"times": times, **{r: b if r in FLAGS else schema.join(r, b) for r, b in found.items()}}
+
+# %% ../../nbs/testing/harness.ipynb #62690f17
+class _LakeReader(Harness):
+    "Looks at a Delta Lake table"
+    @property
+    def lake(self) -> Path: return self.folder / "lake"
+
+    def raw_numbers(self, pool: Pool) -> list[int]:
+        return sorted(int(path.stem) for path in self.lake.glob("_delta_log/*.json") if int(path.stem))
+
+    def raw_steps(self, pool: Pool) -> dict[str, dict[str, np.ndarray]]:
+        if not self.raw_numbers(pool): return {}
+        pa, table = require("pyarrow", "dask"), require("deltalake", "dask").DeltaTable(str(self.lake))
+        schema = Schema.from_json(table.metadata().configuration["data_io_nbdev.schema"])
+        columns, read = pa.schema(table.schema().to_arrow()), require("pyarrow.parquet", "dask").read_table
+        files = [read(self.lake / path) for path in sorted(table.file_uris())]
+        if not files: return {}
+        rows = pa.concat_tables([file.select(columns.names).cast(columns) for file in files])
+        rows = rows.sort_by([("episode", "ascending"), ("timestamp", "ascending")])
+        ids = rows["episode"].to_pylist()
+        edges = [0, *(i for i in range(1, len(ids)) if ids[i] != ids[i - 1]), len(ids)]
+        return {ids[a]: _steps_in(schema, columns, rows.slice(a, b - a)) for a, b in zip(edges, edges[1:])}
+
 # %% ../../nbs/testing/harness.ipynb #e2d3da51
-class LakeHarness(Harness):
+class LakeHarness(_LakeReader):
     "A `DaskPool` in a folder"
     @property
     def buffer(self) -> type[Buffer]:  # type: ignore[override]
         return importlib.import_module("data_io_nbdev.storage.buffer.dask").DaskBuffer
 
-    @property
-    def lake(self) -> Path: return self.folder / "lake"
-
     def open(self, mode: str = "a") -> Pool: return open_pool(self.lake, mode)
-
-    def raw_steps(self, pool: Pool) -> dict[str, dict[str, np.ndarray]]:
-        return _lake_steps(self.lake) if self.raw_numbers(pool) else {}
-
-    def raw_numbers(self, pool: Pool) -> list[int]:
-        return sorted(int(path.stem) for path in self.lake.glob("_delta_log/*.json") if int(path.stem))
 
     def raw_steal(self, pool: Pool) -> None:
         entry = self.lake / "_delta_log" / f"{len(self.raw_numbers(pool)) + 1:020d}.json"
@@ -186,20 +225,19 @@ class LakeHarness(Harness):
             file = parquet.ParquetFile(path)
             if id not in file.read(["episode"])["episode"].to_pylist(): continue
             group = file.metadata.row_group(0)
-            column = next(c for c in map(group.column, range(group.num_columns)) if c.path_in_schema == "timestamp")
-            data = bytearray(path.read_bytes())
-            data[column.data_page_offset + column.total_compressed_size - 1] ^= 1  # the last byte of its only page
+            columns = {c.path_in_schema: c for c in map(group.column, range(group.num_columns))}
+            data, times = bytearray(path.read_bytes()), columns["timestamp"]
+            data[times.data_page_offset + times.total_compressed_size - 1] ^= 1  # its last byte
             path.write_bytes(data)
 
 HARNESSES["delta"] = LakeHarness
 
 # %% ../../nbs/testing/harness.ipynb #dc4f1f4f
-class MongoHarness(Harness):
-    "A `MongoPool` on a server of this process; without a server its tests are skipped, loudly, and fail in CI"
-    @property
-    def buffer(self) -> type[Buffer]:  # type: ignore[override]
-        return importlib.import_module("data_io_nbdev.storage.buffer.mongo").MongoBuffer
+@lru_cache(None)
+def _mongo(server: str) -> Any: return require("pymongo", "mongo").MongoClient(server)
 
+class _MongoReader(Harness):
+    "Looks at a pool's three collections; without a server its tests are skipped, loudly, and fail in CI"
     def __init__(self, folder: Path):
         super().__init__(folder)
         try: server = shared_server()
@@ -207,36 +245,50 @@ class MongoHarness(Harness):
             if os.environ.get("CI"): raise
             warnings.warn(f"NOT TESTED: {e}")
             pytest.skip(str(e))
-        self.name = dict(database=f"data_io_nbdev_{os.getpid()}", collection=hashlib.sha1(str(folder).encode()).hexdigest()[:16])
+        place = hashlib.sha1(str(folder).encode()).hexdigest()[:16]
+        self.name = dict(database=f"data_io_nbdev_{os.getpid()}", collection=place)
         self.server = server
-
-    def open(self, mode: str = "a") -> Pool: return open_pool(self.server, mode, **self.name)
 
     def of(self, what: str) -> Any: # A `pymongo` collection
         "The log, the entries or the chunks"
         return _mongo(self.server)[self.name["database"]][f"{self.name['collection']}.{what}"]
 
+    def raw_numbers(self, pool: Pool) -> list[int]:
+        return sorted(d["_id"] for d in self.of("log").find({}, {"_id": 1}))
+
     def raw_steps(self, pool: Pool) -> dict[str, dict[str, np.ndarray]]:
         live: dict[str, list] = {}
         for logged in self.of("log").find(sort=[("_id", 1)]):
-            entries = sorted(self.of("entries").find({"token": {"$in": logged["tokens"]}}), key=lambda d: ("facts" in d, d["_id"]))
-            for entry in entries:
+            entries = self.of("entries").find({"token": {"$in": logged["tokens"]}})
+            for entry in sorted(entries, key=lambda d: ("facts" in d, d["_id"])):
                 if "hidden" in entry: live.pop(entry["id"])
                 else: live.setdefault(entry["id"], []).append(json.loads(entry["facts"].partition(" ")[2]))
-        return {id: _joined([self._raw_part(pool.schema, facts) for facts in parts]) for id, parts in live.items()}
+        def joined(all_facts: list) -> dict[str, np.ndarray]:
+            parts = [self._raw_part(pool.schema, facts) for facts in all_facts]
+            return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+        return {id: joined(all_facts) for id, all_facts in live.items()}
 
     def _raw_part(self, schema: Schema, facts: list) -> dict[str, np.ndarray]:
         pa, (length, key, pieces, row) = require("pyarrow.ipc", "mongo"), (facts[5], *facts[-3:])
         found = {d["_id"]: d["data"] for d in self.of("chunks").find({"token": key.partition("/")[0]})}
-        with pa.open_stream(b"".join(found[f"{key}/{k}"] for k in range(pieces))) as stream: rows = stream.read_all().slice(row, length)
+        data = b"".join(found[f"{key}/{k}"] for k in range(pieces))
+        with pa.open_stream(data) as stream: rows = stream.read_all().slice(row, length)
         columns = importlib.import_module("data_io_nbdev.storage.pool.parquet").columns_of(schema)
-        return _lake_episode(schema, [c.arrow for c in columns if c.name in rows.column_names], rows)
+        return _steps_in(schema, [c.arrow for c in columns if c.name in rows.column_names], rows)
 
-    def raw_numbers(self, pool: Pool) -> list[int]: return sorted(d["_id"] for d in self.of("log").find({}, {"_id": 1}))
+# %% ../../nbs/testing/harness.ipynb #74afdf65
+class MongoHarness(_MongoReader):
+    "A `MongoPool` on a server of this process"
+    @property
+    def buffer(self) -> type[Buffer]:  # type: ignore[override]
+        return importlib.import_module("data_io_nbdev.storage.buffer.mongo").MongoBuffer
+
+    def open(self, mode: str = "a") -> Pool: return open_pool(self.server, mode, **self.name)
 
     def raw_steal(self, pool: Pool) -> None:
         last = self.of("log").find_one(sort=[("_id", -1)]) or {"_id": 0, "episodes": 0}
-        empty = {"_id": last["_id"] + 1, "data_io_nbdev": 1, "tokens": ["somebody"], "count": 0}  # of format 1, without a checksum
+        number, format = last["_id"] + 1, 1  # of which a checksum is not asked
+        empty = {"_id": number, "data_io_nbdev": format, "tokens": ["another"], "count": 0}
         self.of("log").insert_one({**empty, "episodes": last["episodes"]})
 
     def raw_damage(self, pool: Pool, id: str) -> None:
@@ -245,60 +297,23 @@ class MongoHarness(Harness):
         data[len(data) // 2] ^= 1
         self.of("chunks").update_one({"_id": f"{key}/0"}, {"$set": {"data": bytes(data)}})
 
-@lru_cache(None)
-def _mongo(server: str) -> Any: return require("pymongo", "mongo").MongoClient(server)
-
-def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
-
 HARNESSES["mongodb"] = MongoHarness
-
-# %% ../../nbs/testing/harness.ipynb #392ade0f
-def _lake_steps(lake: Path) -> dict[str, dict[str, np.ndarray]]:
-    "Every living step of a Delta Lake table"
-    pa, table = require("pyarrow", "dask"), require("deltalake", "dask").DeltaTable(str(lake))
-    schema = Schema.from_json(table.metadata().configuration["data_io_nbdev.schema"])
-    columns = pa.schema(table.schema().to_arrow())
-    parquet = require("pyarrow.parquet", "dask")
-    files = [parquet.read_table(lake / path).select(columns.names).cast(columns) for path in sorted(table.file_uris())]
-    if not files: return {}
-    rows = pa.concat_tables(files).sort_by([("episode", "ascending"), ("timestamp", "ascending")])
-    ids = rows["episode"].to_pylist()
-    edges = [0, *(i for i in range(1, len(ids)) if ids[i] != ids[i - 1]), len(ids)]
-    return {ids[a]: _lake_episode(schema, columns, rows.slice(a, b - a)) for a, b in zip(edges, edges[1:])}
-
-def _lake_episode(schema: Schema, columns: Any, rows: Any) -> dict[str, np.ndarray]:
-    "One episode's steps from its rows"
-    found: dict[str, dict[str, np.ndarray]] = {role: {} for role in schema.roles}
-    for column in columns:  # `state` comes before `nstate`
-        about = {k.decode(): v.decode() for k, v in (column.metadata or {}).items()}
-        role, name = about["role"], about.get("field")
-        if role in FLAGS: found[role] = rows[column.name].to_numpy()
-        if name is None: continue
-        array = rows[column.name].combine_chunks()
-        known = _lake_values(array.drop_null(), about["dtype"]).reshape(-1, *json.loads(about["shape"]))
-        found[role][name] = whole = np.empty((len(array), *known.shape[1:]), about["dtype"])
-        null = array.is_null().to_numpy(zero_copy_only=False)
-        whole[~null] = known
-        if null.any(): whole[null] = found["state"][name][np.flatnonzero(null) + 1]  # null says: the next row's state
-    times = rows["timestamp"].combine_chunks().cast("int64").to_numpy()
-    return {"times": times, **{r: b if r in FLAGS else schema.join(r, b) for r, b in found.items()}}
-
-def _lake_values(array: Any, dtype: str) -> np.ndarray:
-    "The numbers in a column without nulls, one after the other"
-    kind = str(array.type)
-    if kind == "binary": return np.frombuffer(b"".join(array.to_pylist()), dtype)
-    return (array.flatten() if kind.startswith("list") else array).to_numpy(zero_copy_only=False)
 
 # %% ../../nbs/testing/harness.ipynb #b5137dd0
 def stored(harness: Harness, pool: Pool) -> tuple: # Version, commit numbers, and the bits of every step
     "Everything that is in storage, in values that compare"
-    steps = {id: {name: bits(a) for name, a in arrays.items()} for id, arrays in harness.raw_steps(pool).items()}
+    raw = harness.raw_steps(pool)
+    steps = {id: {name: bits(a) for name, a in arrays.items()} for id, arrays in raw.items()}
     return pool.version, harness.raw_numbers(pool), steps
 
 class unchanged:
     "A context in which storage must stay as it is, and in which an error of this type must be raised"
-    def __init__(self, harness: Harness, pool: Pool, error: type[DataIOError], match: Optional[str] = None):
+    def __init__(self,
+        harness: Harness, # Looks at storage
+        pool: Pool, # Whose storage
+        error: type[DataIOError], # That must be raised
+        match: Optional[str] = None, # What its message must contain, a regular expression
+    ):
         self.harness, self.pool, self.raised = harness, pool, pytest.raises(error, match=match)
 
     def __enter__(self):
@@ -311,6 +326,13 @@ class unchanged:
             after = stored(self.harness, self.pool)
             assert after == self.before, "the call was refused, and yet changed what is stored"
         return handled
+
+# %% ../../nbs/testing/harness.ipynb #4e80adfe
+def examples(n: int, **more: Any) -> settings:
+    "Run a test on a share of `n` examples, the same ones each time"
+    share = float(os.environ.get("EXAMPLES", "0.4"))
+    return settings(max_examples=max(1, round(share * n)), deadline=None, derandomize=True, database=None,
+                    suppress_health_check=list(HealthCheck), **more)
 
 # %% ../../nbs/testing/harness.ipynb #c6d33bdc
 ODD = ("", "velocity", "r 0", "a.b", "Größe", "温度", "r\\0'\"")  # names of fields and levels
@@ -362,7 +384,8 @@ def episodes(draw, schema: Optional[Schema] = None, most: int = 10) -> Episode:
     schema = schema or draw(schemas())
     steps, rng = draw(st.integers(1, most)), np.random.default_rng(draw(st.integers(0, 2**32)))
     block = lambda role, n: {f.name: odd_numbers(rng, f.dtype, (n, *f.shape)) for f in schema.of(role)}
-    state, link = block("state", 2 * steps + 1), draw(st.sampled_from(["linked", "linked", "broken", "unlinked"]))
+    state = block("state", 2 * steps + 1)
+    link = draw(st.sampled_from(["linked", "linked", "broken", "unlinked"]))
     follow = np.arange(steps) + (1 if link != "unlinked" else steps + 1)  # which state is a step's nstate
     if link == "broken": follow[rng.integers(steps)] = 2 * steps
     gaps = rng.choice([1, 500_000, 1_000_000, 86_400_000_000], steps)
@@ -381,13 +404,6 @@ def histories(draw, least: int = 1, most: int = 5) -> list[Episode]:
     "Lists of different episodes under one schema"
     schema = draw(schemas())
     return draw(st.lists(episodes(schema), min_size=least, max_size=most, unique_by=lambda e: e.id))
-
-# %% ../../nbs/testing/harness.ipynb #4e80adfe
-def examples(n: int, **more: Any) -> settings:
-    "Run a test on a share of `n` examples, the same ones each time"
-    share = float(os.environ.get("EXAMPLES", "0.4"))
-    return settings(max_examples=max(1, round(share * n)), deadline=None, derandomize=True, database=None,
-                    suppress_health_check=list(HealthCheck), **more)
 
 # %% ../../nbs/testing/harness.ipynb #4a4a908a
 HOURS = st.integers(0, 3)
@@ -423,7 +439,8 @@ def answer(
         wanted = {k: [v] if isinstance(v, (str, int)) else list(v) for k, v in ask.get("who", {}).items()}
         if any(e.who[k] not in v for k, v in wanted.items()): continue
         if "ids" in ask and e.id not in ask["ids"]: continue
-        if "start" in ask and not (low(e.episodestart, ask["start"]) and high(e.episodestart, ask["start"])): continue
+        begins = lambda ends: low(e.episodestart, ends) and high(e.episodestart, ends)
+        if "start" in ask and not begins(ask["start"]): continue
         least, most = ask.get("length", (None, None))
         if len(e) < (least or 0) or (most is not None and len(e) > most): continue
         if "time" in ask:
@@ -498,7 +515,10 @@ def at_once(*jobs: Callable[[], Any]) -> list:
         if error: raise error
     return [value for value, _ in results]
 
-def lose_races(pool: Pool, rivals: Sequence[Callable]) -> None:
+def lose_races(
+    pool: Pool, # Whose next commits are late
+    rivals: Sequence[Callable], # One call for each of those commits
+) -> None:
     "Let each rival in turn commit something at the last moment before the pool's own next commits"
     put, waiting = pool._put, list(rivals)
     def late(*args, **kwargs):
@@ -567,3 +587,45 @@ def rows(
 def steps_of(*episodes: Episode) -> list[tuple[str, int]]:
     "Id and number of each step, one episode after the other"
     return [(e.id, int(n)) for e in episodes for n in e.step]
+
+# %% ../../nbs/testing/harness.ipynb #c28bae92
+def promises(
+    suite: type, # A contract, or one of its parts
+) -> pd.DataFrame: # One row a promise: what it is about, its name, its sentence
+    "What a suite promises"
+    tests = [(part, name, test) for part in suite.__mro__ for name, test in vars(part).items()
+             if name.startswith("test_")]
+    says = lambda thing: (thing.__doc__ or "").partition("\n")[0]
+    return pd.DataFrame([(says(part), name.removeprefix("test_"), says(test)) for part, name, test in tests],
+                        columns=["about", "promise", "says"])
+
+# %% ../../nbs/testing/harness.ipynb #4deddf50
+def _cases(test: Callable) -> list[dict[str, Any]]: # Arguments; one empty case where there are none
+    "Every case of a test, as pytest would run them"
+    marks = [mark.args for mark in getattr(test, "pytestmark", []) if mark.name == "parametrize"]
+    names = [name for name, _ in marks]
+    return [dict(zip(names, case)) for case in itertools.product(*(list(values) for _, values in marks))]
+
+def _outcome(call: Callable[[], Any]) -> str: # `kept`, or why not
+    "Run one case, and say what came of it"
+    try: call()
+    except pytest.skip.Exception as e: return f"skipped: {e}"
+    except (Exception, pytest.fail.Exception) as e:
+        why = str(e) or traceback.extract_tb(e.__traceback__)[-1].line  # a bare assertion has only its source
+        kind = "" if isinstance(e, (AssertionError, pytest.fail.Exception)) else f"{type(e).__name__}: "
+        return f"broken: {kind}{why.splitlines()[0]}"
+    return "kept"
+
+def try_out(
+    suite: type, # A contract, or one of its parts
+    harness: Harness, # Of the back-end that is tried; each case gets a place of its own
+    *names: str, # Of promises, as in `promises`; by default all
+) -> pd.DataFrame: # One row a promise: its sentence, and whether it was kept, skipped or broken
+    "Run promises, and say which are kept"
+    table = promises(suite).set_index("promise")[["says"]]
+    table = table.loc[list(names)] if names else table
+    def outcome(name: str) -> str: # Of the first case that breaks it
+        test = getattr(suite(), f"test_{name}")
+        found = [_outcome(lambda: test(harness.fresh(), **case)) for case in _cases(test)]
+        return next((said for said in found if said != "kept"), "kept")
+    return table.assign(outcome=[outcome(name) for name in table.index])

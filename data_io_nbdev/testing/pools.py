@@ -18,7 +18,7 @@ import pandas as pd  # type: ignore
 
 # %% auto #0
 __all__ = ['SEEDS', 'CUTS', 'RoundTrip', 'Spellings', 'Queries', 'Choices', 'Catalogue', 'InParts', 'InGeneratedParts',
-           'Conflicts', 'GapsAndEnds', 'Overwriting', 'Deleting', 'Past', 'Races', 'LostRaces', 'Handles',
+           'Conflicts', 'GapsAndEnds', 'Overwriting', 'Deleting', 'Snapshots', 'Past', 'Races', 'LostRaces', 'Handles',
            'OtherProcesses', 'PoolRefusals', 'ReadOnlyPools', 'Damage', 'Copies', 'grown', 'drive_part', 'PoolChanges',
            'PoolMachine', 'PoolStories', 'PoolContract']
 
@@ -43,7 +43,7 @@ class RoundTrip:
     @examples(120)
     @given(history=histories())
     def test_round_trip(self, harness, history):
-        "Hundreds of episodes come back bit for bit: at once, from raw storage, and from a pool that was opened again"
+        "Generated episodes come back bit for bit: at once, from raw storage, and from the pool opened again"
         harness = harness.fresh()
         pool = harness.open()
         assert list(pool.extend(history)) == [e.id for e in history]
@@ -58,7 +58,7 @@ class RoundTrip:
     @examples(40)
     @given(episode=episodes())
     def test_generated_frames(self, harness, episode):
-        "What was stored comes out as the frame that it would have been before, from a pool that was opened again too"
+        "What was stored comes out as the same frame, from a pool that was opened again too"
         harness = harness.fresh()
         pool = harness.open()
         pool.store(episode)
@@ -99,7 +99,7 @@ class Spellings:
             assert bits(pool[e.id].reward) == bits(reward) and len(pool.catalogue()) == 1
 
     def test_the_pool_keeps_its_order(self, harness):
-        "Fields and levels in another order are rearranged to the pool's; silence about units is no difference"
+        "Fields and levels in another order are rearranged to the pool's; missing units are no difference"
         pool = harness.open()
         pool.store(drive(hour=0))
         turned = drive(hour=1).to_frame().iloc[:, ::-1]
@@ -138,7 +138,7 @@ class Queries:
             assert facts_of(pool) == facts_of(e for e in by_start(history) if e not in right)
 
     def test_by_name(self, harness):
-        "Levels go by their own names; several values are alternatives; `start` begins at `from` and ends before `to`"
+        "Levels go by name; several values are alternatives; `start` begins at `from`, ends before `to`"
         pool = harness.open()
         who = [("A", "x"), ("A", "y"), ("B", "x"), ("B", "z")]
         pool.extend([drive(hour=h, vehicle=v, driver=d) for h, (v, d) in enumerate(who)])
@@ -191,7 +191,7 @@ class Choices:
 
 # %% ../../nbs/testing/pools.ipynb #8dacb315
 class Catalogue:
-    "A table of what there is"
+    "A table of the episodes"
     def test_catalogue(self, harness):
         "Who, when, how long, what it earned, and the commit that last changed it"
         pool = harness.open()
@@ -199,7 +199,8 @@ class Catalogue:
         pool.store(late[:4]); pool.store(early); pool.store(late)
         table = pool.catalogue()
         assert table.index.name == "id" and list(table.index) == [early.id, late.id]
-        assert list(table.columns) == ["vehicle", "driver", "episodestart", "seq_len", "return", "bytes", "version"]
+        columns = ["vehicle", "driver", "episodestart", "seq_len", "return", "bytes", "version"]
+        assert list(table.columns) == columns
         assert list(table.driver) == ["bo", "anna"]
         assert list(table.seq_len) == [3, 6] and list(table.version) == [2, 3]
         assert list(table.episodestart) == [early.episodestart, late.episodestart]
@@ -245,16 +246,17 @@ class InParts:
 
 # %% ../../nbs/testing/pools.ipynb #8a40b4e1
 class InGeneratedParts:
-    "The same for episodes nobody would think of, and for single steps"
+    "The same for generated episodes, and for single steps"
     @examples(80)
     @given(data=st.data())
     def test_generated_parts(self, harness, data):
-        "The same for generated episodes, in one commit or in many, through a pool that is opened again midway"
+        "The same for generated episodes, in one commit or in many, through a pool that is opened again"
         whole, harness = data.draw(episodes()), harness.fresh()
         broken = np.flatnonzero(~whole.links)
         # A cut at the first break looks like a gap
         free = 1 if whole.first is not None or not len(broken) else int(broken[0]) + 2
-        cuts = sorted(data.draw(st.sets(st.integers(min(free, len(whole)), len(whole)), max_size=3)) - {len(whole)})
+        end = len(whole)
+        cuts = sorted(data.draw(st.sets(st.integers(min(free, end), end), max_size=3)) - {end})
         parts = [whole[a:b] for a, b in zip([0, *cuts], [*cuts, len(whole)])]
         pool = harness.open()
         if data.draw(st.booleans()): pool.extend(parts); assert pool.version == 1
@@ -271,7 +273,8 @@ class InGeneratedParts:
         "A machine that sends a `Record` at a time loses nothing, and says an ended episode is ended"
         pool, whole = harness.open(), drive(5, end="truncated", step=0)
         for n, record in enumerate(records(whole), 1):
-            assert pool.store(record) == whole.id and facts(pool[whole.id]) == facts(whole[:n]) and pool.version == n
+            assert pool.store(record) == whole.id
+            assert facts(pool[whole.id]) == facts(whole[:n]) and pool.version == n
         for record in records(whole): pool.store(record)
         assert pool.version == 5 and facts(pool[whole.id]) == facts(whole)
 
@@ -311,7 +314,8 @@ class Conflicts:
         "One bad item among good ones: nothing is stored"
         pool = harness.open()
         pool.store(drive(hour=1))
-        for bad in ([drive(hour=2), drive(hour=1, seed=1), drive(hour=3)], [drive(hour=2), drive(hour=2, seed=1)]):
+        other = drive(hour=1, seed=1), drive(hour=2, seed=1)
+        for bad in ([drive(hour=2), other[0], drive(hour=3)], [drive(hour=2), other[1]]):
             with unchanged(harness, pool, EpisodeConflict): pool.extend(bad)
         with unchanged(harness, pool, SchemaError): pool.extend([drive(hour=2), 7])
 
@@ -319,7 +323,7 @@ class Conflicts:
 class GapsAndEnds:
     "Nothing is left out, and nothing follows an end"
     def test_gaps(self, harness):
-        "A step that was lost on the way is noticed: by where the part was cut, by the step numbers, by the states"
+        "A lost step is noticed: by where the part was cut, by the step numbers, by the states"
         for have, step in [(0, None), (2, None), (2, 5), (1, None)]:
             place, whole = harness.fresh(), drive(6, step=step)
             pool = place.open()
@@ -348,13 +352,14 @@ class GapsAndEnds:
 
 # %% ../../nbs/testing/pools.ipynb #e3cda22f
 class Overwriting:
-    "What is there already is no news, and is replaced only when that is said"
+    "What is stored already makes no commit, and is replaced only on request"
     def test_idempotence(self, harness):
-        "What is there already makes no commit, however it comes"
+        "What is stored already makes no commit, in whatever spelling it comes"
         pool, whole = harness.open(), drive(6)
         pool.store(whole)
         before = stored(harness, pool)
-        assert {pool.store(whole), pool.store(whole.to_frame()), pool.store(whole, overwrite=True)} == {whole.id}
+        for item in (whole, whole.to_frame()): assert pool.store(item) == whole.id
+        assert pool.store(whole, overwrite=True) == whole.id
         assert list(pool.extend([whole, whole[2:4]])) == [whole.id, whole.id] and list(pool.extend([])) == []
         for record in records(whole): pool.store(record)
         assert stored(harness, pool) == before and pool.version == 1
@@ -380,9 +385,9 @@ class Overwriting:
 
 # %% ../../nbs/testing/pools.ipynb #703e0e6d
 class Deleting:
-    "What was deleted is gone, but for the past, and may come back"
+    "A deleted episode is gone from the newest version, and may come back"
     def test_delete(self, harness):
-        "By id, by ids, by query: one commit, and the ids of what is gone"
+        "By id, by ids, by query: one commit, and the ids of the deleted episodes"
         pool = harness.open()
         ids = list(pool.extend([drive(hour=h, vehicle="AB"[h % 2]) for h in range(6)]))
         assert list(pool.delete(ids[0])) == [ids[0]] and (len(pool), pool.version) == (5, 2)
@@ -393,7 +398,7 @@ class Deleting:
         assert sorted(harness.raw_steps(pool)) == sorted([ids[3], ids[5]])
 
     def test_delete_everything(self, harness):
-        "Everything is deleted only when that is said, and is still there in the past"
+        "Everything is deleted only on request, and older versions keep it"
         pool = harness.open()
         ids = list(pool.extend([drive(hour=h) for h in range(3)]))
         for call in (lambda: pool.delete(), lambda: pool.delete(PoolQuery()), lambda: pool.delete(None)):
@@ -410,7 +415,7 @@ class Deleting:
         with pytest.raises(QueryError): pool.copy_to(MemoryPool(), query)
 
     def test_delete_and_store_again(self, harness):
-        "What was deleted may come back, as it was or otherwise, in parts or whole"
+        "A deleted episode may come back, equal or different, in parts or whole"
         pool, whole = harness.open(), drive(6)
         for version, new in enumerate([whole, drive(4, seed=1), whole[:3], whole]):
             pool.store(new[:2]); pool.store(new)
@@ -421,14 +426,14 @@ class Deleting:
             assert len(pool) == 0 and not harness.raw_steps(pool)
 
 # %% ../../nbs/testing/pools.ipynb #da062e0b
-class Past:
+class Snapshots:
     "A snapshot is a pool that stands still"
     def test_snapshots(self, harness):
         "Every version stays as it was, while others write, and after the pool was opened again"
         pool, whole, history = harness.open(), drive(6), [[]]
-        for step in (lambda: pool.store(whole[:3]), lambda: pool.store(drive(hour=1)), lambda: pool.store(whole),
-                     lambda: pool.store(drive(5, seed=1), overwrite=True), lambda: pool.delete(whole.id),
-                     lambda: pool.store(whole)):
+        for step in (lambda: pool.store(whole[:3]), lambda: pool.store(drive(hour=1)),
+                     lambda: pool.store(whole), lambda: pool.store(drive(5, seed=1), overwrite=True),
+                     lambda: pool.delete(whole.id), lambda: pool.store(whole)):
             step(); history.append(facts_of(pool))
         for again in (pool, harness.open()):
             for version, then in enumerate(history):
@@ -444,12 +449,16 @@ class Past:
         ids.append(pool.store(drive(hour=0)))
         past = pool.snapshot()
         ids.append(pool.store(drive(hour=1))); pool.delete(ids[0])
-        assert past.version == 1 and facts_of(past) == facts_of([drive(hour=0)]) and past[ids[0]] == drive(hour=0)
+        assert past.version == 1 and facts_of(past) == facts_of([drive(hour=0)])
+        assert past[ids[0]] == drive(hour=0)
         with pytest.raises(EpisodeNotFound): past[ids[1]]
         for write in (lambda: past.store(drive(hour=2)), lambda: past.extend([drive(hour=2)]),
                       lambda: past.delete(ids[0]), lambda: past.delete(everything=True)):
             with unchanged(harness, pool, ReadOnly): write()
 
+# %% ../../nbs/testing/pools.ipynb #1af0e6d6
+class Past(Snapshots):
+    "Loops stand still, and a version outside the log is not found"
     def test_versions_that_never_were(self, harness):
         "A version outside the log is not found"
         pool = harness.open()
@@ -473,7 +482,7 @@ class Past:
 class Races:
     "Several writers on one pool"
     def test_racing_writers(self, harness):
-        "Each stores its own episodes, all store one, and parts of one: all is there once, and no number is left out"
+        "Writers store their own episodes, one in common, and parts of one: all is there once, without gaps"
         pool, long = harness.open(), drive(20, hour=50)
         pool.store(drive(hour=99))
         def write(k: int):
@@ -501,7 +510,7 @@ class Races:
         assert pool[drive().id] == drive(seed=winner) and pool.version == 2
 
     def test_readers_see_whole_commits(self, harness):
-        "While one writer commits pairs and takes them away again, no reader ever sees half of one"
+        "While one writer commits and deletes pairs, no reader ever sees half of one"
         pool, done = harness.open(), threading.Event()
         pair = [drive(hour=1), drive(hour=2)]
         pool.store(drive(hour=0))
@@ -538,7 +547,7 @@ class LostRaces:
         assert pool.version == 4 and pool[whole.id] == whole, "a shorter part came first: the rest is stored"
         lose_races(pool, [lambda: rival.store(drive(hour=2))])
         with pytest.raises(EpisodeConflict): pool.store(drive(hour=2, seed=1))
-        assert pool.version == 5 and pool[drive(hour=2).id] == drive(hour=2), "something else came first: a conflict"
+        assert pool.version == 5 and pool[drive(hour=2).id] == drive(hour=2), "another came first: a conflict"
         lose_races(pool, [lambda: rival.delete(whole.id)])
         with pytest.raises(EpisodeNotFound): pool.delete(whole.id)
         assert pool.version == 6
@@ -565,7 +574,11 @@ class Handles:
         assert isinstance(pool.url, str) and pool.mode == "a" and isinstance(pool.durable, bool)
 
 # %% ../../nbs/testing/pools.ipynb #d770c805
-_CHILD = "import pickle, sys; pool = pickle.load(sys.stdin.buffer); print(pool.version, *(e.digest for e in pool))"
+_CHILD = """
+import pickle, sys
+pool = pickle.load(sys.stdin.buffer)
+print(pool.version, *(e.digest for e in pool))
+"""
 
 _WRITER = """
 import pickle, sys
@@ -576,6 +589,7 @@ for hour in range(5):
     pool.store(drive(hour=hour, driver="everybody"))
 """
 
+# %% ../../nbs/testing/pools.ipynb #05ad2091
 class OtherProcesses:
     "Other processes read the pool, and write to it"
     def test_pickle_to_another_process(self, harness):
@@ -601,7 +615,7 @@ class OtherProcesses:
     def test_racing_processes(self, harness):
         "Processes that write at once: everything is there once, without a gap in the numbers"
         pool = harness.open()
-        if not pool.durable: pytest.skip("nobody else can write to this back-end")
+        if not pool.durable: pytest.skip("no other process can write to this back-end")
         pool.store(drive(hour=99))
         at_once(*[lambda k=k: python(_WRITER, (pool, k)) for k in range(3)])
         drivers = ("d0", "d1", "d2", "everybody")
@@ -630,7 +644,8 @@ class PoolRefusals:
         pool.close(); pool.close()
         assert pool.closed
         for call in (lambda: pool.store(drive(hour=1)), lambda: pool.extend([]), lambda: list(pool.find(id)),
-                     lambda: pool.count(), lambda: pool.delete(id), lambda: pool.catalogue(), lambda: pool.snapshot(),
+                     lambda: pool.count(), lambda: pool.delete(id), lambda: pool.catalogue(),
+                     lambda: pool.snapshot(),
                      lambda: pool.sample(1), lambda: len(pool), lambda: list(pool), lambda: pool[id],
                      lambda: pool.version, lambda: pool.verify(), lambda: pool.repair(),
                      lambda: pool.copy_to(MemoryPool())):
@@ -650,7 +665,7 @@ class PoolRefusals:
 
 # %% ../../nbs/testing/pools.ipynb #43cf2f96
 class ReadOnlyPools:
-    "A pool that is only read stays as it is"
+    "A pool that was opened for reading stays as it is"
     def test_read_only(self, harness):
         "A pool that was opened for reading stays as it is"
         pool = harness.open()
@@ -686,9 +701,9 @@ class Damage:
         assert stored(harness, pool)[2] == before[2]
 
     def test_damage(self, harness):
-        "A flipped bit is never read as data: opening, reading or `verify` says where it is; the rest is readable"
+        "A flipped bit is never read as data: opening, reading or `verify` says where; the rest is readable"
         pool = harness.open()
-        ids = [pool.store(drive(90, hour=h)) for h in range(3)]  # those that are stored together may share a page, and its fate
+        ids = [pool.store(drive(90, hour=h)) for h in range(3)]  # one by one, so that they share no page
         pool.close()
         harness.raw_damage(pool, ids[1])
         try: again = harness.open("r")
@@ -717,14 +732,15 @@ class Copies:
         assert pool.version == 1
 
     def test_copy_some(self, harness):
-        "A query says which; what the other pool has stays; a snapshot can be copied; parts that it has are extended"
+        "A query says which; other episodes stay; a snapshot can be copied; parts are extended"
         pool, there = harness.open(), MemoryPool()
         pool.extend([drive(hour=h, vehicle="AB"[h % 2]) for h in range(4)])
         past = pool.snapshot()
         pool.delete(drive(hour=0, vehicle="A").id)
         there.store(drive(hour=9)); there.store(drive(hour=1, vehicle="B")[:2])
         pool.copy_to(there, PoolQuery(vehicle="B"))
-        assert [e.episodestart.hour for e in there] == [1, 3, 9] and len(there[drive(hour=1, vehicle="B").id]) == 6
+        assert [e.episodestart.hour for e in there] == [1, 3, 9]
+        assert len(there[drive(hour=1, vehicle="B").id]) == 6
         past.copy_to(there)
         assert [e.episodestart.hour for e in there] == [0, 1, 2, 3, 9]
 
@@ -759,19 +775,24 @@ def grown(
 # %% ../../nbs/testing/pools.ipynb #33591add
 SEEDS, CUTS = st.integers(0, 1), st.tuples(st.integers(0, 5), st.integers(1, 6)).filter(lambda c: c[0] < c[1])
 
-def drive_part(hour: int, seed: int, cut: tuple[int, int]) -> Episode:
+def drive_part(
+    hour: int, # When the drive starts
+    seed: int, # Of its numbers
+    cut: tuple[int, int], # The first step, and the one behind the last
+) -> Episode:
+    "A part of a drive of six steps"
     return drive(6, hour=hour, seed=seed, end="terminated")[slice(*cut)]
 
+# %% ../../nbs/testing/pools.ipynb #7372ec64
 class PoolChanges(RuleBasedStateMachine):
     "A pool beside a dictionary"
     def __init__(self, harness: Harness):
         super().__init__()
         self.harness, self.pool = harness, harness.open()
-        self.now: dict[str, Episode] = {}
-        self.past = {0: self.now}
+        self.now, self.past = {}, {0: {}}  # id to episode, now and by version
 
     def expect(self, call: Callable, new: Optional[dict]):
-        "The call leads to `new`, with one commit or none; or, where that is `None`, is refused and leads nowhere"
+        "The call leads to `new`, with one commit or none; or it is refused, where `new` is `None`"
         version = self.pool.version
         if new is None:
             with pytest.raises(EpisodeConflict): call()
@@ -812,7 +833,7 @@ class PoolChanges(RuleBasedStateMachine):
 
 # %% ../../nbs/testing/pools.ipynb #27454dfd
 class PoolMachine(PoolChanges):
-    "The same, looked at from all sides"
+    "The same, with calls that change no episode"
     @rule(data=st.data())
     def look_back(self, data):
         version = data.draw(st.sampled_from(sorted(self.past)))
@@ -824,9 +845,10 @@ class PoolMachine(PoolChanges):
 
     @rule()
     def look_inside(self):
+        steps = lambda e: {"times": bits(e.times), **{r: bits(b) for r, b in e.blocks.items()}}
         assert stored(self.harness, self.pool) == (
             self.pool.version, list(range(1, self.pool.version + 1)),
-            {e.id: {"times": bits(e.times), **{r: bits(b) for r, b in e.blocks.items()}} for e in self.now.values()})
+            {id: steps(e) for id, e in self.now.items()})
 
     @rule()
     def open_again(self):
@@ -842,10 +864,11 @@ class PoolStories:
     "Anything, in any order"
     def test_stories(self, harness):
         "After any sequence of calls the pool knows what a dictionary knows"
-        run_state_machine_as_test(lambda: PoolMachine(harness.fresh()), settings=examples(60, stateful_step_count=25))
+        sequences = examples(60, stateful_step_count=25)
+        run_state_machine_as_test(lambda: PoolMachine(harness.fresh()), settings=sequences)
 
 # %% ../../nbs/testing/pools.ipynb #8aaafa1b
 class PoolContract(RoundTrip, Spellings, Queries, Choices, Catalogue, InParts, InGeneratedParts, Conflicts,
                    GapsAndEnds, Overwriting, Deleting, Past, Races, LostRaces, Handles, OtherProcesses,
                    PoolRefusals, ReadOnlyPools, Damage, Copies, PoolStories):
-    "What every pool promises; a subclass brings a fixture `harness` that gives a `Harness` at an empty place"
+    "What every pool promises; a subclass brings a fixture `harness`, a `Harness` at an empty place"

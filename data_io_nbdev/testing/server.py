@@ -26,17 +26,21 @@ from ..storage.pool.pool import forkable
 
 # %% ../../nbs/testing/server.ipynb #17e3f6e0
 def _command(folder: Path, port: int) -> list[str]:
-    "How to start whichever server is installed"
+    "How to start the server that is installed"
     if found := shutil.which("mongod"):
         return [found, "--dbpath", str(folder), "--port", str(port), "--bind_ip", "127.0.0.1", "--quiet"]
     if found := shutil.which("ferretdb"):
-        return [found, "--handler=sqlite", f"--sqlite-url=file:{folder}/", f"--state-dir={folder}", f"--listen-addr=127.0.0.1:{port}",
-                "--debug-addr=-", "--telemetry=disable", "--log-level=ERROR"]
-    raise PoolUnavailable("no MongoDB server: set MONGODB_URI, or put mongod on the PATH, or install Go and call make test, which builds FerretDB")
+        return [found, "--handler=sqlite", f"--sqlite-url=file:{folder}/", f"--state-dir={folder}",
+                f"--listen-addr=127.0.0.1:{port}", "--debug-addr=-", "--telemetry=disable",
+                "--log-level=ERROR"]
+    raise PoolUnavailable("no MongoDB server: set MONGODB_URI, or put mongod on the PATH, "
+                          "or install Go and call make test, which builds FerretDB")
 
-# A shell becomes the server, and leaves a child that kills it where a pipe ends: when we close that, or are gone, for whatever reason
-_TIED = ("sh", "-c", 'exec 3<&0; (cat <&3; kill -9 $$) >/dev/null 2>&1 & exec "$@" 3<&- </dev/null', "sh") if os.name == "posix" else ()
+# Before that: a shell that becomes the server, and leaves a child that kills it where a pipe ends
+_TIED = ("sh", "-c", 'exec 3<&0; (cat <&3; kill -9 $$) >/dev/null 2>&1 & exec "$@" 3<&- </dev/null', "sh")
+_TIED = _TIED if os.name == "posix" else ()
 
+# %% ../../nbs/testing/server.ipynb #58d437e7
 class MongoServer:
     "A server of one's own; it can be killed, and started again on the same folder and port"
     def __init__(self,
@@ -48,21 +52,26 @@ class MongoServer:
         with socket.create_server(("127.0.0.1", 0)) as free: self.port = free.getsockname()[1]
         self.url = f"mongodb://127.0.0.1:{self.port}"
 
-    def start(self, timeout: float = 30) -> None:
+    def start(self,
+        timeout: float = 30, # Seconds to wait for an answer; then `PoolUnavailable`
+    ) -> None:
         "Returns when it answers"
         self.folder.mkdir(parents=True, exist_ok=True)
         command = [*_TIED, *_command(self.folder, self.port), *self.options]
         with open(self.folder / "server.log", "ab") as log:
-            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True)
-        try:
-            until = time.monotonic() + timeout
-            while self.process.poll() is None and time.monotonic() < until:
-                try: return socket.create_connection(("127.0.0.1", self.port), 1).close()
-                except OSError: time.sleep(0.01)
-            raise PoolUnavailable(f"the server does not answer: {(self.folder / 'server.log').read_text(errors='replace')[-2000:]}")
+            streams = dict(stdin=subprocess.PIPE, stdout=log, stderr=log)
+            self.process = subprocess.Popen(command, **streams, start_new_session=True)
+        try: self._wait(time.monotonic() + timeout)
         except BaseException:
             self.kill()
             raise
+
+    def _wait(self, until: float) -> None:
+        while self.process.poll() is None and time.monotonic() < until:
+            try: return socket.create_connection(("127.0.0.1", self.port), 1).close()
+            except OSError: time.sleep(0.01)
+        said = (self.folder / "server.log").read_text(errors="replace")
+        raise PoolUnavailable(f"the server does not answer: {said[-2000:]}")
 
     def kill(self) -> None:
         "`kill -9`"
@@ -77,6 +86,7 @@ class MongoServer:
         if self.process: self.process.stdin.close()
         self.process = None
 
+# %% ../../nbs/testing/server.ipynb #1bbea2e4
 @contextmanager
 def mongo_server(
     folder: Optional[str | os.PathLike] = None, # Where its data is; by default a temporary folder
