@@ -40,7 +40,8 @@ def plain_signature(
     made = {f.name: _Text(f"{_typed(f.default_factory)}()") for f in own if f.default_factory is not MISSING}
     def annotation(a):
         a = getattr(a, "__forward_arg__", a) # as a named tuple keeps its strings
-        return a if a is empty else _Text(a.strip("'\"")) if isinstance(a, str) else _typed(a)
+        if isinstance(a, str): return _Text(a.strip("'\""))
+        return a if a is empty else _Text(re.sub(r"\b([A-Za-z_]\w*\.)+(?=[A-Za-z_])", "", _typed(a))) # no modules
     def default(p): return p.default if p.default is empty else made.get(p.name) or _typed(p.default)
     params = [p.replace(annotation=annotation(p.annotation), default=default(p))
               for i, p in enumerate(sig.parameters.values()) if i or p.name not in ("self", "cls")]
@@ -146,6 +147,9 @@ def headline(
         return f"class {name}({bases})" if bases else f"class {name}"
     return _call(f"class {name}", sig.replace(return_annotation=sig.empty))
 
+# %% ../nbs/showdoc.ipynb #66ea5a20
+_SECTIONS = re.compile(r"(?:\A|\n\n)(?:Parameters|Attributes|Returns|Yields|Raises)\n-{3,}\n.*", re.S)
+
 # %% ../nbs/showdoc.ipynb #23a70d09
 class Signature:
     "What `show_doc` prints: a heading, the signature, the docstring and a table of the parameters"
@@ -161,7 +165,7 @@ class Signature:
     @property
     def doc(self) -> str: # Not what `@dataclass` writes where nobody did
         "The docstring"
-        doc = inspect.getdoc(self.function) or ""
+        doc = _SECTIONS.sub("", inspect.getdoc(self.function) or "")
         if inspect.isclass(self.sym) and doc.startswith(f"{self.sym.__name__}("): return ""
         # Indented, a list would not be one in Markdown
         return re.sub(r"(?<=:\n)( +- .*(\n|$))+", lambda m: dedent(m[0]), doc)

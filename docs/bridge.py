@@ -9,6 +9,7 @@ import ast
 import json
 import re
 from dataclasses import dataclass
+from html import escape
 from importlib import import_module
 from itertools import takewhile
 from pathlib import Path
@@ -30,6 +31,7 @@ class BridgeError(Exception):
 
 CODE = re.compile(r"^ *(```+|~~~+).*?^ *\1 *$|(`+)(?!`).+?(?<!`)\2(?!`)", re.M | re.S)
 CALLOUT = re.compile(r"^::: *\{\.callout-(\w+)([^}]*)\} *\n(.*?)^::: *$", re.M | re.S)
+DIAGRAM = re.compile(r"^```mermaid *\n(.*?)^``` *$", re.M | re.S)
 NAME_OR_LINK = re.compile(r"\[[^\]\n]*\]\([^)\n]*\)|``.+?``|`([A-Za-z_][\w.]*)(\(\))?`")
 MATHS = re.compile(r"\$\$|\\\(|\\\[|(?<![\w\\$])\$(?=\S)[^$\n]*[^\s$]\$(?!\w)")
 
@@ -49,6 +51,11 @@ def callouts(text: str) -> str:
         head = [f":::{{admonition}} {title}", f":class: {kind}"] if title else [f":::{{{kind}}}"]
         return "\n".join([*head, *[":collapsible: closed"] * collapsed, "", body, ":::"])
     return CALLOUT.sub(admonition, text)
+
+
+def diagrams(text: str) -> str:
+    "Fences of Mermaid, which diagrams.js draws"
+    return DIAGRAM.sub(lambda m: f'```{{raw}} html\n<pre class="mermaid">\n{escape(m[1], quote=False)}</pre>\n```', text)
 
 
 def doclinks(text: str, targets: dict[str, str]) -> str:
@@ -178,6 +185,25 @@ def shown(cell) -> tuple[str, str] | None:
         if m := re.search(r"^#+ `([^`]+)`", text, re.M): return m[1], text
 
 
+@dataclass
+class Code:
+    "A code cell as a reader sees it"
+    id: str
+    source: str
+    directives: dict[str, list[str]]
+    folded: bool  # Behind a title that has to be clicked
+
+
+def code_shown(path: Path) -> list[Code]:
+    "The code that the page of a notebook shows, in order: what a reader can copy from it; in place of `show_doc` it shows the reference"
+    cells = []
+    for cell in NBProcessor(nb=read_nb(path), procs=processors(run=False), process=True).nb.cells:
+        if cell.cell_type != "code" or "show_doc(" in cell.source or not (code := code_cell(cell)): continue
+        tags = code["metadata"]["tags"]
+        if "remove-input" not in tags: cells.append(Code(cell.id, code["source"], cell.directives_, "hide-input" in tags))
+    return cells
+
+
 def convert(path: Path, root: Path) -> Page:
     "One notebook; in a process of its own, because nbdev's shell replaces `__main__`"
     name = path.relative_to(root).with_suffix("").as_posix()
@@ -204,5 +230,5 @@ def finish(page: Page, targets: dict[str, str]) -> dict:
     for cell in page.cells:
         if cell["cell_type"] == "markdown":
             check_maths(cell["source"], page.name)
-            cell["source"] = doclinks(callouts(cell["source"]), targets)
+            cell["source"] = doclinks(callouts(diagrams(cell["source"])), targets)
     return notebook(page.cells)

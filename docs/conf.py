@@ -19,6 +19,7 @@ html_theme = "pydata_sphinx_theme"
 html_title = project
 html_static_path = ["_static"]
 html_css_files = ["custom.css"]
+html_js_files = [("diagrams.js", {"defer": "defer"})]
 html_copy_source = html_show_sourcelink = html_show_sphinx = False
 html_theme_options = {
     "logo": {"text": project},

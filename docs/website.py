@@ -6,12 +6,16 @@ broken link, anything that a reader's browser would have to fetch from elsewhere
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import os
 import re
 import shutil
+import subprocess
 import sys
+import tarfile
+import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
@@ -101,6 +105,24 @@ def fetched_from_elsewhere(site: Path) -> list[str]:
             if path.suffix in (".html", ".css") for m in loads.finditer(path.read_text(encoding="utf-8"))]
 
 
+MERMAID = "@mermaid-js/tiny@11.17.2", "7a644017d37f93c8359790884e6b67fb1f747c78eb20475952404bd87190a3f8"  # SHA-256 of its script
+
+
+def mermaid() -> Path | None:
+    "The script that draws diagrams, fetched once; none where npm is missing, and the site shows what they say as text"
+    script = ROOT / ".tools" / "mermaid.tiny.js"
+    if script.exists(): return script
+    if not (npm := shutil.which("npm")): return print("docs: diagrams stay text: npm, which fetches what draws them, is not installed")
+    package, digest = MERMAID
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([npm, "pack", "--silent", package], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+        with tarfile.open(next(Path(folder).glob("*.tgz"))) as packed: content = packed.extractfile("package/dist/mermaid.tiny.js").read()
+    if hashlib.sha256(content).hexdigest() != digest: raise BridgeError(f"{package} is not what it was; see what changed, and MERMAID in website.py")
+    script.parent.mkdir(exist_ok=True)
+    script.write_bytes(content)
+    return script
+
+
 def build(draft: bool) -> list[str]:
     "Returns what went wrong, and nothing where the site is good"
     sidebar = read_sidebar(yaml.safe_load((NBS / "sidebar.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"])
@@ -119,6 +141,7 @@ def build(draft: bool) -> list[str]:
     strict = [] if draft else ["--fail-on-warning"]
     status = sphinx(["-q", "-E", *strict, "-b", "html", "-c", str(ROOT / "docs"), "-d", str(SOURCES / ".doctrees"), str(SOURCES), str(SITE)])
     shutil.rmtree(ROOT / "jupyter_execute", ignore_errors=True)  # MyST-NB's copy of the notebooks
+    if script := mermaid(): shutil.copy(script, SITE / "_static")
     (SITE / ".nojekyll").touch()  # the host would leave out _static/
     return ["Sphinx found the above"] * bool(status) + fetched_from_elsewhere(SITE)
 

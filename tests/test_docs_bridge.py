@@ -27,6 +27,14 @@ LABELS = {bridge.label("pool", "Pool"), bridge.label("pool", "Pool.find"), bridg
 def test_callouts(quarto, myst): assert bridge.callouts(f"before\n\n{quarto}\n\nafter") == f"before\n\n{myst}\n\nafter"
 
 
+def test_diagrams():
+    text = "before\n\n```mermaid\nflowchart LR\n  a[x < y<br>z] --> `Pool`\n```\n\nafter\n\n```python\n1\n```"
+    made = bridge.diagrams(text)
+    assert made == ('before\n\n```{raw} html\n<pre class="mermaid">\nflowchart LR\n  a[x &lt; y&lt;br&gt;z] --&gt; `Pool`\n</pre>\n```'
+                    '\n\nafter\n\n```python\n1\n```')
+    assert bridge.doclinks(made, {"Pool": "#pool"}) == made
+
+
 def test_names_lead_to_their_label_else_their_class_else_their_page():
     names = bridge.link_targets(URLS, LABELS, {"pool", "rows"}, here="index")
     assert names["Pool.find"] == names["lib.pool.Pool.find"] == "#pool:^pool.find"
