@@ -4,7 +4,6 @@
 
 # %% ../nbs/tutorials/main_job.ipynb #dfd8ec23
 #| code-fold: false
-from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -26,11 +25,23 @@ from .storage.buffer.dask import DaskBuffer
 
 # %% ../nbs/tutorials/main_job.ipynb #211aba58
 def anna(rng: np.random.Generator, space: Any, last: np.ndarray) -> np.ndarray: # `(*action)`
-    "Tries everything"
+    """Tries everything
+
+    Returns
+    -------
+    np.ndarray
+        `(*action)`
+    """
     return rng.uniform(space.low, space.high).astype(space.dtype)
 
 def bo(rng: np.random.Generator, space: Any, last: np.ndarray) -> np.ndarray: # `(*action)`
-    "Changes his mind slowly"
+    """Changes his mind slowly
+
+    Returns
+    -------
+    np.ndarray
+        `(*action)`
+    """
     return np.clip(0.9 * last + 0.4 * anna(rng, space, last), space.low, space.high).astype(space.dtype)
 
 OPERATORS = {"anna": anna, "bo": bo}
@@ -42,7 +53,24 @@ def roll_out(
     who: dict[str, str], # Which machine, which operator
     seed: int, # Of the environment and the operator
 ) -> pd.DataFrame: # One row a step
-    "Drive one episode, and log it as a frame"
+    """Drive one episode, and log it as a frame
+
+    Parameters
+    ----------
+    env : Any
+        A Gymnasium environment with a `Box` of actions
+    act : Callable
+        An operator
+    who : dict[str, str]
+        Which machine, which operator
+    seed : int
+        Of the environment and the operator
+
+    Returns
+    -------
+    pd.DataFrame
+        One row a step
+    """
     rng, steps = np.random.default_rng(seed), []
     state, _ = env.reset(seed=seed)
     action, now, ended = np.zeros(env.action_space.shape), 0, False
@@ -63,7 +91,26 @@ def fleet(
     episodes: int, # In all
     seed: int = 0,
 ) -> Iterator[pd.DataFrame]: # One frame an episode
-    "Two machines of a kind, driven by two operators in turn"
+    """Two machines of a kind, driven by two operators in turn
+
+    Parameters
+    ----------
+    env_id : str
+        For example `"Pendulum-v1"`
+    episodes : int
+        In all
+    seed : int, default 0
+
+    Yields
+    ------
+    Iterator[pd.DataFrame]
+        One frame an episode
+
+    Raises
+    ------
+    MissingExtra
+        An optional dependency that is not installed
+    """
     env, kind = require("gymnasium", "demo").make(env_id), env_id.partition("-")[0].lower()
     for i in range(episodes):
         operator = list(OPERATORS)[i % 2]
@@ -77,7 +124,28 @@ def record(
     episodes: int, # To add
     progress: Callable[[Iterable], Iterable] = iter, # Shows how far it is
 ) -> None:
-    "Let a fleet run, and store its episodes; those of earlier runs stay"
+    """Let a fleet run, and store its episodes; those of earlier runs stay
+
+    Parameters
+    ----------
+    env_id : str
+        Whose episodes
+    path : Path
+        The pool's folder; it need not exist yet
+    episodes : int
+        To add
+    progress : Callable[[Iterable], Iterable], default iter
+        Shows how far it is
+
+    Raises
+    ------
+    PoolNotFound
+        No pool at this place
+    MissingExtra
+        An optional dependency that is not installed
+    QueryError
+        A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
+    """
     with open_pool(path) as pool:
         for frame in progress(fleet(env_id, episodes, seed=len(pool))): pool.store(frame)
 
@@ -85,7 +153,17 @@ def record(
 def summary(
     catalogue: pd.DataFrame, # Of a pool of this page
 ) -> pd.DataFrame:
-    "Who drove how much"
+    """Who drove how much
+
+    Parameters
+    ----------
+    catalogue : pd.DataFrame
+        Of a pool of this page
+
+    Returns
+    -------
+    pd.DataFrame
+    """
     by = catalogue.groupby(["machine", "operator"])
     columns = {"steps": by["seq_len"].sum(), "mean return": by["return"].mean().round(1)}
     return pd.DataFrame({"episodes": by.size(), **columns})
@@ -95,7 +173,20 @@ def features(
     state: np.ndarray, # `(n, states)`
     action: np.ndarray, # `(n, actions)`
 ) -> np.ndarray: # `(n, features)` float64
-    "All products of two of (1, state, action)"
+    """All products of two of (1, state, action)
+
+    Parameters
+    ----------
+    state : np.ndarray
+        `(n, states)`
+    action : np.ndarray
+        `(n, actions)`
+
+    Returns
+    -------
+    np.ndarray
+        `(n, features)` float64
+    """
     x = np.concatenate([np.ones((len(state), 1)), state, action], axis=1, dtype="float64")
     i, j = np.triu_indices(x.shape[1])
     return x[:, i] * x[:, j]
@@ -104,7 +195,20 @@ def fit(
     batches: Iterable[tuple], # Of `(state, action, reward, nstate)`
     rng: Optional[np.random.Generator] = None, # Given: shuffle the actions of each batch
 ) -> np.ndarray: # `(features, states)` weights
-    "Least squares of `nstate - state` on the features, over all batches"
+    """Least squares of `nstate - state` on the features, over all batches
+
+    Parameters
+    ----------
+    batches : Iterable[tuple]
+        Of `(state, action, reward, nstate)`
+    rng : Optional[np.random.Generator], default None
+        Given: shuffle the actions of each batch
+
+    Returns
+    -------
+    np.ndarray
+        `(features, states)` weights
+    """
     xx = xy = 0
     for state, action, _, nstate in batches:
         x = features(state, action if rng is None else rng.permutation(action))
@@ -116,7 +220,20 @@ def r_squared(
     weights: np.ndarray, # From `fit`
     episodes: Iterable[Episode], # That the model has not seen
 ) -> float: # 1 is perfect, 0 is no better than the mean; averaged over the state's elements
-    "The share of the change that the model explains"
+    """The share of the change that the model explains
+
+    Parameters
+    ----------
+    weights : np.ndarray
+        From `fit`
+    episodes : Iterable[Episode]
+        That the model has not seen
+
+    Returns
+    -------
+    float
+        1 is perfect, 0 is no better than the mean; averaged over the state's elements
+    """
     pairs = [(features(e.state, e.action), e.nstate.astype("float64") - e.state) for e in episodes]
     x, y = map(np.concatenate, zip(*pairs))
     return float(np.mean(1 - ((y - x @ weights) ** 2).mean(axis=0) / y.var(axis=0)))
@@ -128,7 +245,30 @@ def study(
     batches: int = 1000, # To draw
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> dict[str, float]: # R² on held-out episodes, also with shuffled actions; batches drawn per second
-    "Open a pool, draw one operator's experience, fit, and test on episodes that were held out"
+    """Open a pool, draw one operator's experience, fit, and test on episodes that were held out
+
+    Parameters
+    ----------
+    path : Path
+        The pool's folder
+    operator : str
+        Whose experience
+    batches : int, default 1000
+        To draw
+    progress : Callable[[Iterable], Iterable], default iter
+
+    Returns
+    -------
+    dict[str, float]
+        R² on held-out episodes, also with shuffled actions; batches drawn per second
+
+    Raises
+    ------
+    PoolNotFound
+        No pool at this place
+    QueryError
+        A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
+    """
     pool = open_pool(path, mode="r")
     ids = list(pool.catalogue(PoolQuery(operator=operator)).index)
     held_out, train = ids[::5], [id for i, id in enumerate(ids) if i % 5]
@@ -149,7 +289,33 @@ def run(
     episodes: int, # To record
     tqdm: Callable, # Shows how far it is
 ) -> dict[str, float]: # Of `study`
-    "The whole road on one environment, told on the way"
+    """The whole road on one environment, told on the way
+
+    Parameters
+    ----------
+    env_id : str
+        On which environment
+    store : Path
+        Folder of the pools
+    episodes : int
+        To record
+    tqdm : Callable
+        Shows how far it is
+
+    Returns
+    -------
+    dict[str, float]
+        Of `study`
+
+    Raises
+    ------
+    PoolNotFound
+        No pool at this place
+    MissingExtra
+        An optional dependency that is not installed
+    QueryError
+        A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
+    """
     path = store / env_id
     if path.exists(): print(f"{path} holds {len(open_pool(path, mode='r'))} episodes from before")
     driving = lambda frames: tqdm(frames, f"{env_id}: drive", episodes, unit=" episodes")
@@ -163,7 +329,22 @@ def run(
 def main(
     args: Optional[list[str]] = None, # By default the command line's
 ) -> None:
-    "`python -m data_io_nbdev.demo`"
+    """`python -m data_io_nbdev.demo`
+
+    Parameters
+    ----------
+    args : Optional[list[str]], default None
+        By default the command line's
+
+    Raises
+    ------
+    MissingExtra
+        An optional dependency that is not installed
+    PoolNotFound
+        No pool at this place
+    QueryError
+        A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
+    """
     parser = argparse.ArgumentParser("data_io_nbdev.demo", description="Record, store, query, sample and fit")
     parser.add_argument("--store", type=Path, default=Path("experience"),
                         help="folder of the pools (%(default)s)")
