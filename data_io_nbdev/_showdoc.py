@@ -14,7 +14,8 @@ from dataclasses import MISSING, fields, is_dataclass
 from functools import cached_property
 from itertools import count, takewhile
 from textwrap import dedent
-from types import GenericAlias
+from types import GenericAlias, UnionType
+from typing import Union, get_args, get_origin
 
 # %% auto #0
 __all__ = ['plain_signature', 'docments', 'parameter_table', 'headline', 'Signature']
@@ -34,6 +35,19 @@ def _typed(value) -> _Text: # What one would type to get `value`
     """
     named = inspect.isroutine(value) or isinstance(value, type) and not isinstance(value, GenericAlias)
     return _Text(value.__name__ if named else re.sub(r"\btyping\.", "", repr(value)))
+
+def _spelled(annotation) -> str: # Without modules
+    """A type as one would write it
+
+    Returns
+    -------
+    str
+        Without modules
+    """
+    if get_origin(annotation) in (Union, UnionType):
+        kinds = " | ".join(_spelled(a) for a in get_args(annotation) if a is not type(None))
+        return f"Optional[{kinds}]" if type(None) in get_args(annotation) else kinds
+    return re.sub(r"~|\b([A-Za-z_]\w*\.)+(?=[A-Za-z_])", "", _typed(annotation)) # `~` stands before a type variable
 
 # %% ../nbs/showdoc.ipynb #aebb9ea7
 def plain_signature(
@@ -57,7 +71,7 @@ def plain_signature(
     def annotation(a):
         a = getattr(a, "__forward_arg__", a) # as a named tuple keeps its strings
         if isinstance(a, str): return _Text(a.strip("'\""))
-        return a if a is empty else _Text(re.sub(r"\b([A-Za-z_]\w*\.)+(?=[A-Za-z_])", "", _typed(a))) # no modules
+        return a if a is empty else _Text(_spelled(a))
     def default(p): return p.default if p.default is empty else made.get(p.name) or _typed(p.default)
     params = [p.replace(annotation=annotation(p.annotation), default=default(p))
               for i, p in enumerate(sig.parameters.values()) if i or p.name not in ("self", "cls")]
