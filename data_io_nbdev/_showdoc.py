@@ -44,9 +44,11 @@ def _spelled(annotation) -> str: # Without modules
     str
         Without modules
     """
-    if get_origin(annotation) in (Union, UnionType):
+    if isinstance(annotation, UnionType): return " | ".join(map(_spelled, get_args(annotation)))
+    if get_origin(annotation) is Union:
         kinds = " | ".join(_spelled(a) for a in get_args(annotation) if a is not type(None))
         return f"Optional[{kinds}]" if type(None) in get_args(annotation) else kinds
+    if annotation is type(None): return "None"
     return re.sub(r"~|\b([A-Za-z_]\w*\.)+(?=[A-Za-z_])", "", _typed(annotation)) # `~` stands before a type variable
 
 # %% ../nbs/showdoc.ipynb #aebb9ea7
