@@ -82,6 +82,19 @@ def write_index(section: Section, pages: dict[str, Page]) -> str | None:
     return section.name
 
 
+def inherited(symbols: dict[str, dict]) -> dict[str, str]:
+    "The methods that a class has from its layers, as if it had defined them: by full name, where they would be documented"
+    urls = {name: url for found in symbols.values() for name, (url, _) in found.items()}
+    also = {}
+    for module, found in symbols.items():
+        for name in found:
+            kind = vars(import_module(module)).get(name.removeprefix(f"{module}."))
+            for base in kind.__mro__[1:] if isinstance(kind, type) else ():
+                also |= {f"{name}.{attribute}": f"{urls[name]}.{attribute}" for attribute in vars(base)
+                         if f"{name}.{attribute}" not in urls and f"{base.__module__}.{base.__qualname__}.{attribute}" in urls}
+    return also
+
+
 def write_sources(sidebar: list[str | Section], pages: dict[str, Page]) -> None:
     "Everything that Sphinx reads"
     shutil.rmtree(SOURCES, ignore_errors=True)
@@ -89,8 +102,8 @@ def write_sources(sidebar: list[str | Section], pages: dict[str, Page]) -> None:
     top = [name for item in sidebar if (name := write_index(item, pages) if isinstance(item, Section) else item in pages and item)]
     pages.setdefault("index", Page("index", "", "", [markdown_cell("# Draft")], set()))
     pages["index"].cells.append(markdown_cell(toctree([name for name in top if name != "index"])))
-    modules = import_module(f"{get_config().lib_path.name}._modidx").d["syms"].values()
-    urls = {name: url for symbols in modules for name, (url, _) in symbols.items()}
+    symbols = import_module(f"{get_config().lib_path.name}._modidx").d["syms"]
+    urls = {name: url for found in symbols.values() for name, (url, _) in found.items()} | inherited(symbols)
     labels = set().union(*(page.labels for page in pages.values()))
     for page in pages.values():
         notebook = finish(page, link_targets(urls, labels, set(pages), page.name))
