@@ -10,10 +10,13 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import symtable
 import sys
+import tempfile
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import nbformat
@@ -101,7 +104,8 @@ def test_code_of_a_lesson_is_open(path):
 # --- as pasted ---
 
 PASTE = """
-import json, os, sys
+import faulthandler, json, os, sys
+faulthandler.dump_traceback_later(280, exit=True)  # a page that hangs says where
 from execnb.shell import CaptureShell
 cells = json.load(sys.stdin)
 class Shell(CaptureShell):
@@ -121,9 +125,15 @@ for name, source in cells:
 
 def paste(cells, folder):
     "Run sources, each with a name, one after the other, in a fresh process that knows nothing of the repository but the package"
-    done = subprocess.run([sys.executable, "-c", PASTE], input=json.dumps(cells), capture_output=True, text=True, cwd=folder, timeout=300,
-                          env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))})
-    if done.returncode: pytest.fail(f"pasted in order, it does not run:\n{done.stdout}\n{done.stderr}", pytrace=False)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
+    # A file, not a pipe: processes that a page leaves behind would hold a pipe open.
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
+        process = subprocess.Popen([sys.executable, "-c", PASTE], stdin=subprocess.PIPE, stdout=said, stderr=said, text=True, cwd=folder, env=env,
+                                   start_new_session=True)
+        process.communicate(json.dumps(cells))
+        with suppress(ProcessLookupError): os.killpg(process.pid, signal.SIGKILL)
+        said.seek(0)
+        if process.returncode: pytest.fail(f"pasted in order, it does not run:\n{said.read()}", pytrace=False)
 
 
 def flags(cell): return {"mongo", "slow"} & cell.directives.keys()
