@@ -125,7 +125,9 @@ for name, source in cells:
 
 def paste(cells, folder):
     "Run sources, each with a name, one after the other, in a fresh process that knows nothing of the repository but the package"
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
+    # Unmeasured: a page that interrupts itself tears the lock of coverage, and then hangs.
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("COV_", "COVERAGE"))}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), env.get("PYTHONPATH"))))
     # A file, not a pipe: processes that a page leaves behind would hold a pipe open.
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
         process = subprocess.Popen([sys.executable, "-c", PASTE], stdin=subprocess.PIPE, stdout=said, stderr=said, text=True, cwd=folder, env=env,
