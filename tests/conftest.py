@@ -24,6 +24,7 @@ def end_in_time():
 
 
 os.register_at_fork(after_in_child=end_in_time)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that puts the tests into the background has it ignored
 
 
 @pytest.fixture(autouse=True)
