@@ -88,7 +88,8 @@ def _source(sym) -> str: # Empty where there is none: builtins, generated method
     str
         Empty where there is none: builtins, generated methods
     """
-    if getattr(getattr(sym, "__code__", None), "co_filename", "") == "<string>": return "" # generated: has none
+    code = getattr(getattr(sym, "__func__", sym), "__code__", None)
+    if code and code.co_filename == "<string>": return "" # generated: it has none
     with suppress(OSError, TypeError): return dedent(inspect.getsource(sym))
     cells = [entry[2] for entry in linecache.cache.values() if len(entry) == 4 and entry[1] is None]
     for lines in reversed(cells):
