@@ -226,7 +226,7 @@ def headline(
     return _call(f"class {name}", sig.replace(return_annotation=sig.empty))
 
 # %% ../nbs/showdoc.ipynb #66ea5a20
-_SECTIONS = re.compile(r"(?:\A|\n\n)(?:Parameters|Attributes|Returns|Yields|Raises)\n-{3,}\n.*", re.S)
+_SECTIONS = re.compile(r"(?:\n\s*|\A)\n? *(?:Parameters|Attributes|Returns|Yields|Raises)\n *-{3,}\n.*", re.S)
 
 # %% ../nbs/showdoc.ipynb #23a70d09
 class Signature:

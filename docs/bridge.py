@@ -204,6 +204,12 @@ def code_shown(path: Path) -> list[Code]:
     return cells
 
 
+def notebooks(root: Path) -> dict[str, Path]:
+    "Every page that is written, by its name"
+    return {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(root.rglob("*.ipynb"))
+            if not any(part.startswith((".", "_")) for part in path.relative_to(root).parts)}
+
+
 def convert(path: Path, root: Path) -> Page:
     "One notebook; in a process of its own, because nbdev's shell replaces `__main__`"
     name = path.relative_to(root).with_suffix("").as_posix()

@@ -22,7 +22,7 @@ from importlib import import_module
 from pathlib import Path
 
 import yaml
-from bridge import BridgeError, Page, convert, finish, link_targets, markdown_cell
+from bridge import BridgeError, Page, convert, finish, link_targets, markdown_cell, notebooks
 from nbdev.config import get_config
 from sphinx.cmd.build import main as sphinx
 
@@ -82,9 +82,8 @@ def write_index(section: Section, pages: dict[str, Page]) -> str | None:
     return section.name
 
 
-def inherited(symbols: dict[str, dict]) -> dict[str, str]:
+def inherited(symbols: dict[str, dict], urls: dict[str, str]) -> dict[str, str]:
     "The methods that a class has from its layers, as if it had defined them: by full name, where they would be documented"
-    urls = {name: url for found in symbols.values() for name, (url, _) in found.items()}
     also = {}
     for module, found in symbols.items():
         for name in found:
@@ -103,7 +102,8 @@ def write_sources(sidebar: list[str | Section], pages: dict[str, Page]) -> None:
     pages.setdefault("index", Page("index", "", "", [markdown_cell("# Draft")], set()))
     pages["index"].cells.append(markdown_cell(toctree([name for name in top if name != "index"])))
     symbols = import_module(f"{get_config().lib_path.name}._modidx").d["syms"]
-    urls = {name: url for found in symbols.values() for name, (url, _) in found.items()} | inherited(symbols)
+    urls = {name: url for found in symbols.values() for name, (url, _) in found.items()}
+    urls |= inherited(symbols, urls)
     labels = set().union(*(page.labels for page in pages.values()))
     for page in pages.values():
         notebook = finish(page, link_targets(urls, labels, set(pages), page.name))
@@ -140,8 +140,7 @@ def build(draft: bool) -> list[str]:
     "Returns what went wrong, and nothing where the site is good"
     sidebar = read_sidebar(yaml.safe_load((NBS / "sidebar.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"])
     listed = Section("", sidebar).pages()
-    written = {path.relative_to(NBS).with_suffix("").as_posix(): path for path in NBS.rglob("*.ipynb")
-               if not any(part.startswith((".", "_")) for part in path.relative_to(NBS).parts)}
+    written = notebooks(NBS)
     wrong = compare(listed, set(written))
     if wrong and not draft: return wrong
     for problem in wrong: print(f"draft: {problem}")

@@ -27,6 +27,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import pytest
+from loud import absent
 
 pa = pytest.importorskip("pyarrow")
 deltalake = pytest.importorskip("deltalake")
@@ -90,13 +91,6 @@ def bytes_of(file, data):
 
 
 def flipped(data, bit): return data[:bit // 8] + bytes([data[bit // 8] ^ 1 << bit % 8]) + data[bit // 8 + 1:]
-
-
-def absent(what):
-    "In CI everything is there that a test needs; elsewhere it is said loudly that it is not"
-    if os.environ.get("CI"): pytest.fail(what)
-    warnings.warn(f"NOT TESTED: {what}")
-    pytest.skip(what)
 
 
 def child(what, *args, before=()):

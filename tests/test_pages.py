@@ -15,19 +15,19 @@ import subprocess
 import symtable
 import sys
 import tempfile
-import warnings
 from contextlib import suppress
 from pathlib import Path
 
 import nbformat
 import pytest
+from loud import absent
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 bridge = pytest.importorskip("bridge", reason="what a page shows is what the site is built from, with the dev extra")
 
 ROOT = Path(__file__).parents[1]
 NBS = ROOT / "nbs"
-PAGES = [path for path in sorted(NBS.rglob("*.ipynb")) if not any(part.startswith((".", "_")) for part in path.relative_to(NBS).parts)]
+PAGES = [*bridge.notebooks(NBS).values()]
 RUN = [path for path in PAGES if path == NBS / "index.ipynb" or path.relative_to(NBS).parts[0] in ("tutorials", "howto", "explanations")]
 TAUGHT = [path for path in RUN if path.relative_to(NBS).parts[0] in ("tutorials", "howto")]
 THERE = {*dir(builtins), "display", "get_ipython", "__name__", "__class__"}
@@ -155,10 +155,7 @@ WITH_SERVER = [path for path in RUN if any(map(flags, to_paste(path)))]
 
 def need_server(what):
     if os.environ.get("MONGODB_URI") or shutil.which("mongod") or shutil.which("ferretdb"): return
-    what = f"{what} as pasted: set MONGODB_URI, or put mongod or ferretdb on the PATH"
-    if os.environ.get("CI"): pytest.fail(what)
-    warnings.warn(f"NOT TESTED: {what}")
-    pytest.skip(what)
+    absent(f"{what} as pasted: set MONGODB_URI, or put mongod or ferretdb on the PATH")
 
 
 @pytest.mark.parametrize("path", WITH_SERVER, ids=named)
