@@ -25,6 +25,7 @@ __all__ = ['ROLES', 'FLAGS', 'KINDS', 'RESERVED', 'Units', 'lazy', 'offered', 'b
 
 # %% ../../nbs/data/schema.ipynb #03cefeaf
 from ..errors import SchemaError, at_the_door, require
+from .show import cut
 
 # %% ../../nbs/data/schema.ipynb #25759bd0
 _T = TypeVar("T")
@@ -83,7 +84,7 @@ def brief(
     """
     try: text = repr(value)
     except Exception: text = f"a {type(value).__name__} that cannot be shown"
-    return text if len(text) <= most else text[:most - 1] + "…"
+    return cut(text, most)
 
 # %% ../../nbs/data/schema.ipynb #f6d2f4dd
 def is_text(

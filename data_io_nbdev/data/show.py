@@ -8,10 +8,30 @@ from typing import Any, Optional
 import numpy as np
 
 # %% auto #0
-__all__ = ['element', 'card', 'facts', 'table', 'shortened', 'sparkline', 'bars', 'in_bytes']
+__all__ = ['cut', 'element', 'card', 'quiet', 'facts', 'table', 'shortened', 'sparkline', 'bars', 'in_bytes']
+
+# %% ../../nbs/data/show.ipynb #7ead8b7f
+def cut(
+    text: str, # Of any length
+    most: int, # Characters
+) -> str:
+    """A text, cut where it is long
+
+    Parameters
+    ----------
+    text : str
+        Of any length
+    most : int
+        Characters
+
+    Returns
+    -------
+    str
+    """
+    return text if len(text) <= most else text[:most - 1] + "…"
 
 # %% ../../nbs/data/show.ipynb #67ca1302
-_QUIET = "opacity:.65;font-weight:normal;"
+_QUIET = "opacity:.65"
 _INK = "currentColor"
 _TABLE = "border-collapse:collapse;margin:4px 0;font:inherit;color:inherit"
 _CELL = "text-align:left;vertical-align:top;padding:1px 1.2em 1px 0;border:none;background:none;"
@@ -43,9 +63,7 @@ def element(
 
 def _plain(value: Any) -> Any:
     "An element as it is, anything else as text"
-    if hasattr(value, "children"): return value
-    text = str(value)
-    return text if len(text) <= _MOST else text[:_MOST - 1] + "…"
+    return value if hasattr(value, "children") else cut(str(value), _MOST)
 
 # %% ../../nbs/data/show.ipynb #07a8675f
 def card(
@@ -70,6 +88,23 @@ def card(
     style = "font:13px/1.5 system-ui,sans-serif;overflow-x:auto"
     return to_xml(element("div", head, *content, style=style), indent=False)
 
+def quiet(
+    text: str, # What is left out, or where something comes from
+) -> Any: # An element
+    """A line that stands back
+
+    Parameters
+    ----------
+    text : str
+        What is left out, or where something comes from
+
+    Returns
+    -------
+    Any
+        An element
+    """
+    return element("div", text, style=_QUIET)
+
 # %% ../../nbs/data/show.ipynb #12adc9ad
 def facts(
     rows: Mapping[str, Any], # Name and value: text, or an element
@@ -90,7 +125,7 @@ def facts(
     return element("table", *(_row(_head(name), _cell(value)) for name, value in known.items()), style=_TABLE)
 
 def _row(*cells: Any) -> Any: return element("tr", *cells, style="background:none")
-def _head(name: str) -> Any: return element("th", name, style=_CELL + _QUIET)
+def _head(name: str) -> Any: return element("th", name, style=f"{_CELL}{_QUIET};font-weight:normal;")
 def _cell(value: Any) -> Any: return element("td", value, style=_CELL)
 
 # %% ../../nbs/data/show.ipynb #9df4cd7a

@@ -23,7 +23,8 @@ __all__ = ['Transition', 'Batch', 'make_batch', 'BufferHandle', 'BufferRows', 'B
 
 # %% ../../../nbs/storage/buffer/buffer.ipynb #bc09b2f9
 from ...errors import ClosedError, NotEnoughData, QueryError, SnapshotNotFound, at_the_door
-from ...data.schema import Schema, brief, is_whole
+from ...data.schema import Schema, brief, is_whole, offered
+from ...data.show import cut
 from ...data.core import Episode, ItemT, PoolQuery, as_episode
 from ..pool.pool import Pool, forkable, forkable_lock, safe_url
 from ..pool.memory import MemoryPool
@@ -246,7 +247,7 @@ def _first_rows(self: Batch, most: int, columns: int) -> Iterator[tuple]:
 @patch
 def _repr_html_(self: Batch, most: int = 5, columns: int = 8) -> str:
     "Shapes and dtypes, and the first rows with who and when"
-    from data_io_nbdev.data.show import card, element, shortened, table
+    from data_io_nbdev.data.show import card, quiet, shortened, table
     mask, roles = self.mask, [*_TRANSITION, *(name for name in self._names() if name in _COLUMNS)]
     fields = {role: shortened([f.name for f in self.schema.of(role)], 6) for role in roles}
     arrays = [(role, ", ".join(fields[role]), getattr(self, role)) for role in roles]
@@ -258,8 +259,7 @@ def _repr_html_(self: Batch, most: int = 5, columns: int = 8) -> str:
     return card(f"Batch of {size}",
                 table(["", "fields", "shape", "dtype"], [(*names, a.shape, a.dtype) for *names, a in arrays]),
                 table(["episode", "step", "timestamp (UTC)", *heads], self._first_rows(most, columns)),
-                element("div", f"{min(most, steps)} of {steps:,} steps, {len(heads)} of {every:,} columns",
-                        style="opacity:.65"))
+                quiet(f"{min(most, steps)} of {steps:,} steps, {len(heads)} of {every:,} columns"))
 
 # %% ../../../nbs/storage/buffer/buffer.ipynb #4a4fb538
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -841,7 +841,7 @@ class Buffer(BufferState[ItemT]):
         sample data pool to get (state, action, reward, nstate) as a tuple of 4 arrays
         """
 
-    def __dir__(self) -> list[str]: return [name for name in super().__dir__() if not name.startswith("_")]
+    def __dir__(self) -> list[str]: return offered(self)
     def __repr__(self) -> str:
         facts = self._facts()
         if facts["query"]: facts["query"] = f"where {facts['query']}"
@@ -850,8 +850,7 @@ class Buffer(BufferState[ItemT]):
 # %% ../../../nbs/storage/buffer/buffer.ipynb #382c1d36
 def _short(text: str, most: int = 120) -> str:
     "Text on one line, and not too long"
-    text = " ".join(text.split())
-    return text if len(text) <= most else text[:most - 1] + "…"
+    return cut(" ".join(text.split()), most)
 
 def _in_words(pool: Any) -> str:
     "Which pool this is, without asking it: its own words may wait for a commit"

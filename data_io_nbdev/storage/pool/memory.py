@@ -143,11 +143,11 @@ def _forgetting(self: LogInMemory, # Its lock is held until the changes were mad
     for id in {part.id for part in parts}:
         left = []
         for life in lives[id]:
-            all = len(life.parts)
-            n = next((n for n, part in enumerate(life.parts) if part.where not in gone), all)
-            if n < all: left.append(life)
-            if 0 < n < all: changes.append(partial(list.__delitem__, life.parts, slice(n)))
-            if life.died > last: totals = totals.changed(-(n == all), left=life.parts[:n])
+            every = len(life.parts)
+            n = next((n for n, part in enumerate(life.parts) if part.where not in gone), every)
+            if n < every: left.append(life)
+            if 0 < n < every: changes.append(partial(list.__delitem__, life.parts, slice(n)))
+            if life.died > last: totals = totals.changed(-(n == every), left=life.parts[:n])
         changes.append(partial(dict.update, lives, {id: left}) if left else partial(dict.pop, lives, id))
     return [*changes, partial(dict.update, vars(index), totals=totals)]
 

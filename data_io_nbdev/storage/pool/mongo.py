@@ -1382,7 +1382,7 @@ class MongoPool(Pool):
         with at_the_door:
             version = self.version
             index, wrong = _replayed(self._changes(0, version))
-            said, found = self._count(version), sum(bool(index.parts(id, version)) for id in index.lives)
+            said, found = self._count(version), index.totals.episodes
             if said != found: wrong.append(_miscounted(self.url, version, said, found))
             return wrong + list(self._damages(index.every_part()))
 

@@ -39,7 +39,7 @@ __all__ = ['BACKENDS', 'Part', 'part_of', 'Commit', 'in_one_step', 'Totals', 'Li
 from ...errors import (ClosedError, CorruptData, DataIOError, EpisodeConflict, EpisodeNotFound,
                                   NotEnoughData, PoolNotFound, PoolUnavailable, QueryError, ReadOnly,
                                   SchemaError, SnapshotNotFound, at_the_door)
-from ...data.schema import Schema, brief, listed
+from ...data.schema import Schema, brief, listed, offered
 from ...data.core import (RESET, Episode, PoolQuery, as_episode, concat, from_us, same_steps,
                                      state_digest, steps_in)
 
@@ -255,6 +255,11 @@ class Lives:
     oldest: int = 0  # The oldest version that it still knows
     before: tuple[tuple[int, Schema], ...] = ()  # Commits that gave units, and the schema until then
     totals: Totals = Totals()
+
+    def newest(self) -> tuple[int, Totals]:
+        "The newest version and what it holds, of one moment: another thread may take in a commit"
+        known = vars(self).copy()  # in one step
+        return known["number"], known["totals"]
 
     def schema_at(self, version: int) -> Optional[Schema]:
         "The schema of a version"
@@ -737,8 +742,8 @@ def _of_them(n: int) -> str: return f"{n:,} episode{'s' * (n != 1)}"
 @patch
 def _last_known(self: PoolHandle) -> tuple[int, Optional[int]]:
     "The newest version that is known without asking, and how many episodes it has, if that is known"
-    known = vars(self._index).copy()  # in one step: another thread may take in a commit
-    return known["number"], known["totals"].episodes
+    version, totals = self._index.newest()
+    return version, totals.episodes
 
 # %% ../../../nbs/storage/pool/pool.ipynb #a6a77638
 class PoolIndex(PoolHandle):
@@ -770,8 +775,8 @@ class PoolIndex(PoolHandle):
 
     def _count(self, version: int) -> int:
         "How many episodes there are at a version"
-        known = vars(index := self._catch_up(version)).copy()  # in one step, for other threads' sake
-        if known["number"] == version: return known["totals"].episodes
+        newest, totals = (index := self._catch_up(version)).newest()
+        if newest == version: return totals.episodes
         return sum(bool(index.parts(id, version)) for id in list(index.lives))
 
     def _candidates(self, query: PoolQuery, version: int,
@@ -844,8 +849,8 @@ def _whole_id(self: PoolIndex, id: Any, version: int) -> Any:
 
 @patch
 def _ask(self: PoolIndex, query: tuple[PoolQuery, Sequence[str]],
-         version: int) -> tuple[PoolQuery, list[list[Part]]]:
-    "What a user asks for, and the parts of each episode that answers it"
+         version: int) -> tuple[PoolQuery, list[list[Part]], Optional[Schema]]:
+    "What a user asks for, the parts of each episode that answers it, and their schema"
     asked, ids = query
     if any(len(id) < 32 for id in ids): asked, ids = _as_query([self._whole_id(id, version) for id in ids])
     if schema := self._schema(version): asked.check(schema)
@@ -854,7 +859,7 @@ def _ask(self: PoolIndex, query: tuple[PoolQuery, Sequence[str]],
     for id in ids:
         if id not in there:
             raise EpisodeNotFound(f"no episode {id!r} at version {version}; catalogue() lists what there is")
-    return asked, found
+    return asked, found, schema
 
 # %% ../../../nbs/storage/pool/pool.ipynb #af3c403e
 class Found(Iterator):
@@ -944,7 +949,7 @@ class PoolFinder(PoolIndex):
         """
         with at_the_door:
             asked = _as_query(query)  # once: an iterator over ids would be empty the second time
-            version, query, found, schema = self._newest(lambda v: (v, *self._ask(asked, v), self._schema(v)))
+            version, query, found, schema = self._newest(lambda v: (v, *self._ask(asked, v)))
         cut = (episode[steps_in(episode.times, query)] for episode in self._episodes(found, schema))
         return Found(cut, len(found), version)
 
@@ -1068,7 +1073,7 @@ class PoolReader(PoolFinder):
         """
         with at_the_door:
             asked = _as_query(query)
-            return self._newest(lambda v: _catalogue(self._ask(asked, v)[1], self._schema(v)))
+            return self._newest(lambda v: _catalogue(*self._ask(asked, v)[1:]))
 
     def sample(self,
         n: int, # How many
@@ -1108,7 +1113,7 @@ class PoolReader(PoolFinder):
         """
         with at_the_door:
             asked = _as_query(query)
-            query, found, schema = self._newest(lambda v: (*self._ask(asked, v), self._schema(v)))
+            query, found, schema = self._newest(partial(self._ask, asked))
         if not 0 < n <= len(found): raise NotEnoughData(f"asked for {n} episodes, and {len(found)} match")
         chosen = [found[i] for i in np.random.default_rng(seed).choice(len(found), n, replace=False)]
         return [episode[steps_in(episode.times, query)] for episode in self._episodes(chosen, schema)]
@@ -1633,7 +1638,7 @@ class PoolCopier(PoolWriter):
         """
         with at_the_door:
             query = _as_query(query)
-            asked, found, schema = self._newest(lambda v: (*self._ask(query, v), self._schema(v)))
+            asked, found, schema = self._newest(partial(self._ask, query))
             if asked.time != (None, None):
                 raise QueryError("a time range cuts episodes, and copy_to takes whole ones; "
                                  "use start=(from, to)")
@@ -1751,14 +1756,13 @@ _LOOKED_AT, _PARTS = 500, 100_000  # Episodes, and about how many parts of episo
 def _glance(self: PoolIndex, version: int) -> Glance:
     "What a pool shows of a version; the work is bounded, once its index is in memory"
     index = self._catch_up(version)
-    known, ids = vars(index).copy(), list(index.lives)  # in one step each, for other threads' sake
-    totals = known["totals"]
+    (newest, totals), ids = index.newest(), list(index.lives)
     most = min(_LOOKED_AT, max(16, _PARTS * totals.episodes // max(1, totals.parts)))
     every = max(1, -(-len(ids) // most))
     begin = np.arange(0, len(ids), every)  # one is drawn from each stretch, as drivers may take turns
     drawn = np.minimum(begin + np.random.default_rng(0).integers(0, every, len(begin)), len(ids) - 1)
     some = [parts for i in drawn if (parts := index.parts(ids[i], version))]
-    if known["number"] == version: return Glance(version, totals.episodes, totals.steps, totals.nbytes, some)
+    if newest == version: return Glance(version, totals.episodes, totals.steps, totals.nbytes, some)
     parts = [part for parts in some for part in parts]
     sums = sum(part.length for part in parts), sum(part.nbytes for part in parts)
     return Glance(version, every * len(some), every * sums[0], every * sums[1], some, about=every > 1)
@@ -1844,7 +1848,7 @@ class Pool(PoolCopier):
         from data_io_nbdev.data.show import card, facts
         return card(type(self).__name__, facts({"where": self.url, **self._shown()}))
 
-    def __dir__(self) -> list[str]: return [name for name in super().__dir__() if not name.startswith("_")]
+    def __dir__(self) -> list[str]: return offered(self)
 
 # %% ../../../nbs/storage/pool/pool.ipynb #04b25ced
 _URL = re.compile(r"(?s)(?![A-Z]:[\\/](?!/))"  # but for a drive of Windows
