@@ -491,7 +491,8 @@ def test_server_killed(server):
         time.sleep(rng.uniform(0.02, 0.3))
         server.kill()
         server.start()
-    time.sleep(0.2)
+    give_up = time.monotonic() + 60
+    while len(stored) <= 10 and time.monotonic() < give_up: time.sleep(0.05)
     stop.set()
     writer.join()
     again = MongoPool(server.url)

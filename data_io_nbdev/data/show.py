@@ -8,27 +8,10 @@ from typing import Any, Optional
 import numpy as np
 
 # %% auto #0
-__all__ = ['cut', 'element', 'card', 'quiet', 'facts', 'table', 'shortened', 'sparkline', 'bars', 'in_bytes']
+__all__ = ['element', 'card', 'quiet', 'facts', 'table', 'shortened', 'sparkline', 'bars', 'in_bytes']
 
-# %% ../../nbs/data/show.ipynb #7ead8b7f
-def cut(
-    text: str, # Of any length
-    most: int, # Characters
-) -> str:
-    """A text, cut where it is long
-
-    Parameters
-    ----------
-    text : str
-        Of any length
-    most : int
-        Characters
-
-    Returns
-    -------
-    str
-    """
-    return text if len(text) <= most else text[:most - 1] + "…"
+# %% ../../nbs/data/show.ipynb #ca06ec74
+from .schema import cut
 
 # %% ../../nbs/data/show.ipynb #67ca1302
 _QUIET = "opacity:.65"
