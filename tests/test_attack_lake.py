@@ -28,7 +28,7 @@ deltalake = pytest.importorskip("deltalake")
 from data_io_nbdev.data.core import Episode, PoolQuery
 from data_io_nbdev.errors import CorruptData, DataIOError, PoolUnavailable
 from data_io_nbdev.storage.pool import dask, delta, parquet
-from data_io_nbdev.storage.pool.dask import DaskPool, living
+from data_io_nbdev.storage.pool.dask import DaskPool
 from data_io_nbdev.storage.pool.pool import part_of
 from data_io_nbdev.testing import by_start, drive, facts_of
 from test_lake_faults import bytes_of, entry, flipped, litter, others_see
@@ -312,7 +312,7 @@ def test_a_folder_of_the_users_own(tmp_path, made, attack):
         shutil.rmtree(path.parent, ignore_errors=True)
         pool = DaskPool(path, grace="1h")
         for h in range(4): pool.extend([drive(hour=h), drive(hour=h, vehicle="B")])
-        died, = dask.write_files(pool._lake, rng.bytes(16).hex(), [(p, pool._read_one(p)) for p in pool._index.every_part()[:1]])
+        died, = dask.write_files(pool._lake, rng.bytes(16).hex(), [(p, pool._read_one(p)) for p in [*pool._index.every_part()][:1]])
         left = [path / died.where[0].path, path / f".{'ab' * 16}-0.parquet.{'cd' * 8}",
                 path / f"_shadow-{'ab' * 8}" / "_delta_log" / f"{0:020d}.json", path / "_delta_log" / f".{'ab' * 8}.tmp"]
         for p in left[1:]:
@@ -552,7 +552,7 @@ def many(n, first=0): return [drive(2, hour=(first + i) // 7, vehicle=f"V{(first
 
 def parts_of(path):
     pool = DaskPool(path)
-    return living(pool._catch_up(pool.version), pool.version)
+    return {file.path: parts for file, parts in pool._catch_up(pool.version).placed(pool.version)}
 
 
 class TestDeletes:
@@ -638,7 +638,7 @@ class TestDeletes:
                 try: act()
                 except DataIOError as e: assert not isinstance(e, PoolUnavailable), e
             lines = DaskPool(path).verify()
-            for id in set(right) & {e for e in DaskPool(path)._catch_up(here.version).lives} - {drive(3, hour=0, vehicle="V0").id}:
+            for id in set(right) & {p.id for p in DaskPool(path)._catch_up(here.version).every_part()} - {drive(3, hour=0, vehicle="V0").id}:
                 try: assert facts_of([DaskPool(path)[id]]) == right[id], "damage was written again"
                 except CorruptData: assert any(id in line for line in lines)
                 except KeyError: pass  # it is deleted

@@ -1346,7 +1346,7 @@ class TestGrace:
         pool = build(path)
         pool.delete(drive().id)
         hex = "00ff" * 4
-        died = dask.write_files(pool._lake, 2 * hex, [(pool._index.every_part()[1], drive(hour=1))])[0].where[0].path
+        died = dask.write_files(pool._lake, 2 * hex, [([*pool._index.every_part()][1], drive(hour=1))])[0].where[0].path
         left = [died, f".{2 * hex}-0.parquet.{hex}", f"_delta_log/.{hex}.tmp", f"_delta_log/._last_checkpoint.{hex}",
                 f"_history/.{500:020d}.json.gz.{hex}", f"_shadow-{hex}/_delta_log/{7:020d}.json"]
         fine = ["README.md", "notes/a.parquet", "_delta_log/mine.txt", "_other/x", "0-0.parquet", f"{2 * hex}-1.parquet", ".0-0.parquet.00ff"]

@@ -464,7 +464,7 @@ class TestUpkeep:
         pool = harness.open()
         pool.store(drive())
         before = harness.names()
-        write_files(pool._lake, "0" * 32, [(pool._catch_up(1).every_part()[0], drive())])
+        write_files(pool._lake, "0" * 32, [(next(pool._catch_up(1).every_part()), drive())])
         harness.store.put(f"{harness.key}{'1' * 32}-0.parquet", b"called like one of the pool's")
         before = sorted([*before, f"{'1' * 32}-0.parquet"])
         assert pool.repair() == [] and pool.verify() == []

@@ -27,7 +27,8 @@ def html(pool: Pool) -> str: return pool._repr_html_()
 
 def counted(index: Index, version: int) -> Totals:
     "The totals of a version, one part after the other"
-    found = [parts for id in index.lives if (parts := index.parts(id, version))]
+    ids = {part.id for part in index.every_part()}
+    found = [parts for id in ids if (parts := index.parts(id, version))]
     every = [part for parts in found for part in parts]
     return Totals(len(found), len(every), sum(p.length for p in every), sum(p.nbytes for p in every))
 

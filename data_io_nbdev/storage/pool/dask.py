@@ -18,15 +18,16 @@ from fastcore.basics import patch
 import pandas as pd  # type: ignore
 
 # %% auto #0
-__all__ = ['write_files', 'files_of', 'windows', 'read_window', 'living', 'LakeReader', 'LakeWriter', 'LakeCompaction',
-           'LakeVacuum', 'DaskPool']
+__all__ = ['write_files', 'files_of', 'windows', 'read_window', 'LakeReader', 'LakeWriter', 'LakeCompaction', 'LakeVacuum',
+           'DaskPool']
 
 # %% ../../../nbs/storage/pool/dask.ipynb #f298789c
 from ...errors import (CorruptData, DataIOError, PoolNotFound, PoolUnavailable, QueryError,
                                   SchemaError, SnapshotNotFound, at_the_door)
 from ...data.schema import Schema
 from ...data.core import Episode
-from .pool import Commit, Index, Part, Pool, in_bulk, safe_url
+from .index import Commit, Index, Part
+from .pool import Pool, in_bulk, safe_url
 from .parquet import File, Rows, parquet_bytes, read_episodes
 from .delta import Entry, Lake, open_lake, unreachable
 
@@ -184,36 +185,7 @@ def _read_run(lake: Lake, schema: Schema, run: Sequence[Part], whole: bool = Fal
         if len(run) > 1: return [read for part in run for read in _read_run(lake, schema, [part], whole)]
         raise CorruptData(f"episode {run[0].id} cannot be read from {path}: {said}") from cause
 
-# %% ../../../nbs/storage/pool/dask.ipynb #b3dc9bf9
-def living(
-    index: Index, # What the log says
-    version: int, # At which
-    paths: Optional[Iterable[str]] = None, # Of these files only
-) -> dict[str, list[Part]]: # By path, as they lie in the file
-    """The files of the table, and the parts that are in them
-
-    Parameters
-    ----------
-    index : Index
-        What the log says
-    version : int
-        At which
-    paths : Optional[Iterable[str]], default None
-        Of these files only
-
-    Returns
-    -------
-    dict[str, list[Part]]
-        By path, as they lie in the file
-    """
-    files: dict[str, list[Part]] = {}
-    for id in list(index.lives):
-        for part in index.parts(id, version):
-            path = part.where[0].path
-            if paths is None or path in paths: files.setdefault(path, []).append(part)
-    for parts in files.values(): parts.sort(key=lambda part: part.where[1])
-    return files
-
+# %% ../../../nbs/storage/pool/dask.ipynb #7f679ad9
 def _key(part: Part) -> tuple: return part.who, part.start, part.offset  # the order that files have
 
 # %% ../../../nbs/storage/pool/dask.ipynb #db25f412
@@ -456,8 +428,9 @@ def _make_room(self: LakeWriter, index: Index, commit: Commit) -> tuple[tuple[Fi
     "The files that hold what a commit hides, and their other parts in new files"
     if not commit.hide: return (), []
     hidden = set(commit.hide)
-    paths = {p.where[0].path for id in hidden for p in index.parts(id, commit.number - 1)}
-    touched = sorted(living(index, commit.number - 1, paths).values(), key=lambda parts: _key(parts[0]))
+    files = {p.where[0] for id in hidden for p in index.parts(id, commit.number - 1)}
+    there = (parts for _, parts in index.placed(commit.number - 1, files))
+    touched = sorted(there, key=lambda parts: _key(parts[0]))
     every = [p for parts in touched for p in parts]
     return files_of(every), self._rewrite([p for p in every if p.id not in hidden])
 
@@ -466,7 +439,8 @@ def _put_back(self: LakeWriter, number: int) -> bool:
     "Whether files had to be put back into the table, by a commit of its own"
     layout = self._layout.now
     if not layout.theirs: return False
-    back = [p for ps in living(self._index, number - 1, layout.ours).values() for p in ps]
+    files = [file for file in self._index.places() if file.path in layout.ours]
+    back = [part for _, parts in self._index.placed(number - 1, files) for part in parts]
     commit = Commit(number, secrets.token_hex(16), move=tuple(back))
     entry = Entry(commit, files_of(back), tuple(layout.theirs.values()), _now())
     with self._reachable(): self._lake.put(entry, self._index.schema)
@@ -582,7 +556,8 @@ class LakeCompaction(LakeWriter):
             done, size = 0, min(size, _FILE)
             while True:
                 version = self.version
-                parts, n = _worth_rewriting(living(self._catch_up(version), version).values(), size)
+                there = (parts for _, parts in self._catch_up(version).placed(version))
+                parts, n = _worth_rewriting(there, size)
                 if not n: return done
                 moved = self._rewrite(parts, size)
                 if self._replace_files(version, files_of(parts), moved): done += n
@@ -760,11 +735,9 @@ class DaskPool(LakeVacuum):
         ClosedError
             Use of a pool or buffer after it was closed
         """
-        files: dict[str, list[Part]] = {}
         with at_the_door, self._reachable():
-            for part in self._catch_up(self.version).every_part():
-                files.setdefault(part.where[0].path, []).append(part)
-            lines = [line for parts in files.values() for line in self._file_damages(parts)]
+            files = self._catch_up(self.version).placed()
+            lines = [line for _, parts in files for line in self._file_damages(parts)]
             if self.version: lines += self._lake._flaws(self.version, self._index.schema_at(1))
             return lines
 

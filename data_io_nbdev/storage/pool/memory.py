@@ -32,7 +32,8 @@ from ...errors import (CorruptData, DataIOError, PoolNotFound, PoolUnavailable, 
                                   SnapshotNotFound, at_the_door)
 from ...data.schema import Schema, who_value
 from ...data.core import Episode, from_us
-from .pool import Commit, Part, Pool, forkable_lock, in_one_step, plain_path
+from .index import Commit, Part, in_one_step
+from .pool import Pool, forkable_lock, plain_path
 
 # %% ../../../nbs/storage/pool/memory.ipynb #d6cd1fb6
 class Kept:
@@ -139,17 +140,7 @@ def _forgetting(self: LogInMemory, # Its lock is held until the changes were mad
         now = {commit.number: commit._replace(put=put)}
         kept = put or commit.hide
         changes.append(partial(dict.update, log, now) if kept else partial(dict.pop, log, commit.number))
-    totals, lives = index.totals, index.lives
-    for id in {part.id for part in parts}:
-        left = []
-        for life in lives[id]:
-            every = len(life.parts)
-            n = next((n for n, part in enumerate(life.parts) if part.where not in gone), every)
-            if n < every: left.append(life)
-            if 0 < n < every: changes.append(partial(list.__delitem__, life.parts, slice(n)))
-            if life.died > last: totals = totals.changed(-(n == every), left=life.parts[:n])
-        changes.append(partial(dict.update, lives, {id: left}) if left else partial(dict.pop, lives, id))
-    return [*changes, partial(dict.update, vars(index), totals=totals)]
+    return [*changes, *index.forgetting(parts)]
 
 # %% ../../../nbs/storage/pool/memory.ipynb #989210b7
 FORMAT, NEWEST = 2, 3  # the newest is a log in which fields are given units

@@ -30,7 +30,8 @@ from ...errors import (CorruptData, DataIOError, PoolNotFound, PoolUnavailable, 
                                   SchemaError, at_the_door, require)
 from ...data.schema import Schema, brief, is_text, is_whole
 from ...data.core import Episode, PoolQuery
-from .pool import (Commit, Glance, Index, Part, Pool, in_bulk, quoted, safe_url,
+from .index import Commit, Index, Part, in_runs_of
+from .pool import (Glance, Pool, in_bulk, quoted, safe_url,
                                              secret_option)
 
 # %% ../../../nbs/storage/pool/mongo.ipynb #2914413d
@@ -998,12 +999,12 @@ class _EntryWriter:
         return self.hidden[token]
 
 # %% ../../../nbs/storage/pool/mongo.ipynb #39849db5
-def _parts(
+def _index_of(
     named: dict[int, list[dict]], # Entries by commit: all of some episodes
     version: int, # Asked for
-    levels: Sequence[str], # The schema's identity levels
-) -> dict[str, list[Part]]: # By id
-    """The parts of the episodes that a version has; raises `CorruptData` where steps are missing
+    schema: Optional[Schema], # Of that version
+) -> Index:
+    """An index of these episodes; raises `CorruptData` where steps are missing
 
     Parameters
     ----------
@@ -1011,22 +1012,19 @@ def _parts(
         Entries by commit: all of some episodes
     version : int
         Asked for
-    levels : Sequence[str]
-        The schema's identity levels
+    schema : Optional[Schema]
+        Of that version
 
     Returns
     -------
-    dict[str, list[Part]]
-        By id
+    Index
     """
-    index = Index()
-    for number, entries in sorted(named.items()): index.apply(_commit(number, entries, levels))
-    living = {id: parts for id in index.lives if (parts := index.parts(id, version))}
-    for id, parts in living.items():
-        for end, part in zip([0, *(part.offset + part.length for part in parts)], parts):
-            if part.offset == end: continue
-            raise CorruptData(f"episode {id}: no entry has its steps from {end} to {part.offset - 1}")
-    return living
+    index, levels = Index(), schema.levels if schema else ()
+    index.schema = schema
+    commits = (_commit(number, entries, levels) for number, entries in sorted(named.items()))
+    for commit in in_runs_of(commits): index.apply(commit)
+    if (gap := index.gap(version)) is None: return index
+    raise CorruptData("episode {}: no entry has its steps from {} to {}".format(*gap[:2], gap[2] - 1))
 
 def _miscounted(shown: str, version: int, said: int, found: int) -> str:
     return (f"{shown!r}: version {version} has {said} episodes by the log, and {found} by its entries; "
@@ -1039,74 +1037,69 @@ class _EntryReader(_EntryWriter):
         super().__init__(link)
         self.log = log
 
-    def stored(self, ids: set[str], version: int) -> dict[str, list[Part]]:
-        """The parts of those of these episodes that there are
+    def about(self, ids: set[str], version: int) -> Index:
+        """An index of some episodes
 
         Raises
         ------
         CorruptData
             Stored bytes that are damaged, cut short, or of a format this version does not know
         """
-        return self.living(self.of(ids, version), version) if version and ids else {}
+        return self.index(self.of(ids, version), version) if version and ids else Index()
 
     def of(self, ids: set[str], version: int, **wanted: Any) -> list[dict]:
         "The entries of some episodes, of any version"
         found = _with_any(self.link.of("entries"), "id", ids, lambda: self.log.count(version), wanted)
         return [entry for entry in found if _id(entry) in ids]
 
-    def living(self, entries: Sequence[dict], version: int,
-               logged: Optional[Sequence[dict]] = None) -> dict[str, list[Part]]:
-        """The parts that a version has, by all the entries of some episodes, and by the log, where it was read
+    def index(self, entries: Sequence[dict], version: int,
+              logged: Optional[Sequence[dict]] = None) -> Index:
+        """An index by all the entries of some episodes, and by the log, where it was read
 
         Raises
         ------
         CorruptData
             Stored bytes that are damaged, cut short, or of a format this version does not know
         """
-        tokens, levels = {entry["token"] for entry in entries}, self.levels(entries, version)
-        span = {"_id": {"$gt": 0, "$lte": version}}
+        tokens, span = {entry["token"] for entry in entries}, {"_id": {"$gt": 0, "$lte": version}}
         logged = logged or _with_any(self.link.of("log"), "tokens", tokens, lambda: version, span)
-        return _parts(_by_commit(map(_known, logged), entries), version, levels)
-
-    def levels(self, entries: Any, version: int) -> Sequence[str]:
-        "The schema's identity levels, where there is an entry that has values of them"
-        return schema.levels if entries and (schema := self.log.schema(version)) else ()
+        named = _by_commit(map(_known, logged), entries)
+        return _index_of(named, version, self.log.schema(version) if entries else None)
 
 # %% ../../../nbs/storage/pool/mongo.ipynb #88a62c79
 _NAMES = {"id": 1, "token": 1}  # what travels where only the episodes' names are wanted
 
 class _Entries(_EntryReader):
     "The entries of a pool"
-    def candidates(self, query: PoolQuery, version: int,
-                   ids: Optional[Iterable[str]]) -> Iterable[list[Part]]:
-        """The parts of every episode that matches (out of `ids`), and perhaps of others
+    def matching(self, version: int, query: PoolQuery, ids: Optional[Iterable[str]]) -> Index:
+        """An index of every episode that matches (out of `ids`), and perhaps of others
 
         Raises
         ------
         CorruptData
             Stored bytes that are damaged, cut short, or of a format this version does not know
         """
-        if not version: return []
+        if not version: return Index()
         (every, some), entries = filters(query), self.link.of("entries")
         if ids is None and query.ids is not None: ids = query.ids
         if ids is None and some: ids = filter(None, map(_id, entries.find({**every, **some}, _NAMES)))
-        if ids is not None: return self.stored(set(ids), version).values()
+        if ids is not None: return self.about(set(ids), version)
         found = [entry for entry in entries.find(every) if _id(entry)]
-        if not every: return self.all(found, version).values()
+        if not every: return self.all(found, version)
         found += self.of({entry["id"] for entry in found}, version, hidden=True)
-        return self.living(found, version).values()
+        return self.index(found, version)
 
-    def all(self, entries: Sequence[dict], version: int) -> dict[str, list[Part]]:
-        """The parts of every episode, by all entries that there are
+    def all(self, entries: Sequence[dict], version: int) -> Index:
+        """An index of every episode, by all entries that there are
 
         Raises
         ------
         CorruptData
             Stored bytes that are damaged, cut short, or of a format this version does not know
         """
-        living, said = self.living(entries, version, self.log.since(0, version)), self.log.count(version)
-        if len(living) != said: raise CorruptData(_miscounted(self.link.shown, version, said, len(living)))
-        return living
+        index, said = self.index(entries, version, self.log.since(0, version)), self.log.count(version)
+        if (found := index.count(version)) == said: return index
+        raise CorruptData(_miscounted(self.link.shown, version, said, found))
 
     def commits(self, after: int, upto: int) -> list[Commit]:
         """The commits behind a number, with all their entries
@@ -1119,7 +1112,8 @@ class _Entries(_EntryReader):
         logged = self.log.since(after, upto)
         tokens = [token for d in logged for token in d["tokens"]]
         named = _by_commit(logged, filter(_id, self.link.of("entries").find({"token": {"$in": tokens}})))
-        levels = self.levels(named, upto)
+        schema = self.log.schema(upto) if named else None
+        levels = schema.levels if schema else ()
         return [_whole(d, named.get(d["_id"], ()), levels) for d in logged]
 
     def touched(self, after: int) -> tuple[int, set[str]]:
@@ -1393,16 +1387,15 @@ def _schema(self: MongoPool, version: int) -> Optional[Schema]:
     return self._store.log.known_schema(version) or self._link.ask(self._store.log.schema, version)
 
 @patch
-def _stored(self: MongoPool, ids: Iterable[str], version: int) -> dict[str, list[Part]]:
-    return self._link.ask(self._store.entries.stored, set(ids), version)
+def _stored(self: MongoPool, ids: Iterable[str], version: int) -> dict[str, Sequence[Part]]:
+    return self._link.ask(self._store.entries.about, ids := set(ids), version).stored(ids, version)
 
 @patch
 def _count(self: MongoPool, version: int) -> int: return self._link.ask(self._store.log.count, version)
 
 @patch
-def _candidates(self: MongoPool, query: PoolQuery, version: int,
-                ids: Optional[Iterable[str]]) -> Iterable[list[Part]]:
-    return self._link.ask(self._store.entries.candidates, query, version, ids)
+def _index_for(self: MongoPool, version: int, query: PoolQuery, ids: Optional[Iterable[str]] = None) -> Index:
+    return self._link.ask(self._store.entries.matching, version, query, ids)
 
 # %% ../../../nbs/storage/pool/mongo.ipynb #9e499036
 @patch

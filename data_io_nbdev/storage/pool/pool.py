@@ -4,7 +4,6 @@
 
 # %% ../../../nbs/storage/pool/pool.ipynb #2c47fcdc
 import abc
-import gc
 import importlib
 import os
 import random
@@ -13,14 +12,11 @@ import secrets
 import threading
 import time
 import weakref
-from bisect import bisect_right
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from itertools import islice
-from operator import methodcaller
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Optional
 from urllib.parse import quote, quote_plus, unquote, unquote_plus
@@ -30,10 +26,9 @@ import numpy as np
 import pandas as pd  # type: ignore
 
 # %% auto #0
-__all__ = ['BACKENDS', 'Part', 'part_of', 'Commit', 'in_one_step', 'Totals', 'Lives', 'Index', 'new_steps', 'matches',
-           'PoolBackend', 'forkable', 'forkable_lock', 'PoolHandle', 'PoolIndex', 'Found', 'PoolFinder', 'EpisodeFrame',
-           'PoolReader', 'in_bulk', 'Plan', 'PoolWriter', 'PoolCopier', 'Glance', 'Pool', 'secret_option', 'safe_url',
-           'quoted', 'Backend', 'backend', 'open_pool', 'path_text', 'plain_path']
+__all__ = ['BACKENDS', 'new_steps', 'PoolBackend', 'forkable', 'forkable_lock', 'PoolHandle', 'PoolIndex', 'Found', 'PoolFinder',
+           'EpisodeFrame', 'PoolReader', 'in_bulk', 'Plan', 'PoolWriter', 'PoolCopier', 'Glance', 'Pool',
+           'secret_option', 'safe_url', 'quoted', 'Backend', 'backend', 'open_pool', 'path_text', 'plain_path']
 
 # %% ../../../nbs/storage/pool/pool.ipynb #b6a8678c
 from ...errors import (ClosedError, CorruptData, DataIOError, EpisodeConflict, EpisodeNotFound,
@@ -42,310 +37,8 @@ from ...errors import (ClosedError, CorruptData, DataIOError, EpisodeConflict, E
 from ...data.schema import Schema, brief, listed, offered
 from ...data.core import (RESET, Episode, PoolQuery, as_episode, concat, from_us, same_steps,
                                      state_digest, steps_in)
-
-# %% ../../../nbs/storage/pool/pool.ipynb #28f4479a
-@dataclass(frozen=True)
-class Part:
-    """Consecutive steps of one episode, as the log describes them
-
-    Parameters
-    ----------
-    id : str
-        Of the episode
-    who : tuple
-        Identity values, in the order of the schema's levels
-    start : int
-        When the episode began, UTC microseconds
-    zone : str
-        The zone in which its times are shown
-    offset : int
-        Steps of the episode before this part
-    length : int
-        Steps in it, at least 1
-    begin : int
-        Time stamp of its first step, UTC microseconds
-    end : int
-        Time stamp of its last step
-    number : Optional[int]
-        The machine's number of its first step, if it numbers them
-    digest : str
-        SHA-256 of every byte of every step
-    reward : float
-        Sum of its rewards
-    nbytes : int
-        Size of its arrays
-    ended : bool
-        Whether its last step terminated or was truncated
-    linked : bool
-        Whether every `nstate` of the episode, up to the end of this part, was the next `state`
-    tail : str
-        Digest of its last `nstate`; the next part's first state should have the same
-    born : int, default 0
-        Version at which the episode's life began; 0 says: with this very commit
-    version : int, default 0
-        The commit that put it
-    where : Any, default None
-        The back-end's own note of where the steps are
-    """
-    id: str  # Of the episode
-    who: tuple  # Identity values, in the order of the schema's levels
-    start: int  # When the episode began, UTC microseconds
-    zone: str  # The zone in which its times are shown
-    offset: int  # Steps of the episode before this part
-    length: int  # Steps in it, at least 1
-    begin: int  # Time stamp of its first step, UTC microseconds
-    end: int  # Time stamp of its last step
-    number: Optional[int]  # The machine's number of its first step, if it numbers them
-    digest: str  # SHA-256 of every byte of every step
-    reward: float  # Sum of its rewards
-    nbytes: int  # Size of its arrays
-    ended: bool  # Whether its last step terminated or was truncated
-    linked: bool  # Whether every `nstate` of the episode, up to the end of this part, was the next `state`
-    tail: str  # Digest of its last `nstate`; the next part's first state should have the same
-    born: int = 0  # Version at which the episode's life began; 0 says: with this very commit
-    version: int = 0  # The commit that put it
-    where: Any = None  # The back-end's own note of where the steps are
-
-    @property
-    def life(self) -> int:
-        "Version at which the episode's life began: tells it from one that was stored again under the same id"
-        return self.born or self.version
-
-# %% ../../../nbs/storage/pool/pool.ipynb #75a95c0a
-def part_of(
-    episode: Episode, # Steps to be stored
-    before: Optional[Part] = None, # The part that they follow
-) -> Part:
-    """The log's description of an episode or of a part of one
-
-    Parameters
-    ----------
-    episode : Episode
-        Steps to be stored
-    before : Optional[Part], default None
-        The part that they follow
-
-    Returns
-    -------
-    Part
-    """
-    rewards = episode.fields("reward").values()
-    with np.errstate(all="ignore"): reward = sum(float(np.sum(r.real, dtype="float64")) for r in rewards)
-    joined = before is None or (before.linked and before.tail == state_digest(episode.state[:1]))
-    return Part(id=episode.id, who=tuple(episode.who.values()), start=episode.start, zone=episode.zone,
-                offset=before.offset + before.length if before else 0, length=len(episode),
-                begin=int(episode.times[0]), end=int(episode.times[-1]), number=episode.first,
-                digest=episode.digest, reward=reward, nbytes=episode.nbytes,
-                ended=bool(episode.terminated[-1] or episode.truncated[-1]),
-                linked=joined and bool(episode.links.all()),
-                tail=state_digest(episode.nstate[-1:]), born=before.life if before else 0)
-
-# %% ../../../nbs/storage/pool/pool.ipynb #1e96dc57
-class Commit(NamedTuple):
-    """One entry of the log: it is there as a whole, or not at all
-
-    Parameters
-    ----------
-    number : int
-        1, 2, 3 … without a gap
-    token : str
-        Random; tells whose commit it is when an answer got lost
-    put : tuple[Part, ...], default ()
-    hide : tuple[str, ...], default ()
-        Ids of the episodes that end here
-    schema : Optional[Schema], default None
-        Of the first commit
-    move : tuple[Part, ...], default ()
-        Parts that are there already, each with a new `where`
-    oldest : int, default 0
-        From here on this is the oldest version that can be read
-    units : Optional[Schema], default None
-        From here on: the same fields, some of which had no unit before
-    """
-    number: int  # 1, 2, 3 … without a gap
-    token: str  # Random; tells whose commit it is when an answer got lost
-    put: tuple[Part, ...] = ()
-    hide: tuple[str, ...] = ()  # Ids of the episodes that end here
-    schema: Optional[Schema] = None  # Of the first commit
-    move: tuple[Part, ...] = ()  # Parts that are there already, each with a new `where`
-    oldest: int = 0  # From here on this is the oldest version that can be read
-    units: Optional[Schema] = None  # From here on: the same fields, some of which had no unit before
-
-# %% ../../../nbs/storage/pool/pool.ipynb #8d34af56
-_call = methodcaller("__call__")
-
-def in_one_step(
-    *changes: Callable[[], Any], # Each a `partial` of a method in C, such as `dict.update`; must not fail
-) -> None:
-    """Make several changes with nothing in between: no exception, no other thread, no fork
-
-    Parameters
-    ----------
-    *changes : Callable[[], Any]
-        Each a `partial` of a method in C, such as `dict.update`; must not fail
-    """
-    # a finalizer would let others in
-    first, last = ((gc.disable,), (gc.enable,)) if gc.isenabled() else ((), ())
-    deque(map(_call, (*first, *changes, *last)), maxlen=0)
-
-# %% ../../../nbs/storage/pool/pool.ipynb #50005adf
-@dataclass
-class _Life:
-    """An episode from the commit that put it to the one that hid it
-
-    Parameters
-    ----------
-    parts : list[Part]
-        In order
-    died : float, default float('inf')
-        Number of the commit that hid it
-    """
-    parts: list[Part]  # In order
-    died: float = float("inf")  # Number of the commit that hid it
-
-class Totals(NamedTuple):
-    "What the newest version of an index holds"
-    episodes: int = 0
-    parts: int = 0
-    steps: int = 0
-    nbytes: int = 0
-
-    def changed(self,
-        episodes: int, # How many more there are
-        came: Iterable[Part] = (),
-        left: Iterable[Part] = (),
-    ) -> "Totals":
-        """The totals once some parts came and others left
-
-        Parameters
-        ----------
-        episodes : int
-            How many more there are
-        came : Iterable[Part], default ()
-        left : Iterable[Part], default ()
-
-        Returns
-        -------
-        Totals
-        """
-        more = [(sign, sign * p.length, sign * p.nbytes) for sign, ps in ((1, came), (-1, left)) for p in ps]
-        return Totals(self.episodes + episodes, *map(sum, zip(self[1:], *more)))
-
-# %% ../../../nbs/storage/pool/pool.ipynb #6aad3f90
-@dataclass
-class Lives:
-    """The lives of every episode, at every version up to `number`
-
-    Parameters
-    ----------
-    number : int, default 0
-        Of the last commit taken in
-    schema : Optional[Schema], default None
-    lives : dict[str, list[_Life]]
-        By episode id, in order
-    oldest : int, default 0
-        The oldest version that it still knows
-    before : tuple[tuple[int, Schema], ...], default ()
-        Commits that gave units, and the schema until then
-    totals : Totals, default Totals()
-    """
-    number: int = 0  # Of the last commit taken in
-    schema: Optional[Schema] = None
-    lives: dict[str, list[_Life]] = field(default_factory=dict)  # By episode id, in order
-    oldest: int = 0  # The oldest version that it still knows
-    before: tuple[tuple[int, Schema], ...] = ()  # Commits that gave units, and the schema until then
-    totals: Totals = Totals()
-
-    def newest(self) -> tuple[int, Totals]:
-        "The newest version and what it holds, of one moment: another thread may take in a commit"
-        known = vars(self).copy()  # in one step
-        return known["number"], known["totals"]
-
-    def schema_at(self, version: int) -> Optional[Schema]:
-        "The schema of a version"
-        return next((schema for number, schema in self.before if version < number), self.schema)
-
-    def parts(self, id: str, version: int) -> list[Part]:
-        "The parts of an episode at a version, in order; empty where it is not there"
-        for life in reversed(self.lives.get(id, ())):
-            seen = bisect_right(life.parts, version, key=lambda part: part.version)
-            if seen and version < life.died: return life.parts[:seen]  # a copy: the life may grow meanwhile
-        return []
-
-    def every_part(self) -> list[Part]:
-        "The parts of every version, each once"
-        return [part for lives in list(self.lives.values()) for life in lives for part in life.parts]
-
-    def place(self, part: Part) -> Optional[Part]:
-        "The same part where its steps are now; `None` where no version that can be read has it"
-        return (found := self._find(part)) and found[0][found[1]]
-
-    def _find(self, part: Part) -> Optional[tuple[list[Part], int]]:
-        "The parts of the life that a part belongs to, and its position among them"
-        for life in self.lives.get(part.id, ()):
-            i = bisect_right(life.parts, part.offset, key=lambda p: p.offset) - 1
-            same = i >= 0 and (life.parts[i].offset, life.parts[i].version) == (part.offset, part.version)
-            if same: return life.parts, i
-        return None
-
-# %% ../../../nbs/storage/pool/pool.ipynb #725f47a0
-class Index(Lives):
-    """What a log says, at every version up to `number`
-
-    Parameters
-    ----------
-    number : int, default 0
-        Of the last commit taken in
-    schema : Optional[Schema], default None
-    lives : dict[str, list[_Life]]
-        By episode id, in order
-    oldest : int, default 0
-        The oldest version that it still knows
-    before : tuple[tuple[int, Schema], ...], default ()
-        Commits that gave units, and the schema until then
-    totals : Totals, default Totals()
-    """
-    def apply(self, commit: Commit) -> None:
-        """Take in the next commit, whole or not at all
-
-        Raises
-        ------
-        CorruptData
-            Stored bytes that are damaged, cut short, or of a format this version does not know
-        """
-        hidden, came = dict.fromkeys(commit.hide), {}
-        dying = [life for id in hidden for life in self.lives.get(id, ())[-1:]]  # a ring may have lost it
-        changes = [partial(dict.update, vars(life), died=commit.number) for life in dying]
-        gone = [life for life in dying if life.died > commit.number]
-        for part in commit.put: came.setdefault(part.id, []).append(part)
-        born = 0
-        for id, parts in came.items():
-            lives = self.lives.get(id)
-            if lives and lives[-1].died > commit.number and id not in hidden:
-                changes.append(partial(list.extend, lives[-1].parts, parts))
-                continue
-            born += 1
-            if lives: changes.append(partial(list.append, lives, _Life(parts)))
-            else: changes.append(partial(dict.update, self.lives, {id: [_Life(parts)]}))
-        for part in commit.move:
-            if found := self._find(part): changes.append(partial(list.__setitem__, *found, part))
-        left = [part for life in gone for part in life.parts]
-        totals = self.totals.changed(born - len(gone), commit.put, left)
-        said = dict(number=commit.number, schema=commit.units or self.schema or commit.schema, totals=totals)
-        if commit.units and _bare(commit.units) != _bare(self.schema):
-            raise CorruptData(f"commit {commit.number} gives units to other fields than there are")
-        if commit.units: said.update(before=(*self.before, (commit.number, self.schema)))
-        if commit.oldest > self.oldest: said.update(oldest=commit.oldest, lives=self._since(commit.oldest))
-        in_one_step(*changes, partial(dict.update, vars(self), said))
-
-    def _since(self, oldest: int) -> dict[str, list[_Life]]:
-        "The lives that some version from this one on has"
-        left = {id: [life for life in lives if life.died > oldest] for id, lives in self.lives.items()}
-        return {id: lives for id, lives in left.items() if lives}
-
-def _bare(schema: Optional[Schema]) -> Any:
-    "A schema without its units"
-    return schema and (schema.identity, [replace(f, unit=None) for f in schema.fields])
+from .index import (Coded, Commit, Index, Part, Selection, in_one_step, in_runs_of,
+                                              part_of)
 
 # %% ../../../nbs/storage/pool/pool.ipynb #00642fa2
 def _check_same(mine: Episode, theirs: Episode) -> None:
@@ -386,7 +79,7 @@ def _known(episode: Episode, stored: Sequence[Part], read: Callable[[Part], Epis
     "How many of an upload's first steps are stored; raises `EpisodeConflict` where stored steps differ"
     done, begin = _forgotten(episode, stored[0]), episode.times[0]
     if done: return done + (_known(episode[done:], stored, read) if done < len(episode) else 0)
-    for part in stored:
+    for part in [stored[-1]] if stored[-1].begin <= begin else stored:  # most uploads are about the end
         if part.end < begin or done == len(episode): continue
         theirs, skip = None, 0
         if not done and part.begin != begin:  # begins inside this part
@@ -444,42 +137,6 @@ def new_steps(
                               "send what is missing first, or the whole episode")
     if last: _check_joint(rest, last, contiguous=known > 0)
     return rest
-
-# %% ../../../nbs/storage/pool/pool.ipynb #935ca864
-def matches(
-    query: PoolQuery, # Checked against the schema
-    parts: Sequence[Part], # Of one episode
-    schema: Schema, # Whose levels name `who`
-    read: Callable[[Part], Episode], # Called only where a time range lies inside a part
-) -> bool:
-    """Whether an episode is asked for: as a whole, and with at least one step in the time range
-
-    Parameters
-    ----------
-    query : PoolQuery
-        Checked against the schema
-    parts : Sequence[Part]
-        Of one episode
-    schema : Schema
-        Whose levels name `who`
-    read : Callable[[Part], Episode]
-        Called only where a time range lies inside a part
-
-    Returns
-    -------
-    bool
-    """
-    head, last = parts[0], parts[-1]
-    who, length = dict(zip(schema.levels, head.who)), last.offset + last.length
-    if not query.matches(head.id, who, head.start, length): return False
-    low, high = query.time
-    if low is None and high is None: return True
-    for p in parts:
-        if (low is not None and p.end < low) or (high is not None and p.begin >= high): continue
-        if (low is None or p.begin >= low) or (high is None or p.end < high): return True
-        cut = steps_in(read(p).times, query)
-        if cut.start < cut.stop: return True
-    return False
 
 # %% ../../../nbs/storage/pool/pool.ipynb #dd123951
 class PoolBackend(abc.ABC):
@@ -760,7 +417,7 @@ class PoolIndex(PoolHandle):
         "The index, once it has taken in the log up to a version; `SnapshotNotFound` where that was given up"
         with self._lock:
             if self._index.number < version:
-                for commit in self._changes(self._index.number, version): self._index.apply(commit)
+                for commit in in_runs_of(self._changes(self._index.number, version)): self._index.apply(commit)
             if version >= (oldest := self._index.oldest): return self._index
             raise SnapshotNotFound(f"{self!r}: version {version} was given up, the oldest is {oldest}")
 
@@ -768,41 +425,44 @@ class PoolIndex(PoolHandle):
         "What every episode fits; `None` as long as there is none"
         return self._catch_up(version).schema_at(version)
 
-    def _stored(self, ids: Iterable[str], version: int) -> dict[str, list[Part]]:
+    def _index_for(self, version: int, query: PoolQuery, ids: Optional[Iterable[str]] = None) -> Index:
+        "An index that knows every matching episode (out of `ids`), and perhaps others"
+        return self._catch_up(version)
+
+    def _stored(self, ids: Iterable[str], version: int) -> dict[str, Sequence[Part]]:
         "The parts of those of these episodes that a version has"
-        index = self._catch_up(version)
-        return {id: parts for id in ids if (parts := index.parts(id, version))}
+        return self._catch_up(version).stored(ids, version)
 
     def _count(self, version: int) -> int:
         "How many episodes there are at a version"
         newest, totals = (index := self._catch_up(version)).newest()
-        if newest == version: return totals.episodes
-        return sum(bool(index.parts(id, version)) for id in list(index.lives))
-
-    def _candidates(self, query: PoolQuery, version: int,
-                    ids: Optional[Iterable[str]]) -> Iterable[list[Part]]:
-        "The parts of every matching episode (out of `ids`), and perhaps of others"
-        if ids is None: ids = list(self._catch_up(version).lives) if query.ids is None else query.ids
-        return self._stored(ids, version).values()
+        return totals.episodes if newest == version else index.count(version)
 
     def _begins(self, prefix: str, version: int) -> list[str]:
         "The ids at a version that begin so; a few of them are enough"
-        index = self._catch_up(version)
-        return [id for id in list(index.lives) if id.startswith(prefix) and index.parts(id, version)]
+        return self._catch_up(version).begins(prefix, version)
 
 # %% ../../../nbs/storage/pool/pool.ipynb #701dff80
 @patch
 def _select(self: PoolIndex, query: PoolQuery, version: int,
-            ids: Optional[Iterable[str]] = None) -> list[list[Part]]:
-    "The parts of each matching episode (out of `ids`), ordered by start, then id"
-    there, schema = self._candidates(query, version, ids), self._schema(version)
-    found = [parts for parts in there if matches(query, parts, schema, self._read_one)]
-    return sorted(found, key=lambda parts: (parts[0].start, parts[0].id))
+            ids: Optional[Iterable[str]] = None) -> Selection:
+    "The matching episodes (out of `ids`), ordered by start, then id"
+    found = self._index_for(version, query, ids).find(version, query, ids)
+    if not found.unsure.any(): return found
+    kept = ~found.unsure
+    kept[found.unsure] = [self._has_steps(parts, query) for parts in found[found.unsure]]
+    return found[kept]
 
 @patch
-def _parts(self: PoolIndex, id: str, version: int) -> list[Part]:
+def _has_steps(self: PoolIndex, parts: Iterable[Part], query: PoolQuery) -> bool:
+    "Whether an episode has a step in the query's time range"
+    cuts = (steps_in(self._read_one(part).times, query) for part in parts)
+    return any(cut.start < cut.stop for cut in cuts)
+
+@patch
+def _parts(self: PoolIndex, id: str, version: int) -> Sequence[Part]:
     "The parts of one episode at a version"
-    return self._stored([id], version).get(id, [])
+    return self._stored([id], version).get(id, ())
 
 @patch
 def _changed(self: PoolIndex, after: int, upto: int) -> dict[str, None]:
@@ -816,8 +476,10 @@ def _read_one(self: PoolIndex, part: Part) -> Episode: return next(iter(self._re
 def _episodes(self: PoolIndex, found: Sequence[Sequence[Part]],
               schema: Optional[Schema] = None) -> Iterator[Episode]:
     "One episode from each list of parts, reading ahead as the back-end likes"
-    stream = iter(self._read([part for parts in found for part in parts]))
-    for parts in found: yield _under(schema, concat(list(islice(stream, len(parts)))))
+    for begin in range(0, len(found), 1000):
+        some = list(found[begin:begin + 1000])
+        stream = iter(self._read([part for parts in some for part in parts]))
+        for parts in some: yield _under(schema, concat(list(islice(stream, len(parts)))))
 
 def _under(schema: Optional[Schema], episode: Episode) -> Episode:
     "An episode under the schema of a version, which may have units that were not known when it was stored"
@@ -849,13 +511,13 @@ def _whole_id(self: PoolIndex, id: Any, version: int) -> Any:
 
 @patch
 def _ask(self: PoolIndex, query: tuple[PoolQuery, Sequence[str]],
-         version: int) -> tuple[PoolQuery, list[list[Part]], Optional[Schema]]:
-    "What a user asks for, the parts of each episode that answers it, and their schema"
+         version: int) -> tuple[PoolQuery, Selection, Optional[Schema]]:
+    "What a user asks for, the episodes that answer it, and their schema"
     asked, ids = query
     if any(len(id) < 32 for id in ids): asked, ids = _as_query([self._whole_id(id, version) for id in ids])
     if schema := self._schema(version): asked.check(schema)
     found = self._select(asked, version)
-    there = {parts[0].id for parts in found} if ids else ()
+    there = set(found.ids) if ids else ()
     for id in ids:
         if id not in there:
             raise EpisodeNotFound(f"no episode {id!r} at version {version}; catalogue() lists what there is")
@@ -1016,21 +678,42 @@ class EpisodeFrame(pd.DataFrame, metaclass=_AnyFrame):
         return plain.set_axis(pd.Index([id[:digits] for id in ids], name="id", dtype="str"))
 
 # %% ../../../nbs/storage/pool/pool.ipynb #7d4a9b30
-def _catalogue(found: Sequence[Sequence[Part]], schema: Optional[Schema]) -> EpisodeFrame:
-    "A row for each episode"
-    levels = schema.levels if schema else ()
-    taken = ("id", "seq_len", "return", "bytes", "version")
-    who = {f"who_{name}" if name in taken else name: [parts[0].who[i] for parts in found]
-           for i, name in enumerate(levels)}
-    def each(what: "Callable", dtype: "str" = "int64") -> "np.ndarray":
-        return np.array([what(parts) for parts in found], dtype)
-    columns = {**who,
-               "episodestart": from_us(each(lambda parts: parts[0].start)),
-               "seq_len": each(lambda parts: sum(p.length for p in parts)),
-               "return": each(lambda parts: sum(p.reward for p in parts), "float64"),
-               "bytes": each(lambda parts: sum(p.nbytes for p in parts)),
-               "version": each(lambda parts: parts[-1].version)}
-    return EpisodeFrame(columns, index=pd.Index([parts[0].id for parts in found], name="id", dtype="str"))
+_FACTS = ("episodestart", "seq_len", "return", "bytes", "version")  # columns behind those of the identity
+
+def _catalogue(found: Selection, schema: Optional[Schema],
+               columns: Optional[Sequence[str]] = None) -> EpisodeFrame:
+    "A row for each episode; raises `QueryError` for an unknown column"
+    facts = dict(zip(_FACTS, (lambda: from_us(found.start), lambda: found.total("length"),
+                              lambda: found.total("reward"), lambda: found.total("nbytes"),
+                              lambda: found.version)))
+    names = [f"who_{name}" if name in ("id", *_FACTS) else name for name in (schema.levels if schema else ())]
+    who = {name: partial(_values, found.who(i)) for i, name in enumerate(names)} if len(found) else \
+        dict.fromkeys(names, list)
+    every = {**who, **facts}
+    if unknown := [name for name in columns or () if name not in every]:
+        raise QueryError(f"no column {brief(unknown[0])}; there are {list(every)}")
+    index = pd.Index(found.ids, name="id", dtype="str")
+    return EpisodeFrame({name: every[name]() for name in (every if columns is None else columns)}, index=index)
+
+def _values(level: Coded) -> pd.Index: return pd.Index(level.values).take(level.codes)
+
+# %% ../../../nbs/storage/pool/pool.ipynb #01ca426c
+def _names(what: str, given: Optional[Iterable[str]]) -> Optional[tuple[str, ...]]:
+    "Names in a list; raises `QueryError` for anything else"
+    names = listed(given)
+    if given is None or (names is not None and all(isinstance(name, str) for name in names)): return names
+    raise QueryError(f"{what}: expected names in a list, got {brief(given)}")
+
+def _summary(table: pd.DataFrame, levels: Sequence[str], by: Sequence[str]) -> pd.DataFrame:
+    "A row for each value, or each combination of several, in a catalogue with these levels"
+    if unknown := [name for name in by if name not in levels]:
+        raise QueryError(f"no identity level {brief(unknown[0])}; there are {list(levels)}")
+    key = list(by) or np.full(len(table), "all")
+    groups = table.assign(day=table["episodestart"].dt.floor("D")).groupby(key, observed=True)
+    summed = groups.agg(episodes=("seq_len", "size"), steps=("seq_len", "sum"), bytes=("bytes", "sum"),
+                        mean_return=("return", "size"), first=("day", "min"), last=("day", "max"))
+    returns = np.bincount(groups.ngroup(), table["return"], len(summed))
+    return summed.assign(mean_return=returns / summed["episodes"])
 
 # %% ../../../nbs/storage/pool/pool.ipynb #1f163c79
 class PoolReader(PoolFinder):
@@ -1045,6 +728,7 @@ class PoolReader(PoolFinder):
     """
     def catalogue(self,
         query: Any = None, # A `PoolQuery`, an id or its beginning, or several; by default everything
+        columns: Optional[Iterable[str]] = None, # Only these, in this order
     ) -> pd.DataFrame: # Indexed by id, ordered by `episodestart`, then id
         """Who, when and how long, of the episodes asked for; never cut to the query's time range
 
@@ -1052,6 +736,8 @@ class PoolReader(PoolFinder):
         ----------
         query : Any, default None
             A `PoolQuery`, an id or its beginning, or several; by default everything
+        columns : Optional[Iterable[str]], default None
+            Only these, in this order
 
         Returns
         -------
@@ -1072,8 +758,43 @@ class PoolReader(PoolFinder):
             Stored bytes that are damaged, cut short, or of a format this version does not know
         """
         with at_the_door:
-            asked = _as_query(query)
-            return self._newest(lambda v: _catalogue(*self._ask(asked, v)[1:]))
+            asked, columns = _as_query(query), _names("columns", columns)
+            return self._newest(lambda v: _catalogue(*self._ask(asked, v)[1:], columns))
+
+    def summary(self,
+        by: str | Iterable[str] = (), # Identity levels; by default all episodes are one group
+        query: Any = None, # A `PoolQuery`, an id or its beginning, or several; by default everything
+    ) -> pd.DataFrame: # Indexed by the values of `by`, in order
+        """How many episodes, steps and bytes there are of each value, the mean return, and the first and last day
+
+        Parameters
+        ----------
+        by : str | Iterable[str], default ()
+            Identity levels; by default all episodes are one group
+        query : Any, default None
+            A `PoolQuery`, an id or its beginning, or several; by default everything
+
+        Returns
+        -------
+        pd.DataFrame
+            Indexed by the values of `by`, in order
+
+        Raises
+        ------
+        QueryError
+            A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
+        ClosedError
+            Use of a pool or buffer after it was closed
+        EpisodeNotFound
+            No episode of this id at this version of the pool
+        SnapshotNotFound
+            A version that the pool never had, or no longer holds
+        CorruptData
+            Stored bytes that are damaged, cut short, or of a format this version does not know
+        """
+        with at_the_door:
+            by, table = (by,) if isinstance(by, str) else _names("by", by), self.catalogue(query)
+            return _summary(table, [name for name in table if name not in _FACTS], by)
 
     def sample(self,
         n: int, # How many
@@ -1115,7 +836,7 @@ class PoolReader(PoolFinder):
             asked = _as_query(query)
             query, found, schema = self._newest(partial(self._ask, asked))
         if not 0 < n <= len(found): raise NotEnoughData(f"asked for {n} episodes, and {len(found)} match")
-        chosen = [found[i] for i in np.random.default_rng(seed).choice(len(found), n, replace=False)]
+        chosen = found[np.random.default_rng(seed).choice(len(found), n, replace=False)]
         return [episode[steps_in(episode.times, query)] for episode in self._episodes(chosen, schema)]
 
     def snapshot(self,
@@ -1224,7 +945,7 @@ def _touched(self: PoolIndex,
     """
     def look(version: "int") -> "tuple[int, Optional[set[str]]]":
         if ids is None or self._oldest() > after: return version, None
-        then, now = ({id: [part.version for part in parts] for id, parts in self._stored(ids, v).items()}
+        then, now = ({id: (parts[0].version, parts[-1].version) for id, parts in self._stored(ids, v).items()}
                      for v in (after, version))
         return version, {id for id in ids if then.get(id) != now.get(id)}
     return self._newest(look)
@@ -1318,11 +1039,13 @@ class _Extend:
             if part.version: return self.pool._read_one(part)
             return next(e for planned, e in put if planned is part)
         for i, e in enumerate(self.episodes):
-            stored = [] if e.id in hide else there.get(e.id, [])
+            stored = there.get(e.id, ())
             if self.overwrite and stored and e.id not in mine and not _is_whole(e, stored, read):
                 hide[e.id] = None
-                stored = []
-            if e.id in mine: stored = stored + mine[e.id]
+                stored = there[e.id] = ()
+            if mine.get(e.id):
+                stored = there[e.id] = [*stored, *mine[e.id]]
+                mine[e.id].clear()
             if (rest := new_steps(e, stored, read)) is None: continue
             part = part_of(rest, stored[-1] if stored else None)
             if rest.offset != part.offset: rest = replace(rest, offset=part.offset)
@@ -1420,10 +1143,10 @@ class PoolWriter(PoolReader):
             A version that the pool never had, or no longer holds
         EpisodeConflict
             Steps that contradict what is stored under the same episode, or leave a gap in it
-        CorruptData
-            Stored bytes that are damaged, cut short, or of a format this version does not know
         SchemaError
             Data that does not fit its schema: a role, shape, dtype, unit, identity or time stamp
+        CorruptData
+            Stored bytes that are damaged, cut short, or of a format this version does not know
         """
         with at_the_door: return self.extend([item], overwrite)[0]
 
@@ -1457,10 +1180,10 @@ class PoolWriter(PoolReader):
             A version that the pool never had, or no longer holds
         EpisodeConflict
             Steps that contradict what is stored under the same episode, or leave a gap in it
-        CorruptData
-            Stored bytes that are damaged, cut short, or of a format this version does not know
         SchemaError
             Data that does not fit its schema: a role, shape, dtype, unit, identity or time stamp
+        CorruptData
+            Stored bytes that are damaged, cut short, or of a format this version does not know
         """
         with at_the_door: return self._carry_out(_Extend(self, list(items), overwrite))
 
@@ -1756,12 +1479,10 @@ _LOOKED_AT, _PARTS = 500, 100_000  # Episodes, and about how many parts of episo
 def _glance(self: PoolIndex, version: int) -> Glance:
     "What a pool shows of a version; the work is bounded, once its index is in memory"
     index = self._catch_up(version)
-    (newest, totals), ids = index.newest(), list(index.lives)
+    newest, totals = index.newest()
     most = min(_LOOKED_AT, max(16, _PARTS * totals.episodes // max(1, totals.parts)))
-    every = max(1, -(-len(ids) // most))
-    begin = np.arange(0, len(ids), every)  # one is drawn from each stretch, as drivers may take turns
-    drawn = np.minimum(begin + np.random.default_rng(0).integers(0, every, len(begin)), len(ids) - 1)
-    some = [parts for i in drawn if (parts := index.parts(ids[i], version))]
+    every, found = index.spread(version, most)
+    some = list(found)
     if newest == version: return Glance(version, totals.episodes, totals.steps, totals.nbytes, some)
     parts = [part for parts in some for part in parts]
     sums = sum(part.length for part in parts), sum(part.nbytes for part in parts)
