@@ -697,7 +697,7 @@ def _catalogue(found: Selection, schema: Optional[Schema],
 
 def _values(level: Coded) -> pd.Index: return pd.Index(level.values).take(level.codes)
 
-# %% ../../../nbs/storage/pool/pool.ipynb #01ca426c
+# %% ../../../nbs/storage/pool/pool.ipynb #1f69a46a
 def _names(what: str, given: Optional[Iterable[str]]) -> Optional[tuple[str, ...]]:
     "Names in a list; raises `QueryError` for anything else"
     names = listed(given)
@@ -1428,7 +1428,7 @@ class Glance(NamedTuple):
         `None` where it is not known
     nbytes : Optional[int], default None
     some : Sequence[Sequence[Part]], default ()
-        The parts of evenly spread episodes; where they are few, of all
+        A `Selection` of evenly spread episodes; where they are few, of all
     about : bool, default False
         Whether the numbers are estimates, by those
     """
@@ -1436,7 +1436,7 @@ class Glance(NamedTuple):
     episodes: int
     steps: Optional[int] = None  # `None` where it is not known
     nbytes: Optional[int] = None
-    some: Sequence[Sequence[Part]] = ()  # The parts of evenly spread episodes; where they are few, of all
+    some: Sequence[Sequence[Part]] = ()  # A `Selection` of evenly spread episodes; where they are few, of all
     about: bool = False  # Whether the numbers are estimates, by those
 
     def facts(self,
@@ -1455,21 +1455,21 @@ class Glance(NamedTuple):
             Name to text, or to an element of HTML
         """
         from data_io_nbdev.data.show import bars, in_bytes, sparkline
-        about, some = "about " if self.about else "", sorted(self.some, key=lambda parts: parts[0].start)
+        about, some = "about " if self.about else "", self.some
         least = "" if len(some) == self.episodes else "at least "
         rows = {"version": f"{self.version:,}", "episodes": f"{about}{self.episodes:,}"}
         if self.steps is not None: rows["steps"] = f"{about}{self.steps:,}"
         if self.nbytes is not None: rows["size"] = about + in_bytes(self.nbytes)
         if not some: return rows | {"identity": ", ".join(levels) or None}
-        values = [{parts[0].who[i] for parts in some} for i in range(len(levels))]
-        rows["identity"] = ", ".join(f"{name} ({least}{len(found):,})" for name, found in zip(levels, values))
-        first, last = some[0][0], max((parts[-1] for parts in some), key=lambda part: part.end)
+        values = [len(np.unique(some.who(i).codes)) for i in range(len(levels))]
+        rows["identity"] = ", ".join(f"{name} ({least}{found:,})" for name, found in zip(levels, values))
+        first, last = some[0][0], some[int(np.argmax(some.end))][-1]
         ends = from_us(first.start, first.zone), from_us(last.end, last.zone)
         rows["time"] = " to ".join(time.isoformat(" ", "seconds") for time in ends)
         if least: rows["time"] += f", of {len(some):,} that were looked at"
-        begun = np.array([parts[0].start - first.start for parts in some]) / 1e6
+        begun = (some.start - first.start) / 1e6
         if begun.any(): rows["episodes over time"] = bars(np.histogram(begun, 60)[0])
-        if len(some) > 1: rows["their returns"] = sparkline([sum(p.reward for p in parts) for parts in some])
+        if len(some) > 1: rows["their returns"] = sparkline(some.total("reward"))
         return rows
 
 # %% ../../../nbs/storage/pool/pool.ipynb #3aa7fdc2
@@ -1481,12 +1481,10 @@ def _glance(self: PoolIndex, version: int) -> Glance:
     index = self._catch_up(version)
     newest, totals = index.newest()
     most = min(_LOOKED_AT, max(16, _PARTS * totals.episodes // max(1, totals.parts)))
-    every, found = index.spread(version, most)
-    some = list(found)
+    every, some = index.spread(version, most)
     if newest == version: return Glance(version, totals.episodes, totals.steps, totals.nbytes, some)
-    parts = [part for parts in some for part in parts]
-    sums = sum(part.length for part in parts), sum(part.nbytes for part in parts)
-    return Glance(version, every * len(some), every * sums[0], every * sums[1], some, about=every > 1)
+    sums = (int(some.total(name).sum()) for name in ("length", "nbytes"))
+    return Glance(version, every * len(some), *(every * n for n in sums), some, about=every > 1)
 
 @patch
 def _shown(self: PoolIndex) -> dict[str, Any]:
