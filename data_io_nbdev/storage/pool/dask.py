@@ -298,7 +298,7 @@ class LakeReader(Pool):
         if after > self._layout.now.number: self._catch_up(after)
         known: list[Commit] = []
         with self._reachable():
-            for entry in self._lake.entries(after, upto):
+            for entry in self._lake.runs(after, upto):
                 known.append(self._follow(entry, known))
                 yield known[-1]
 
@@ -322,8 +322,9 @@ def _reachable(self: LakeReader) -> Iterator[None]:
         raise PoolUnavailable(f"{self.url!r}: {said}") from cause
 
 @patch
-def _follow(self: LakeReader, entry: Entry, known: Sequence[Commit]) -> Commit:
-    "Take note of an entry, once; gives its commit"
+def _follow(self: LakeReader, entry: Entry | Commit, known: Sequence[Commit]) -> Commit:
+    "Take note of an entry, or of a run of entries that only put, once; gives its commit"
+    if isinstance(entry, Commit): entry = Entry(entry)
     number = entry.commit.number
     with self._lock:
         layout = self._layout.now

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Optional
 from urllib.parse import unquote
@@ -33,8 +34,8 @@ from ...errors import (CorruptData, DataIOError, PoolUnavailable, QueryError, Sc
                                   tell)
 from ...data.schema import Schema
 from ...data.core import FIRST, LAST
-from .pool import (Commit, Part, forkable_lock, path_text, plain_path, quoted,
-                                             safe_url)
+from .index import Block, Coded, Commit, Part, block_of
+from .pool import forkable_lock, path_text, plain_path, quoted, safe_url
 from .memory import replace_file, sync_folder
 from .parquet import (Column, File, columns_of, is_made_for, open_parquet,
                                                 whole_table)
@@ -480,6 +481,20 @@ class LakeFiles(abc.ABC):
         float
         """
     @abc.abstractmethod
+    def names(self, folder: str, # In the table's folder
+    ) -> list[str]: 
+        """The names of the files in a folder below; none where there is no such folder
+
+        Parameters
+        ----------
+        folder : str
+            In the table's folder
+
+        Returns
+        -------
+        list[str]
+        """
+    @abc.abstractmethod
     def size(self, path: str, # In the table's folder
     ) -> int: 
         """Bytes of a file; raises `FileNotFoundError`
@@ -543,6 +558,7 @@ class LakeLog(LakeFiles):
     ):
         super().__init__(url)
         self._table: Optional[Table] = None
+        self._loose = 0  # parts that are not known to be there in columns
         self._bare = None  # number of the last entry that did not say where it belongs
         self._since = None  # number of the first that did
 
@@ -795,6 +811,184 @@ def _write_segments(self: LakeHistory, upto: int) -> None:
         text = "\n".join(json.dumps(what) for what in (self._segment_head(last), *map(_own, every))).encode()
         self.write(_segment(last), gzip.compress(b"%08x %s" % (zlib.crc32(text), text)))
 
+# %% ../../../nbs/storage/pool/delta.ipynb #39f8c995
+_KINDS_OF = {**dict.fromkeys(("version", "start", "offset", "length", "begin", "end", "nbytes", "born", "row",
+                              "number"), pa.int64()),
+             **dict.fromkeys(("numbered", "ended", "linked"), pa.bool_()), "reward": pa.float64(),
+             "id": pa.binary(16), "digest": pa.binary(32), "tail": pa.binary(8), "place": pa.int32(),
+             "zone": pa.dictionary(pa.int32(), pa.string())}
+_WHO_KINDS = [pa.dictionary(pa.int32(), kind) for kind in (pa.string(), pa.int64())]
+
+def _as_batch(block: Block) -> Any: # A `pyarrow.RecordBatch`
+    """Parts as an Arrow table; their places as numbers
+
+    Returns
+    -------
+    Any
+        A `pyarrow.RecordBatch`
+    """
+    def column(name: "str") -> "Any":
+        if name in ("place", "zone"): values = getattr(block, name)
+        else: values = block.columns[name]
+        kind = _KINDS_OF[name]
+        if name == "zone": return _dictionary(values)
+        if name == "place": return pa.array(values.codes)
+        if not pa.types.is_fixed_size_binary(kind): return pa.array(values, kind)
+        raw = values.astype(">u8") if name == "id" else values
+        return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(raw.tobytes())])
+    who = {f"who{i}": _dictionary(level) for i, level in enumerate(block.who)}
+    return pa.RecordBatch.from_pydict({**{name: column(name) for name in _KINDS_OF}, **who})
+
+def _dictionary(coded: Coded) -> Any:
+    return pa.DictionaryArray.from_arrays(pa.array(coded.codes, pa.int32()), pa.array(coded.values))
+
+# %% ../../../nbs/storage/pool/delta.ipynb #6c122b94
+def _as_block(batch: Any, files: Sequence[File], first: int, last: int) -> Block:
+    "Parts from an Arrow table; raises `ValueError` for what no entries between two numbers put"
+    batch.validate(full=True)
+    kinds, levels = dict(zip(batch.schema.names, batch.schema.types)), len(batch.schema) - len(_KINDS_OF)
+    who = {f"who{i}" for i in range(levels)}
+    if kinds.keys() != _KINDS_OF.keys() | who or any(kinds[name] not in _WHO_KINDS for name in who) \
+            or any(kinds[name] != kind for name, kind in _KINDS_OF.items()) or any(c.null_count for c in batch):
+        raise ValueError("it has other columns than parts have")
+    def values(name: "str") -> "np.ndarray":
+        array, size = batch[name], _KINDS_OF[name].byte_width if name in ("id", "digest", "tail") else 0
+        if not size: return array.to_numpy(zero_copy_only=False)
+        raw = np.frombuffer(array.buffers()[1], f"V{size}", len(array) + array.offset)[array.offset:]
+        return raw.view(">u8").astype("uint64").reshape(-1, 2) if name == "id" else raw
+    def coded(name: "str") -> "Coded":
+        return Coded(batch[name].indices.to_numpy(), batch[name].dictionary.to_pylist())
+    c = {name: values(name) for name in _KINDS_OF if name not in ("zone", "place")}
+    place, version = batch["place"].to_numpy(), c["version"]
+    least = min(int(x.min(initial=0)) for x in (c["offset"], c["length"] - 1, c["nbytes"] - 1, c["born"], c["row"],
+                                                place, version - first, last - version, np.diff(version)))
+    if least < 0 or place.max(initial=0) >= len(files) or (c["born"] > version).any():
+        raise ValueError("a part in it cannot be")
+    return Block([coded(f"who{i}") for i in range(levels)], coded("zone"), Coded(place, files), **c)
+
+# %% ../../../nbs/storage/pool/delta.ipynb #5e9f725b
+_LOOSE = 5000  # Parts that are read from entries, before they are worth a file
+_COLUMNS = re.compile(r"([0-9]{20})-([0-9]{20})\.arrow")
+
+def _columns_name(first: int, last: int) -> str: return f"_history/{first:020d}-{last:020d}.arrow"
+
+def _is_plain(entry: Entry) -> bool:
+    "Whether an entry does nothing but put"
+    c, more = entry.commit, entry.commit.number == 1 or entry.format < 2 or bool(entry.gone)
+    return bool(c.put) and not (more or c.hide or c.move or c.units or c.oldest)
+
+@patch
+def _pack_columns(self: LakeHistory, entries: Sequence[Entry]) -> bytes:
+    "The file for neighbouring entries"
+    plain = [entry for entry in entries if _is_plain(entry)]
+    block, first = block_of([part for entry in plain for part in entry.commit.put]), entries[0].commit.number
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, (batch := _as_batch(block)).schema) as writer: writer.write_batch(batch)
+    body = (content := sink.getvalue()).to_pybytes()
+    head = dict(format=FORMAT, table=self.table.id, first=first, last=first + len(entries) - 1, size=len(body),
+                odd=[entry.commit.number for entry in entries if not _is_plain(entry)], files=block.place.values)
+    text = json.dumps(head, separators=(",", ":")).encode() + b"\n" + pa.compress(content, "zstd", asbytes=True)
+    return b"%08x %s" % (zlib.crc32(text), text)
+
+@patch
+def _read_columns(self: LakeHistory, first: int, last: int) -> Optional[tuple[Block, list[int]]]:
+    "The parts of a stretch of the log, and the entries that do more; `None` where it is missing or damaged"
+    try:
+        crc, _, text = self.read(_columns_name(first, last)).partition(b" ")
+        head, _, packed = text.partition(b"\n")
+        if crc != b"%08x" % zlib.crc32(text): return None
+        said = json.loads(head)
+        files, odd = tuple(map(_as_file, said["files"])), said["odd"]
+        mine = dict(format=FORMAT, table=self.table.id, first=first, last=last)
+        if mine != {name: said[name] for name in mine} or said["size"] > 16 * len(packed) + (1 << 20): return None
+        if not all(type(n) is int and first <= n <= last for n in odd): return None
+        body = pa.decompress(packed, said["size"], "zstd")
+        with pa.ipc.open_stream(body) as stream: batch = stream.read_next_batch()
+        return _as_block(batch, files, first, last), sorted(odd)
+    except (OSError, pa.ArrowException, *_BROKEN): return None
+
+# %% ../../../nbs/storage/pool/delta.ipynb #5b00c592
+@patch
+def _stretches(self: LakeHistory) -> list[tuple[int, int]]: # The first and the last number of each
+    """The stretches of the log that are there in columns
+
+    Returns
+    -------
+    list[tuple[int, int]]
+        The first and the last number of each
+    """
+    found = map(_COLUMNS.fullmatch, self.names("_history"))
+    return sorted((int(name[1]), int(name[2])) for name in found if name)
+
+@patch
+def runs(self: LakeHistory,
+    after: int, # A number
+    upto: int, # Another, not less
+) -> Iterator[Entry | Commit]:
+    """The entries `after < number <= upto`, in order; a commit stands for a run of entries that only put
+
+    Parameters
+    ----------
+    after : int
+        A number
+    upto : int
+        Another, not less
+
+    Yields
+    ------
+    Iterator[Entry | Commit]
+
+    Raises
+    ------
+    SchemaError
+        Data that does not fit its schema: a role, shape, dtype, unit, identity or time stamp
+    CorruptData
+        Stored bytes that are damaged, cut short, or of a format this version does not know
+    """
+    there = self._stretches() if upto - after > 20 and self.table.format > 1 else []
+    number = after + 1
+    while number <= upto:
+        some = [(first, last) for first, last in there if first <= number <= last <= upto]
+        first, last = max(some, key=itemgetter(1), default=(0, 0))
+        found = self._read_columns(first, last) if some else None
+        if found:
+            yield from self._runs_of(*found, number, last)
+            number = last + 1
+            continue
+        there = [stretch for stretch in there if stretch != (first, last)]
+        if some: continue  # another one may be sound
+        stop = min([first - 1 for first, _ in there if first > number] + [upto])
+        for entry in self.entries(number - 1, stop):
+            self._loose += len(entry.commit.put)
+            yield entry
+        number = stop + 1
+
+@patch
+def _runs_of(self: LakeHistory, block: Block, odd: Sequence[int], number: int, last: int) -> Iterator[Entry | Commit]:
+    "The runs between the entries that do more than put, and these"
+    for stop in [*(n for n in odd if n >= number), last + 1]:
+        if number < stop:
+            begin, end = np.searchsorted(block.columns["version"], (number, stop))
+            yield Commit(stop - 1, "a run", block.some(slice(begin, end)))
+        if stop <= last: yield from self.entries(stop - 1, stop)
+        number = stop + 1
+
+@patch
+def _write_columns(self: LakeHistory, upto: int) -> None:
+    "Write what is not there in columns yet, up to a number"
+    if self.table.format < 2: return
+    done, self._loose = 0, 0
+    for first, last in self._stretches():
+        if first <= done + 1: done = max(done, last)
+    while done < upto:
+        some, parts = [], 0
+        for entry in self.entries(done, upto):
+            some.append(entry)
+            parts += len(entry.commit.put)
+            if parts > 10 * _LOOSE: break
+        done = some[-1].commit.number
+        if any(map(_is_plain, some)): self.write(_columns_name(some[0].commit.number, done), self._pack_columns(some))
+
 # %% ../../../nbs/storage/pool/delta.ipynb #7fb60891
 @patch
 def _mend_segments(self: LakeHistory, upto: int, dry_run: bool) -> list[str]: # One line for each
@@ -808,7 +1002,12 @@ def _mend_segments(self: LakeHistory, upto: int, dry_run: bool) -> list[str]: # 
     numbers = range(_INTERVAL, upto + 1, _INTERVAL)
     lines = [f"{_segment(last)}: a damaged copy of the log, or one of an earlier format" for last in numbers
              if self._segment_lines(last) is None and self._holds(_segment(last))]
-    if lines and not dry_run: self._write_segments(upto)
+    torn = [_columns_name(*ends) for ends in self._stretches() if self._read_columns(*ends) is None]
+    lines += [f"{name}: a damaged copy of the log, or one of an earlier format" for name in torn]
+    if lines and not dry_run:
+        self._write_segments(upto)
+        self.remove(torn)
+        self._write_columns(upto)
     return lines
 
 @patch
@@ -820,7 +1019,7 @@ def _holds(self: LakeFiles, path: str) -> bool:
 _SHADOW = re.compile("_shadow-[0-9a-f]{16}")
 _LEFT = re.compile(rf"\.{_DATA.pattern}\.[0-9a-f]{{16}}|_delta_log/\.[0-9a-f]{{16}}\.tmp"
                    r"|_delta_log/\._last_checkpoint\.[0-9a-f]{16}"
-                   rf"|_history/\.[0-9]{{20}}\.json\.gz\.[0-9a-f]{{16}}|{_SHADOW.pattern}")
+                   rf"|_history/\.([0-9]{{20}}\.json\.gz|{_COLUMNS.pattern})\.[0-9a-f]{{16}}|{_SHADOW.pattern}")
 
 _STORE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM, errno.ESTALE, errno.ETIMEDOUT,
           errno.ENOTCONN}
@@ -1051,6 +1250,7 @@ class LocalFiles(LakeFiles):
             with suppress(FileNotFoundError): ages[path] = self.age(path)
         return ages
 
+    def names(self, folder: str) -> list[str]: return _files(self.root / folder)
     def age(self, path: str | Path) -> float: return time.time() - (self.root / path).stat().st_mtime
     def size(self, path: str) -> int: return (self.root / path).stat().st_size
 
@@ -1135,7 +1335,7 @@ class LocalLake(LocalFiles, Lake):
         about = self._about_columns(schema) if number == 1 and self.found(schema) else ()
         if not self._link(number, [*about, *entry._lines(schema, self._facts_of(entry))]): return False
         self._seen = max(self._seen, number)
-        if number % _INTERVAL == 0: self._tidy(number)
+        self._tidy(entry)
         return True
 
 # %% ../../../nbs/storage/pool/delta.ipynb #0680e8ba
@@ -1170,11 +1370,15 @@ def _failed(e: BaseException) -> bool:
     return isinstance(e, Exception) or type(e).__name__ == "PanicException"
 
 @patch
-def _tidy(self: Lake, number: int) -> None:
+def _tidy(self: Lake, entry: Entry) -> None:
     "What keeps opening fast; the commit is done, and must not fail any more"
+    number = entry.commit.number
+    self._loose += len(entry.commit.put)
+    if number % _INTERVAL and self._loose <= _LOOSE: return
     try:
-        self._write_segments(number)
-        self._checkpoint(number)
+        if number % _INTERVAL == 0: self._write_segments(number)
+        self._write_columns(number)
+        if number % _INTERVAL == 0: self._checkpoint(number)
     except BaseException as e:
         if not _failed(e): raise
         tell(f"no checkpoint at commit {number} of {safe_url(self.url)}: {self.said(e)[0]}")
@@ -1339,6 +1543,15 @@ class RemoteFiles(LakeFiles):
         with self._asked(): found = self.files.get_file_info(pa.fs.FileSelector("", allow_not_found=True))
         return {info.path.lstrip("/"): _age(info) for info in found if info.type == pa.fs.FileType.File}
 
+    def names(self, folder: str) -> list[str]:
+        """Raises
+        ------
+        PoolUnavailable
+            A pool that cannot be reached, or written, just now
+        """
+        with self._asked(): found = self.files.get_file_info(pa.fs.FileSelector(folder, allow_not_found=True))
+        return [info.base_name for info in found if info.type == pa.fs.FileType.File]
+
     def size(self, path: str) -> int:
         """Raises
         ------
@@ -1444,7 +1657,7 @@ class RemoteLake(RemoteFiles, Lake):
                 wrong = f"{safe_url(self.url)}: commit {number} failed: {said}"
                 if self.head() < number: raise PoolUnavailable(wrong) from cause
                 return next(self.entries(number - 1, number)).commit.token == entry.commit.token
-            if number % _INTERVAL == 0: self._tidy(number)
+            self._tidy(entry)
             return True
 
 # %% ../../../nbs/storage/pool/delta.ipynb #570cadff
