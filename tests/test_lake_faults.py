@@ -75,7 +75,7 @@ def litter(path):
     "What is in the folder and no entry names"
     there = itertools.takewhile(lambda n: entry(path, n).exists(), itertools.count())
     named = {p.name for n in there for p in added(path, n)}
-    fine = re.compile(r"_delta_log/(\d{20}\.json|\d{20}\.checkpoint\.parquet|_last_checkpoint)|_history/\d{20}\.json\.gz")
+    fine = re.compile(r"_delta_log/(\d{20}\.json|\d{20}\.checkpoint\.parquet|_last_checkpoint)|_history/(\d{20}\.json\.gz|\d{20}-\d{20}\.arrow)")
     found = [p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()]
     return [n for n in found if n not in named and not fine.fullmatch(n) and n[:7] != "_shadow"] + [p.name for p in path.glob("_shadow*")]
 

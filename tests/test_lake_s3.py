@@ -404,9 +404,10 @@ class TestLog:
         again = harness.open()
         assert facts_of(again) == right
         assert sorted(read) == ["_delta_log/00000000000000000000.json", "_delta_log/00000000000000000061.json",
-                                "_delta_log/00000000000000000062.json", *(f"_history/{n:020d}.json.gz" for n in (30, 60))]
+                                "_delta_log/00000000000000000062.json", *(f"_history/{n - 29:020d}-{n:020d}.arrow" for n in (30, 60))]
         for damage in (b"", harness.store.get(f"{harness.key}_history/{30:020d}.json.gz")[:-9]):
             harness.store.put(f"{harness.key}_history/{60:020d}.json.gz", damage)
+            harness.store.put(f"{harness.key}_history/{31:020d}-{60:020d}.arrow", damage)
             assert facts_of(harness.open()) == right, "a segment that is damaged is not needed"
         grow(harness, pool, 90)
         assert len(gzip.decompress(harness.store.get(f"{harness.key}_history/{60:020d}.json.gz")).splitlines()) == 31, "nor does it stay"

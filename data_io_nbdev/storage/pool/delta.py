@@ -878,34 +878,36 @@ def _is_plain(entry: Entry) -> bool:
     return bool(c.put) and not (more or c.hide or c.move or c.units or c.oldest)
 
 @patch
-def _pack_columns(self: LakeHistory, entries: Sequence[Entry]) -> bytes:
-    "The file for neighbouring entries"
-    plain = [entry for entry in entries if _is_plain(entry)]
-    block, first = block_of([part for entry in plain for part in entry.commit.put]), entries[0].commit.number
+def _pack_columns(self: LakeHistory, entries: Sequence[Entry], odd: Sequence[list[dict]]) -> bytes:
+    "The file for neighbouring entries, and what those say that do more than put"
+    numbers = [entry.commit.number for entry in entries if not _is_plain(entry)]
+    block = block_of([part for entry in entries if _is_plain(entry) for part in entry.commit.put])
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, (batch := _as_batch(block)).schema) as writer: writer.write_batch(batch)
-    body = (content := sink.getvalue()).to_pybytes()
-    head = dict(format=FORMAT, table=self.table.id, first=first, last=first + len(entries) - 1, size=len(body),
-                odd=[entry.commit.number for entry in entries if not _is_plain(entry)], files=block.place.values)
-    text = json.dumps(head, separators=(",", ":")).encode() + b"\n" + pa.compress(content, "zstd", asbytes=True)
+    lines = b"\n".join(json.dumps(_own(actions)).encode() for actions in odd)
+    body = lines + sink.getvalue().to_pybytes()
+    first, last = entries[0].commit.number, entries[-1].commit.number
+    head = dict(format=FORMAT, table=self.table.id, first=first, last=last, size=len(body), odd=numbers,
+                lines=len(lines), files=block.place.values)
+    text = json.dumps(head, separators=(",", ":")).encode() + b"\n" + pa.compress(body, "zstd", asbytes=True)
     return b"%08x %s" % (zlib.crc32(text), text)
 
 @patch
-def _read_columns(self: LakeHistory, first: int, last: int) -> Optional[tuple[Block, list[int]]]:
+def _read_columns(self: LakeHistory, first: int, last: int) -> Optional[tuple[Block, list[Entry]]]:
     "The parts of a stretch of the log, and the entries that do more; `None` where it is missing or damaged"
     try:
         crc, _, text = self.read(_columns_name(first, last)).partition(b" ")
         head, _, packed = text.partition(b"\n")
         if crc != b"%08x" % zlib.crc32(text): return None
-        said = json.loads(head)
-        files, odd = tuple(map(_as_file, said["files"])), said["odd"]
-        mine = dict(format=FORMAT, table=self.table.id, first=first, last=last)
-        if mine != {name: said[name] for name in mine} or said["size"] > 16 * len(packed) + (1 << 20): return None
-        if not all(type(n) is int and first <= n <= last for n in odd): return None
+        said, mine = json.loads(head), dict(format=FORMAT, table=self.table.id, first=first, last=last)
+        if mine != {name: said[name] for name in mine} or said["size"] > 64 * len(packed) + (1 << 20): return None
         body = pa.decompress(packed, said["size"], "zstd")
-        with pa.ipc.open_stream(body) as stream: batch = stream.read_next_batch()
-        return _as_block(batch, files, first, last), sorted(odd)
-    except (OSError, pa.ArrowException, *_BROKEN): return None
+        lines = body[:said["lines"]].to_pybytes().split(b"\n") if said["odd"] else []
+        odd = [parse_entry(n, json.loads(line), self.table.id)
+               for n, line in zip(said["odd"], lines, strict=True)]
+        with pa.ipc.open_stream(body[said["lines"]:]) as stream: batch = stream.read_next_batch()
+        return _as_block(batch, tuple(map(_as_file, said["files"])), first, last), odd
+    except (OSError, CorruptData, pa.ArrowException, *_BROKEN): return None
 
 # %% ../../../nbs/storage/pool/delta.ipynb #5b00c592
 @patch
@@ -964,14 +966,16 @@ def runs(self: LakeHistory,
         number = stop + 1
 
 @patch
-def _runs_of(self: LakeHistory, block: Block, odd: Sequence[int], number: int, last: int) -> Iterator[Entry | Commit]:
-    "The runs between the entries that do more than put, and these"
-    for stop in [*(n for n in odd if n >= number), last + 1]:
+def _runs_of(self: LakeHistory, block: Block, odd: Sequence[Entry], number: int,
+             last: int) -> Iterator[Entry | Commit]:
+    "From a number on, the runs between the entries that do more than put, and these"
+    for entry in [*odd, None]:
+        stop = entry.commit.number if entry else last + 1
         if number < stop:
             begin, end = np.searchsorted(block.columns["version"], (number, stop))
             yield Commit(stop - 1, "a run", block.some(slice(begin, end)))
-        if stop <= last: yield from self.entries(stop - 1, stop)
-        number = stop + 1
+        if entry and number <= stop: yield self._in_order(entry)
+        number = max(number, stop + 1)
 
 @patch
 def _write_columns(self: LakeHistory, upto: int) -> None:
@@ -980,14 +984,17 @@ def _write_columns(self: LakeHistory, upto: int) -> None:
     done, self._loose = 0, 0
     for first, last in self._stretches():
         if first <= done + 1: done = max(done, last)
-    while done < upto:
-        some, parts = [], 0
-        for entry in self.entries(done, upto):
-            some.append(entry)
-            parts += len(entry.commit.put)
-            if parts > 10 * _LOOSE: break
-        done = some[-1].commit.number
-        if any(map(_is_plain, some)): self.write(_columns_name(some[0].commit.number, done), self._pack_columns(some))
+    some: list[Entry] = []
+    odd: list[list[dict]] = []
+    for begin in range(done + 1, upto + 1, _INTERVAL):
+        numbers = range(begin, min(begin + _INTERVAL, upto + 1))
+        for number, actions in zip(numbers, self.each(self.actions, numbers)):
+            some.append(parse_entry(number, actions, self.table.id))
+            if not _is_plain(some[-1]): odd.append(actions)
+        if number < upto and sum(len(entry.commit.put) for entry in some) < 10 * _LOOSE: continue
+        name = _columns_name(some[0].commit.number, number)
+        if len(odd) < len(some): self.write(name, self._pack_columns(some, odd))
+        some, odd = [], []
 
 # %% ../../../nbs/storage/pool/delta.ipynb #7fb60891
 @patch
