@@ -79,7 +79,7 @@ def write_files(
             lake.write(file.path, content)
             row = 0
             for part, _ in bulk:
-                placed.append(replace(part, where=(file, row)))
+                placed.append(part.at((file, row)))
                 row += part.length
     except BaseException:
         with suppress(OSError): lake.remove(paths)

@@ -984,17 +984,19 @@ def _write_columns(self: LakeHistory, upto: int) -> None:
     done, self._loose = 0, 0
     for first, last in self._stretches():
         if first <= done + 1: done = max(done, last)
-    some: list[Entry] = []
+    entries: list[Entry] = []
     odd: list[list[dict]] = []
+    parts = 0
     for begin in range(done + 1, upto + 1, _INTERVAL):
         numbers = range(begin, min(begin + _INTERVAL, upto + 1))
         for number, actions in zip(numbers, self.each(self.actions, numbers)):
-            some.append(parse_entry(number, actions, self.table.id))
-            if not _is_plain(some[-1]): odd.append(actions)
-        if number < upto and sum(len(entry.commit.put) for entry in some) < 10 * _LOOSE: continue
-        name = _columns_name(some[0].commit.number, number)
-        if len(odd) < len(some): self.write(name, self._pack_columns(some, odd))
-        some, odd = [], []
+            entries.append(parse_entry(number, actions, self.table.id))
+            parts += len(entries[-1].commit.put)
+            if not _is_plain(entries[-1]): odd.append(actions)
+            if number < upto and parts < 10 * _LOOSE: continue
+            name = _columns_name(entries[0].commit.number, number)
+            if len(odd) < len(entries): self.write(name, self._pack_columns(entries, odd))
+            entries, odd, parts = [], [], 0
 
 # %% ../../../nbs/storage/pool/delta.ipynb #7fb60891
 @patch

@@ -82,7 +82,7 @@ class LogInMemory(Pool):
         return [self._log[n] for n in numbers if n in self._log and after < n <= upto]
 
     def _write(self, token: str, parts: Sequence[tuple[Part, Episode]], schema: Schema) -> list[Part]:
-        return [replace(part, where=Kept(episode)) for part, episode in parts]
+        return [part.at(Kept(episode)) for part, episode in parts]
 
     def _put(self, commit: Commit) -> bool:
         with self._lock:
@@ -651,7 +651,7 @@ def _take_in(self: MemoryPool) -> None:
             raise PoolUnavailable(f"{self.url!r} cannot be read now: {e or room}") from e
         raise CorruptData(f"{self.url!r} is no pool that MemoryPool saved, or is damaged: {e}") from e
     def kept(parts: "Sequence[Part]") -> "tuple[Part, ...]":
-        return tuple(replace(part, where=Kept(steps[part.where])) for part in parts)
+        return tuple(part.at(Kept(steps[part.where])) for part in parts)
     self._log = {n: c._replace(put=kept(c.put)) for n, c in commits.items()}
     self._index.schema = schema
     tokens = {target: (log["token"],)}
