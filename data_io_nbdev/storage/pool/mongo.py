@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
+from functools import partial
 from typing import Any, ClassVar, NamedTuple, Optional
 from urllib.parse import quote_plus, unquote_plus
 from fastcore.basics import chunked, patch
@@ -653,20 +654,20 @@ class _LogReader:
                               f"it lacks 'data_io_nbdev', and has {sorted(first)}")
         return first is not None
 
-    def head(self) -> int:
-        """The newest commit's number
+    def look(self, number: int) -> Optional[dict]:
+        "The document of one commit, as the server has it"
+        return self.link.of("log").find_one({"_id": number})
+
+    def at(self, number: int) -> dict:
+        """The document of one commit; raises `CorruptData`
 
         Raises
         ------
         CorruptData
             Stored bytes that are damaged, cut short, or of a format this version does not know
         """
-        last = self.link.of("log").find_one({"_id": {"$gt": self.seen, "$lt": _MOST}}, sort=[("_id", -1)])
-        if last and not isinstance(last["_id"], int):
-            odd = f"the log has a document {last['_id']!r}, which is no number"
-            raise CorruptData(f"{self.link.shown!r}: {odd}")
-        if last: self.learn(last)
-        return self.seen
+        if (found := self.look(number)) is not None: return _known(found)
+        raise CorruptData(f"{self.link.shown!r}: the log lacks commit {number}")
 
     def learn(self, logged: dict) -> None:
         "Take note of a commit, as far as it is sound; a damaged one is reported when more of it is needed"
@@ -675,16 +676,48 @@ class _LogReader:
         self.counted = logged["_id"], logged["episodes"]
         self.units = max(self.units, (logged["_id"], logged.get("units", 0)))
 
-    def at(self, number: int) -> dict:
-        """The document of one commit
+# %% ../../../nbs/storage/pool/mongo.ipynb #dd5075b0
+_FEW = 8  # Up to so many values are asked for one by one, by equality
 
-        Raises
-        ------
-        CorruptData
-            Stored bytes that are damaged, cut short, or of a format this version does not know
-        """
-        if (found := self.link.of("log").find_one({"_id": number})) is not None: return _known(found)
-        raise CorruptData(f"{self.link.shown!r}: the log lacks commit {number}")
+@patch
+def greatest(self: _LogReader, after: int) -> Optional[dict]:
+    "The document with the greatest number behind one, for which some servers scan"
+    return self.link.of("log").find_one({"_id": {"$gt": after, "$lt": _MOST}}, sort=[("_id", -1)])
+
+@patch
+def ahead(self: _LogReader, after: int) -> Optional[dict]:
+    "The same, by equality where few are new"
+    found, number = None, after
+    while further := self.look(number + 2) or self.look(number + 1):
+        found, number = further, further["_id"]
+        if number - after >= _FEW: return self.greatest(after)
+    return found
+
+@patch
+def newest(self: _LogReader, after: int) -> Optional[dict]:
+    """The document of the newest commit behind a number
+
+    Raises
+    ------
+    CorruptData
+        Stored bytes that are damaged, cut short, or of a format this version does not know
+    """
+    last = self.ahead(after) if after else self.greatest(after)
+    if last is None or isinstance(last["_id"], int): return last
+    odd = f"the log has a document {last['_id']!r}, which is no number"
+    raise CorruptData(f"{self.link.shown!r}: {odd}")
+
+@patch
+def head(self: _LogReader) -> int:
+    """The newest commit's number
+
+    Raises
+    ------
+    CorruptData
+        Stored bytes that are damaged, cut short, or of a format this version does not know
+    """
+    if last := self.newest(self.seen): self.learn(last)
+    return self.seen
 
 # %% ../../../nbs/storage/pool/mongo.ipynb #0d5a1025
 class _LogScan(_LogReader):
@@ -698,7 +731,10 @@ class _LogScan(_LogReader):
             Stored bytes that are damaged, cut short, or of a format this version does not know
         """
         span = {"$gt": after, "$lt": _MOST if upto is None else upto + 1}
-        logged = list(map(_known, self.link.of("log").find({"_id": span}, sort=[("_id", 1)])))
+        if upto is not None and upto - after <= _FEW:
+            found = filter(None, map(self.look, range(after + 1, upto + 1)))
+        else: found = self.link.of("log").find({"_id": span}, sort=[("_id", 1)])
+        logged = list(map(_known, found))
         last = upto or (logged[-1]["_id"] if logged else after)
         if last != after + len(logged) or (logged and logged[-1]["_id"] != last):
             raise CorruptData(f"{self.link.shown!r}: the log has a gap between commits {after} and {last}")
@@ -754,9 +790,11 @@ class _LogFacts(_LogScan):
         if not version: return None
         if known := self.known_schema(version): return known
         if (units := self.units_at(version)) not in self.schemas:
-            wanted = {"schema": {"$exists": True}, "_id": units or {"$gt": 0, "$lt": _MOST}}
-            logged = self.link.of("log").find_one(wanted, sort=[("_id", 1)])
-            if logged is not None: self.schemas[units] = _schema_of(_known(logged))
+            logged = self.look(units or 1)
+            if not units and "schema" not in (logged or ()):
+                wanted = {"schema": {"$exists": True}, "_id": {"$gt": 0, "$lt": _MOST}}
+                logged = self.link.of("log").find_one(wanted, sort=[("_id", 1)])
+            if logged and "schema" in logged: self.schemas[units] = _schema_of(_known(logged))
             elif units or self.count(version):
                 lost = "no commit of the log has the schema, and there are episodes"
                 raise CorruptData(f"{self.link.shown!r}: {lost}")
@@ -823,8 +861,19 @@ class _Log(_LogDraft):
         """
         until = time.monotonic() + (self.link.timeout if wait else 0)
         while True:
-            if (found := self.since(number - 1)) or time.monotonic() > until: return found
+            if (found := self.news(number - 1)) or time.monotonic() > until: return found
             time.sleep(0.01)
+
+    def news(self, after: int) -> list[dict]:
+        """The commits behind a number, up to the newest
+
+        Raises
+        ------
+        CorruptData
+            Stored bytes that are damaged, cut short, or of a format this version does not know
+        """
+        last = self.newest(after)
+        return self.since(after, last["_id"]) if last else []
 
     def behind(self, version: int) -> Sequence[dict]:
         """The commits behind a version
@@ -836,7 +885,7 @@ class _Log(_LogDraft):
         """
         known, found = self.late
         self.late = -1, ()
-        if known != version or not found: found = self.since(version)
+        if known != version or not found: found = self.news(version)
         if found: self.learn(found[-1])
         return found
 
@@ -880,6 +929,11 @@ def _between(low: Optional[int], high: Optional[int]) -> dict: # `high` excluded
     return {k: min(max(v, -2**63), 2**63 - 1) for k, v in (("$gte", low), ("$lt", high)) if v is not None}
 
 # %% ../../../nbs/storage/pool/mongo.ipynb #0d5a1035
+def _asked(values: Iterable[str]) -> list:
+    "What a field must be to have one of these values, for each question"
+    values = sorted(filter(_storable, values))
+    return values if len(values) <= _FEW else [{"$in": some} for some in chunked(values, _MANY)]
+
 def _with_any(
     docs: Any, # A `pymongo` collection
     field: str, # That has one of the values
@@ -908,8 +962,8 @@ def _with_any(
         And perhaps others
     """
     few = len(values) <= _MANY or 10 * len(values) < total()
-    for some in chunked(sorted(filter(_storable, values)), _MANY) if few else ((),):
-        yield from docs.find({**wanted, **({field: {"$in": some}} if few else {})})
+    for one in [{field: value} for value in _asked(values)] if few else [{}]:
+        yield from docs.find({**wanted, **one})
 
 def _id(entry: dict) -> str:
     "The episode of an entry; empty for a document of another program"
@@ -1110,8 +1164,9 @@ class _Entries(_EntryReader):
             Stored bytes that are damaged, cut short, or of a format this version does not know
         """
         logged = self.log.since(after, upto)
-        tokens = [token for d in logged for token in d["tokens"]]
-        named = _by_commit(logged, filter(_id, self.link.of("entries").find({"token": {"$in": tokens}})))
+        tokens = {token for d in logged for token in d["tokens"]}
+        found = (entry for some in _asked(tokens) for entry in self.link.of("entries").find({"token": some}))
+        named = _by_commit(logged, filter(_id, found))
         schema = self.log.schema(upto) if named else None
         levels = schema.levels if schema else ()
         return [_whole(d, named.get(d["_id"], ()), levels) for d in logged]
@@ -1121,8 +1176,8 @@ class _Entries(_EntryReader):
         if not (logged := self.log.behind(after)): return after, set()
         ids = {id for d in logged for id in d.get("ids", ())}
         many = {token: d["_id"] for d in logged if "ids" not in d and d["count"] for token in d["tokens"]}
-        for some in chunked(many, _MANY):
-            ids.update(filter(None, map(_id, self.link.of("entries").find({"token": {"$in": some}}, _NAMES))))
+        for some in _asked(many):
+            ids.update(filter(None, map(_id, self.link.of("entries").find({"token": some}, _NAMES))))
         return logged[-1]["_id"], ids
 
 # %% ../../../nbs/storage/pool/mongo.ipynb #cc0937f4
@@ -1201,8 +1256,9 @@ class _Chunks:
         most = {key: most_bytes(part, columns) for key, part in wanted.items()}
         pieces = {key: min(part.where.pieces, most[key] // _PIECE + 2) for key, part in wanted.items()}
         names = {key: [f"{key}/{k}" for k in range(n)] for key, n in pieces.items()}
-        asked = {"_id": {"$in": [name for some in names.values() for name in some]}}
-        found = {d["_id"]: d for d in self.link.of("chunks").find(asked, batch_size=_BATCH)}
+        asked = _asked(name for some in names.values() for name in some)
+        find = partial(self.link.of("chunks").find, batch_size=_BATCH)
+        found = {d["_id"]: d for some in asked for d in find({"_id": some})}
         return {key: _chunk([found.get(name) for name in some], wanted[key].where.pieces, most[key], columns)
                 for key, some in names.items()}
 
@@ -1224,11 +1280,10 @@ class _Store:
 
     def make_indexes(self, schema: Schema) -> None:
         "Have the server index what is asked for; where it has these indexes, nothing happens"
-        entries = self.link.of("entries")
-        for name in ("token", "id", "start", "begin", "end", "seq_len", *map(level_field, schema.levels)):
-            entries.create_index(name)
-        self.link.of("chunks").create_index("token")
-        self.link.of("log").create_index("tokens")
+        fields = ("token", "id", "start", "begin", "end", "seq_len", *map(level_field, schema.levels))
+        for what, names in {"entries": fields, "chunks": ["token"], "log": ["tokens"]}.items():
+            # One by one: FerretDB hangs up where it has some of several
+            for name in names: self.link.of(what).create_index(name)
         self.indexed = True
 
     def put(self, commit: Commit, grace: pd.Timedelta) -> bool:
