@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Optional
 
 import pyarrow.parquet as pq
 
-from data_io_nbdev import DaskBuffer, DaskPool, MemoryBuffer
+from data_io_nbdev import DaskBuffer, DaskPool, Episode, MemoryBuffer
 from data_io_nbdev.storage.pool.parquet import columns_of
 from run import episode, medians
 
@@ -47,11 +47,18 @@ t = time.perf_counter(); n = len(pool.catalogue()); print(opened, time.perf_coun
 """
 
 
-def stored(folder: Path, state: int, action: int, episodes: int) -> DaskPool:
+def stored(folder: Path, state: int, action: int, episodes: int, make: Callable = episode) -> DaskPool:
     "A lake of episodes of 1,000 steps, a file each"
     pool = DaskPool(folder)
-    for i in range(episodes): pool.store(episode(i, state, action))
+    for i in range(episodes): pool.store(make(i, state, action))
     return pool
+
+
+def signals(i: int, state: int, action: int) -> Episode:
+    "The same steps with a field for each number"
+    e, named = episode(i, state, action), lambda block: {f"signal {k}": column for k, column in enumerate(block.T)}
+    return Episode.from_arrays(state=named(e.state), nstate=named(e.nstate), action=named(e.action), reward=e.reward,
+                               timestamp=e.timestamp, who=e.who)
 
 
 def loading(pool: DaskPool, rounds: int) -> dict[str, float]:
@@ -67,6 +74,16 @@ def loading(pool: DaskPool, rounds: int) -> dict[str, float]:
         DaskBuffer(pool=pool, batch_size=64, resident="memory", progress=False).load()
         pool.load()
     return medians({"pyarrow, the same columns": bare, "load": load}, rounds, 1)
+
+
+def selecting(pool: DaskPool, rounds: int) -> dict[str, float]:
+    "Microseconds of loading all fields, and a twentieth of them"
+    some = {role: [f.name for f in pool.schema.of(role)[::20]] for role in ("state", "action")}
+
+    def load(select):
+        DaskBuffer(pool=pool, batch_size=64, resident="memory", select=select, progress=False).load()
+        pool.load()
+    return medians({"all fields": lambda: load(None), "a twentieth": lambda: load(some)}, rounds, 1)
 
 
 def drawing(pool: DaskPool, folder: Path, batch: int, rounds: int) -> dict[str, float]:
@@ -145,6 +162,8 @@ def show_all(show, rounds: int) -> None:
         wide = stored(folder / "wide", 600, 68, 100)
         t = loading(wide, max(3, rounds // 3))
         show("Loading 100,000 steps, state 600, action 68", t, [("load / pyarrow", t["load"] / t["pyarrow, the same columns"], 2.0)])
+        t = selecting(stored(folder / "signals", 600, 68, 100, signals), 3)
+        show("Loading 100,000 steps, 600 fields of state, 68 of action", t, [("a twentieth / all fields", t["a twentieth"] / t["all fields"], 0.25)])
         t = drawing(wide, folder / "cache", 64, rounds)
         show("Drawing 64 rows of them", t, [("memory / MemoryBuffer", t["DaskBuffer, memory"] / t["MemoryBuffer"], 1.1),
                                             ("mapped, in the page cache / MemoryBuffer", t["DaskBuffer, mapped"] / t["MemoryBuffer"], 2.0)])

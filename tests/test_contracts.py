@@ -70,6 +70,19 @@ class TestAPoolOfItsOwn:
         with pytest.raises((SnapshotNotFound, EpisodeNotFound)): buffer.pool.snapshot(1)[drive(6, hour=0).id]
         assert buffer.pool.verify() == []
 
+    def test_selected(self, states):
+        "With a selection the pool keeps whole steps, and forgets them with their rows; another selection changes the rows alone"
+        buffer = MemoryBuffer(batch_size=50, capacity=10, seed=1, states=states, select={"state": ["slope"]})
+        for h in range(5): buffer.store(drive(4, hour=h))
+        right = facts_of(drive(4, hour=h) for h in (2, 3, 4))
+        for select, width in ((None, 3), ({"state": ["slope"]}, 1), ({"state": ["slope", "velocity"]}, 3)):
+            assert facts_of(buffer.pool) == right and len(buffer) == 10
+            told = {**buffer.state_dict(), "select": select, "format": 2 if select else 1}
+            buffer.load_state_dict(through_json(told))
+            assert buffer.sample().state.shape == (50, width)
+        buffer.store(drive(4, hour=5))
+        assert facts_of(buffer.pool) == facts_of(drive(4, hour=h) for h in (3, 4, 5)) and buffer.pool.verify() == []
+
     def test_save(self, tmp_path, states):
         "It is saved to a file and goes on from there; saving again is no conflict with itself"
         buffer = MemoryBuffer(batch_size=8, states=states)

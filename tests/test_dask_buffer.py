@@ -6,13 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from data_io_nbdev import DaskPool, Episodes, MemoryBuffer, MemoryPool, PoolQuery
+from data_io_nbdev import DaskPool, Episode, Episodes, MemoryBuffer, MemoryPool, PoolQuery
 from data_io_nbdev.errors import CorruptData, PoolUnavailable, QueryError
 from data_io_nbdev.storage.buffer.dask import DaskBuffer
 from data_io_nbdev.storage.pool.delta import LocalLake
-from data_io_nbdev.testing import (BatchesOfBuffers, BufferContract, LakeHarness, Refreshing, RowsOfQueries, SameDraws, at_once, draws,
+from data_io_nbdev.testing import (BatchesOfBuffers, BufferContract, LakeHarness, Refreshing, RowsOfQueries, RowsOfSelections, SameDraws, at_once, draws,
                                    drive, python, rows, steps_of, through_json, trace)
 
 distributed = pytest.importorskip("distributed")
@@ -56,7 +59,7 @@ class TestMapped(BufferContract):
         return MappedHarness(tmp_path / "place")
 
 
-class TestReadByWorkers(BatchesOfBuffers, RowsOfQueries, Refreshing, SameDraws):
+class TestReadByWorkers(BatchesOfBuffers, RowsOfQueries, RowsOfSelections, Refreshing, SameDraws):
     @pytest.fixture
     def harness(self, tmp_path, client): return LakeHarness(tmp_path)
 
@@ -90,6 +93,99 @@ def opened(monkeypatch):
     paths, really = [], LocalLake.open
     monkeypatch.setattr(LocalLake, "open", lambda lake, file, *whole: paths.append(file.path) or really(lake, file, *whole))
     return paths
+
+
+FEW = {"state": ["s7", "s3"], "action": ["a1"]}
+
+
+def wide(hour: int, fields: int = 60, steps: int = 500) -> Episode:
+    "A drive with many signals"
+    rng, t = np.random.default_rng(hour), pd.date_range(f"2026-01-01 {hour:02}:00", periods=steps, freq="10ms", tz="UTC")
+    state, action = rng.normal(size=(steps + 1, fields)).astype("float32"), rng.normal(size=(steps, 4)).astype("float32")
+    named = lambda block, letter: {f"{letter}{i}": column for i, column in enumerate(block.T)}
+    return Episode.from_arrays(state=named(state[:-1], "s"), nstate=named(state[1:], "s"), action=named(action, "a"), reward=action[:, 0], timestamp=t)
+
+
+@pytest.fixture
+def wide_pool(tmp_path):
+    "Three drives in one file, and one in another"
+    pool = DaskPool(tmp_path / "wide")
+    pool.extend(map(wide, range(3))); pool.store(wide(3))
+    return pool
+
+
+@pytest.fixture
+def fetched(monkeypatch):
+    "How many bytes were read from each file of a lake, in the order in which they were opened"
+    counts, really = [], LocalLake.source
+    class Counting(pa.OSFile):
+        def read_buffer(self, *n):
+            found = super().read_buffer(*n)
+            counts[self.i][1] += len(found)
+            return found
+    def source(lake, path):
+        file = Counting(str(lake.root / path))
+        file.i = len(counts)
+        counts.append([path, 0])
+        return file
+    monkeypatch.setattr(LocalLake, "source", source)
+    return counts
+
+
+class TestSomeFields:
+    def test_fewer_bytes(self, wide_pool, fetched):
+        "A lake reads the columns of the selected fields, the footers, and nothing else"
+        read = {}
+        for name, select in (("all", None), ("few", FEW)):
+            fetched.clear()
+            buffer = make(wide_pool, select=select, resident="memory")
+            buffer.load()
+            read[name] = sum(n for _, n in fetched)
+            assert len({path for path, _ in fetched}) == 2
+        footers = sum(file.footer for file in {p.where[0].path: p.where[0] for p in wide_pool._index.every_part()}.values())
+        assert read["few"] - footers < (read["all"] - footers) / 8
+        fetched.clear()
+        assert [e.schema for e in wide_pool.find(select=FEW)] == [wide_pool.schema.select(FEW)] * 4
+        assert sum(n for _, n in fetched) == read["few"]
+
+    def test_entries_of_the_cache(self, wide_pool, cache, opened):
+        "Each selection has an entry of its own, and one that says the same in other words shares it"
+        selections = [None, FEW, {"state": ["s3", "s7"], "action": ["a1"]}, {"state": ["s7", "s3"]}]
+        whole = draws(make(wide_pool, resident="memory"))
+        for again in (False, True):
+            for select in [*selections, {"action": ("a1",), "state": np.array(["s7", "s3"]), "nstate": ["s7", "s3"]}]:
+                opened.clear()
+                buffer = make(wide_pool, select=select, resident="mapped", cache=cache)
+                drawn = draws(buffer)
+                assert drawn == draws(make(wide_pool, select=select, resident="memory")), "another entry"
+                assert [d["index"] for d in drawn] == [d["index"] for d in whole]
+            assert len([f for f in cache.iterdir() if not f.name.startswith(".")]) == len(selections)
+        opened.clear()
+        make(wide_pool, select=FEW, resident="mapped", cache=cache).load()
+        assert opened == [], "read again, although it is in the cache"
+
+    def test_compacted_meanwhile(self, wide_pool):
+        "An iterator goes on where its files were merged and removed"
+        other, found = DaskPool(wide_pool.url), wide_pool.find(select=FEW)
+        assert other.compact() == 2 and other.vacuum("0s", dry_run=False)
+        assert [(e.id, e.digest) for e in found] == [(e.id, e.digest) for e in map(lambda h: wide(h).select(FEW), range(4))]
+
+    @pytest.mark.parametrize("field", ["s7", "s8"])
+    def test_damage(self, wide_pool, field):
+        "Damage is found where it is read, and costs no other field"
+        part = wide_pool._parts(wide(3).id, wide_pool.version)[0]
+        path = Path(wide_pool.url) / part.where[0].path
+        group = pq.ParquetFile(path).metadata.row_group(0)
+        chunk = next(c for c in map(group.column, range(group.num_columns)) if c.path_in_schema == f"state_{field}")
+        data = bytearray(path.read_bytes())
+        data[chunk.data_page_offset + chunk.total_compressed_size // 2] ^= 1
+        path.write_bytes(data)
+        with pytest.raises(CorruptData, match=path.name): wide_pool[wide(3).id]
+        load = lambda: make(wide_pool, select=FEW, resident="memory").load()
+        if field in FEW["state"]:
+            with pytest.raises(CorruptData, match=path.name): load()
+        else: load()
+        assert any(path.name in line for line in wide_pool.verify())
 
 
 class TestReading:

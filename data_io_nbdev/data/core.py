@@ -18,8 +18,8 @@ from fastcore.basics import patch
 
 # %% auto #0
 __all__ = ['FIRST', 'LAST', 'StepsT', 'RESET', 'ItemT', 'from_us', 'utc_us', 'one_us', 'episode_id', 'same_steps', 'state_digest',
-           'Steps', 'StepsFacts', 'EpisodeIdentity', 'EpisodeFrame', 'Episode', 'concat', 'Record', 'records',
-           'as_episode', 'QueryParts', 'PoolQuery', 'steps_in']
+           'Steps', 'StepsFacts', 'EpisodeIdentity', 'EpisodeFrame', 'Episode', 'narrowed', 'concat', 'Record',
+           'records', 'as_episode', 'QueryParts', 'PoolQuery', 'steps_in']
 
 # %% ../../nbs/data/core.ipynb #3570aca1
 from ..errors import DataIOError, QueryError, SchemaError, at_the_door, tell
@@ -1275,6 +1275,54 @@ def _conform(self: Episode,
     if ours != theirs:
         blocks = {r: b if r in FLAGS else schema.join(r, self.fields(r)) for r, b in blocks.items()}
     return replace(self, schema=schema, blocks=blocks, who=who)
+
+# %% ../../nbs/data/core.ipynb #2b786fb7
+def narrowed(
+    episodes: Iterable[Episode], # Of one layout
+    schema: Schema, # With some of their fields
+) -> Iterator[Episode]: # As many, with these fields only
+    """Episodes under a schema that has some of their fields
+
+    Parameters
+    ----------
+    episodes : Iterable[Episode]
+        Of one layout
+    schema : Schema
+        With some of their fields
+
+    Yields
+    ------
+    Iterator[Episode]
+        As many, with these fields only
+    """
+    ways: dict[str, Any] = {}
+    for e in episodes:
+        ways = ways or {role: e.schema._narrowing(schema, role) for role in e.blocks}
+        yield replace(e, schema=schema, blocks={role: ways[role](b) for role, b in e.blocks.items()})
+
+@patch
+def select(self: Episode,
+    select: Optional[Mapping[str, Sequence[str]]], # `{"state": ["speed"]}`; roles that it leaves out stay whole
+) -> Episode: # The same steps with these fields only
+    """Some of the fields; raises `QueryError` for a field that is not there
+
+    Parameters
+    ----------
+    select : Optional[Mapping[str, Sequence[str]]]
+        `{"state": ["speed"]}`; roles that it leaves out stay whole
+
+    Returns
+    -------
+    Episode
+        The same steps with these fields only
+
+    Raises
+    ------
+    QueryError
+        For a field that is not there
+    """
+    with at_the_door: schema = self.schema.select(select)
+    return self if schema is self.schema else next(narrowed([self], schema))
 
 # %% ../../nbs/data/core.ipynb #29bd9d67
 def concat(

@@ -8,7 +8,7 @@ import json
 import math
 import operator
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from functools import cached_property
@@ -21,10 +21,10 @@ from fastcore.basics import patch
 # %% auto #0
 __all__ = ['ROLES', 'FLAGS', 'KINDS', 'RESERVED', 'Units', 'lazy', 'offered', 'cut', 'brief', 'is_text', 'plain_text', 'whole',
            'is_whole', 'listed', 'dtype_name', 'Field', 'identity_value', 'who_value', 'kind_of', 'short_name',
-           'SchemaFields', 'may_cast', 'cast', 'SchemaBlocks', 'columns_of', 'is_time', 'Schema']
+           'SchemaFields', 'may_cast', 'cast', 'SchemaBlocks', 'columns_of', 'is_time', 'Schema', 'selection']
 
 # %% ../../nbs/data/schema.ipynb #03cefeaf
-from ..errors import SchemaError, at_the_door, require
+from ..errors import QueryError, SchemaError, at_the_door, require
 
 # %% ../../nbs/data/schema.ipynb #25759bd0
 _T = TypeVar("T")
@@ -1108,6 +1108,102 @@ def _with_units(self: Schema,
                 raise SchemaError(f"{f} was stored so, and cannot be made {unit}; convert the values")
             new[f.role, f.name] = unit
     return replace(self, fields=[replace(f, unit=new.get((f.role, f.name), f.unit)) for f in self.fields])
+
+# %% ../../nbs/data/schema.ipynb #931782f6
+_SELECTED = ("state", "action", "info")  # roles of which some fields will do
+
+def selection(
+    select: Any, # `{"state": ["speed", "soc"], "action": ["torque"]}`; `None`: every field
+) -> Optional[dict[str, tuple[str, ...]]]: # In plain values; `None` where every field is wanted
+    """Names of fields by role, in one form; raises `QueryError` for what names none, or one twice
+
+    Parameters
+    ----------
+    select : Any
+        `{"state": ["speed", "soc"], "action": ["torque"]}`; `None`: every field
+
+    Returns
+    -------
+    Optional[dict[str, tuple[str, ...]]]
+        In plain values; `None` where every field is wanted
+
+    Raises
+    ------
+    QueryError
+        For what names none, or one twice
+    """
+    if select is None: return None
+    if not isinstance(select, Mapping):
+        raise QueryError(f"select: expected fields by role, {{'state': ['speed']}}, got {brief(select)}")
+    chosen = {role: _selected_names(role, names) for role, names in select.items()}
+    if "nstate" in chosen and chosen.pop("nstate") != chosen.get("state"):
+        raise QueryError("select: nstate has the fields of state, in their order; name them under state")
+    return {role: chosen[role] for role in _SELECTED if role in chosen} or None
+
+def _selected_names(role: Any, names: Any) -> tuple[str, ...]:
+    if not isinstance(role, str) or role not in (*_SELECTED, "nstate"):
+        raise QueryError(f"select: there are the roles {', '.join(_SELECTED)}, got {brief(role)}; "
+                         "the reward and the flags stay whole")
+    given = (names,) if isinstance(names, str) else listed(names)
+    if not given or isinstance(names, (set, frozenset)) or not all(map(is_text, given)):
+        raise QueryError(f"select: expected a list of field names of {role}, got {brief(names)}; "
+                         "to have all of them leave the role out")
+    if twice := [name for name, n in Counter(given).items() if n > 1]:
+        raise QueryError(f"select: {role} {brief(twice[0])} is named twice")
+    return tuple(map(plain_text, given))
+
+# %% ../../nbs/data/schema.ipynb #14f873e2
+@patch
+def select(self: Schema,
+    select: Optional[Mapping[str, Sequence[str]]], # `{"state": ["speed"]}`; roles that it leaves out stay whole
+) -> Schema: # With these fields, in this order; itself where that is every field
+    """Some of the fields; raises `QueryError` for a field that is not there
+
+    Parameters
+    ----------
+    select : Optional[Mapping[str, Sequence[str]]]
+        `{"state": ["speed"]}`; roles that it leaves out stay whole
+
+    Returns
+    -------
+    Schema
+        With these fields, in this order; itself where that is every field
+
+    Raises
+    ------
+    QueryError
+        For a field that is not there
+    """
+    with at_the_door:
+        wanted, fields = selection(select) or {}, []
+        for role in ROLES:
+            there = {f.name: f for f in self.of(role)}
+            for name in wanted.get(role, there):
+                if name not in there:
+                    raise QueryError(f"select: no field {brief(name)} of {role}; {self._known(role)}")
+                fields.append(there[name])
+        return self if tuple(fields) == self.fields else replace(self, fields=fields)
+
+@patch
+def _known(self: Schema, role: str, most: int = 20) -> str:
+    "The fields of a role, for a message"
+    from data_io_nbdev.data.show import shortened
+    names = shortened([short_name(f.name) for f in self.of(role)], most)
+    return f"there are {', '.join(names)}" if names else f"there is no {role}"
+
+# %% ../../nbs/data/schema.ipynb #df0b6fed
+@patch
+def _narrowing(self: Schema, some: Schema, role: str) -> Callable[[np.ndarray], np.ndarray]:
+    "What makes a block of a role, `(steps, *block)`, one with the fields of `some`"
+    names = [f.name for f in some.of(role)]
+    if names == [f.name for f in self.of(role)]: return lambda block: block
+    def join(block: "np.ndarray") -> "np.ndarray":
+        parts = self.split(role, block)
+        return some.join(role, {name: parts[name] for name in names})
+    if self.block(role).names: return join
+    places = self.split(role, np.arange(*self.block(role).shape))
+    elements = np.concatenate([places[name].ravel() for name in names])
+    return lambda block: block.take(elements, axis=-1)
 
 # %% ../../nbs/data/schema.ipynb #898d95aa
 @patch

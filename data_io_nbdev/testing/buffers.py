@@ -19,10 +19,11 @@ import numpy as np
 import pandas as pd  # type: ignore
 
 # %% auto #0
-__all__ = ['filled', 'BatchesOfBuffers', 'TracedBatches', 'RowsOfBuffers', 'Refreshing', 'RowsOfQueries', 'Rings', 'chi_square',
-           'Chance', 'SameDraws', 'through_json', 'Resume', 'ResumeElsewhere', 'PaddedEpisodes', 'WholeEpisodes',
-           'BufferRefusals', 'ClosedBuffers', 'closings', 'Lifecycle', 'ClosedOnce', 'Finalizers', 'OwnBuffers',
-           'BufferInterface', 'BufferBystanders', 'BufferMachine', 'RingMachine', 'BufferStories', 'BufferContract']
+__all__ = ['filled', 'BatchesOfBuffers', 'TracedBatches', 'RowsOfBuffers', 'Refreshing', 'RowsOfQueries', 'selected_from',
+           'RowsOfSelections', 'StatesOfSelections', 'Rings', 'chi_square', 'Chance', 'SameDraws', 'through_json',
+           'Resume', 'ResumeElsewhere', 'PaddedEpisodes', 'WholeEpisodes', 'BufferRefusals', 'ClosedBuffers',
+           'closings', 'Lifecycle', 'ClosedOnce', 'Finalizers', 'OwnBuffers', 'BufferInterface', 'BufferBystanders',
+           'BufferMachine', 'RingMachine', 'BufferStories', 'BufferContract']
 
 # %% ../../nbs/testing/buffers.ipynb #673c8a6d
 from ..errors import (ClosedError, DataIOError, EpisodeConflict, NotEnoughData, QueryError,
@@ -34,6 +35,7 @@ from ..storage.pool.memory import MemoryPool
 from ..storage.buffer.buffer import Batch, Buffer
 from ..storage.buffer.sampler import Episodes, Uniform
 from ..storage.buffer.memory import MemoryBuffer
+from .pools import selects
 from .harness import (BAD_FRAMES, HOURS, PARTS, Harness, at_once, batch_facts, bits,
                                            by_start, draws, drive, examples, facts_of, histories, python,
                                            rows, steps_of, trace, unchanged)
@@ -242,6 +244,108 @@ class RowsOfQueries:
             A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
         """
         with pytest.raises(QueryError): filled(harness, drive(), query=PoolQuery(truck="A")).sample()
+
+# %% ../../nbs/testing/buffers.ipynb #72dc7fbc
+def selected_from(
+    batch: Batch, # Of a buffer with a selection
+    whole: Batch, # Of one without, at the same moment
+    select: dict, # Fields by role
+) -> bool:
+    """Whether a batch holds the same steps as another, with the selected fields
+
+    Parameters
+    ----------
+    batch : Batch
+        Of a buffer with a selection
+    whole : Batch
+        Of one without, at the same moment
+    select : dict
+        Fields by role
+
+    Returns
+    -------
+    bool
+    """
+    traced = ("episode", "step", "timestamp", "index", "mask", *FLAGS)
+    asked = {**select, "nstate": select["state"]} if "state" in select else select
+    for role in (role for role in whole.schema.roles if role not in FLAGS):
+        came, there = batch.fields(role), whole.fields(role)
+        right = [(name, bits(there[name])) for name in asked.get(role, there)]
+        if [(name, bits(values)) for name, values in came.items()] != right: return False
+    return all(np.array_equal(getattr(batch, name), getattr(whole, name)) for name in traced)
+
+# %% ../../nbs/testing/buffers.ipynb #ebf4bc90
+class RowsOfSelections:
+    "What a buffer with a selection draws"
+    @examples(60)
+    @given(data=st.data(), states=st.sampled_from(["auto", "once", "twice"]), capacity=st.sampled_from([None, 7]))
+    def test_selected_rows(self, harness, data, states, capacity):
+        """The same steps in the same order, and of their fields those that were selected, through every change
+
+        Raises
+        ------
+        SchemaError
+            Data that does not fit its schema: a role, shape, dtype, unit, identity or time stamp
+        """
+        history, harness = data.draw(histories()), harness.fresh()
+        pool, select = harness.open(), data.draw(selects(history[0].schema))
+        pool.extend([e[:1 + len(e) // 2] for e in history])
+        options = dict(pool=pool, batch_size=20, seed=3, capacity=capacity)
+        some, whole = harness.buffer(**options, select=select, states=states), harness.buffer(**options)
+        for change in (some.load, lambda: pool.extend(history), lambda: pool.delete(history[0].id)):
+            change()
+            some.refresh(); whole.refresh()
+            if not len(whole): break
+            batch = some.sample()
+            assert selected_from(batch, whole.sample(), select) and len(some) == len(whole)
+            assert batch.schema == pool.schema.select(select)
+            assert [a.shape[1:] for a in batch] == [batch.schema.block(role).shape for role in PARTS]
+
+    def test_selected_store(self, harness):
+        "The pool gets whole steps, and the rows what was selected of them"
+        select = {"state": ["slope"]}
+        buffer = filled(harness, drive(3, hour=1), select=select)
+        buffer.load()
+        buffer.store(drive(4, hour=2))
+        assert facts_of(buffer.pool) == facts_of([drive(3, hour=1), drive(4, hour=2)])
+        batch = buffer.sample(100)
+        assert batch.state.shape == (100, 1) and set(batch.step[batch.episode == drive(hour=2).id]) == {0, 1, 2, 3}
+        assert all(set(f.columns.get_level_values("name")) == {"slope"} for f in batch.frames()[::3])
+
+# %% ../../nbs/testing/buffers.ipynb #cc938d73
+class StatesOfSelections:
+    "A selection is stopped, resumed and refused like a query"
+    def test_selected_state(self, harness):
+        "A buffer with another selection, or with none, takes over that of a state"
+        select = {"action": ["brake"], "state": ["slope"]}
+        buffer = filled(harness, *[drive(5, hour=h) for h in range(3)], select=select)
+        buffer.sample()
+        state = through_json(buffer.state_dict())
+        right = draws(buffer)
+        for other in (None, {"state": ["velocity"]}):
+            resumed = harness.buffer(pool=harness.open(), batch_size=32, select=other)
+            resumed.load_state_dict(state)
+            assert draws(resumed) == right and resumed.select == buffer.select
+
+    def test_wrong_selections(self, harness):
+        "A state of fields that are not there is refused, and so is one that says too little; nothing changes"
+        buffer = filled(harness, drive(), select={"state": ["slope"]})
+        state = buffer.state_dict()
+        right = draws(buffer)
+        for wrong in ({"select": {"state": ["sped"]}}, {"select": {"state": []}}, {"select": 7}, {"format": 1}):
+            buffer.load_state_dict(state)
+            with pytest.raises(QueryError): buffer.load_state_dict({**state, **wrong})
+            assert draws(buffer) == right
+
+    def test_impossible_selections(self, harness):
+        "What names no field is refused; a field that the pool lacks when it is looked at, or stored into"
+        for wrong in (["slope"], {"state": []}, {"reward": ["work"]}, {"state": ["slope", "slope"]}):
+            with pytest.raises(QueryError): filled(harness.fresh(), select=wrong)
+        with pytest.raises(QueryError): filled(harness.fresh(), drive(), select={"state": ["sped"]}).load()
+        empty = filled(harness.fresh(), select={"state": ["sped"]})
+        empty.load()
+        with pytest.raises(QueryError): empty.store(drive())
+        assert empty.pool.version == 0
 
 # %% ../../nbs/testing/buffers.ipynb #ae54c56d
 class Rings:
@@ -942,7 +1046,8 @@ class BufferStories:
         assert sorted(rows(buffer).values()) == sorted(steps_of(*buffer.pool)) and len(buffer.pool) == 46
 
 # %% ../../nbs/testing/buffers.ipynb #c04c1fb2
-class BufferContract(BatchesOfBuffers, TracedBatches, RowsOfBuffers, Refreshing, RowsOfQueries, Rings, Chance,
-                     SameDraws, Resume, ResumeElsewhere, WholeEpisodes, BufferRefusals, ClosedBuffers,
-                     Lifecycle, Finalizers, OwnBuffers, BufferInterface, BufferStories):
+class BufferContract(BatchesOfBuffers, TracedBatches, RowsOfBuffers, Refreshing, RowsOfQueries,
+                     RowsOfSelections, StatesOfSelections, Rings, Chance, SameDraws, Resume, ResumeElsewhere,
+                     WholeEpisodes, BufferRefusals, ClosedBuffers, Lifecycle, Finalizers, OwnBuffers,
+                     BufferInterface, BufferStories):
     "What every buffer promises; a subclass brings a fixture `harness`, a `Harness` at an empty place"

@@ -16,14 +16,15 @@ import numpy as np
 import pandas as pd  # type: ignore
 
 # %% auto #0
-__all__ = ['SEEDS', 'CUTS', 'RoundTrip', 'Spellings', 'Queries', 'Choices', 'Catalogue', 'InParts', 'InGeneratedParts',
-           'Conflicts', 'GapsAndEnds', 'Overwriting', 'Deleting', 'Snapshots', 'Past', 'Races', 'LostRaces', 'Handles',
-           'OtherProcesses', 'PoolRefusals', 'ReadOnlyPools', 'Damage', 'Copies', 'grown', 'drive_part', 'PoolChanges',
-           'PoolMachine', 'PoolStories', 'PoolContract']
+__all__ = ['SEEDS', 'CUTS', 'RoundTrip', 'Spellings', 'Queries', 'Choices', 'selects', 'has_selected', 'SomeFields', 'Catalogue',
+           'InParts', 'InGeneratedParts', 'Conflicts', 'GapsAndEnds', 'Overwriting', 'Deleting', 'Snapshots', 'Past',
+           'Races', 'LostRaces', 'Handles', 'OtherProcesses', 'PoolRefusals', 'ReadOnlyPools', 'Damage', 'Copies',
+           'grown', 'drive_part', 'PoolChanges', 'PoolMachine', 'PoolStories', 'PoolContract']
 
 # %% ../../nbs/testing/pools.ipynb #49ab18e4
 from ..errors import (ClosedError, CorruptData, DataIOError, EpisodeConflict, EpisodeNotFound,
                                   PoolNotFound, QueryError, ReadOnly, SchemaError, SnapshotNotFound)
+from ..data.schema import FLAGS, Schema
 from ..data.core import Episode, PoolQuery, concat, records
 from ..storage.pool.memory import MemoryPool
 from .harness import (BAD_FRAMES, DRIVE, HOURS, Harness, answer, at_once, bits, by_start,
@@ -220,6 +221,100 @@ class Choices:
         assert {e["who"]["vehicle"] for s in range(20) for e in draw(s)} == {"A"}
         assert all(e in facts_of(pool) for e in draw(0))
         assert np.random.get_state()[1].tolist() == before
+
+# %% ../../nbs/testing/pools.ipynb #2cbd4c11
+@st.composite
+def selects(draw, schema: Schema) -> dict[str, list[str]]:
+    "Some fields of a schema, in any order"
+    select = {}
+    for role in ("state", "action", "info"):
+        names = [f.name for f in schema.of(role)]
+        if names and draw(st.booleans()): select[role] = draw(st.permutations(names))[:draw(st.integers(1, 3))]
+    return select
+
+def has_selected(
+    episode: Episode, # That was found
+    whole: Episode, # That was stored
+    select: dict[str, list[str]], # What was asked for
+) -> bool:
+    """Whether an episode has the selected fields of another, in order, and the rest whole, bit for bit
+
+    Parameters
+    ----------
+    episode : Episode
+        That was found
+    whole : Episode
+        That was stored
+    select : dict[str, list[str]]
+        What was asked for
+
+    Returns
+    -------
+    bool
+    """
+    rest = lambda e: {k: v for k, v in facts(e).items() if k in FLAGS or k not in e.schema.roles}
+    asked = {**select, "nstate": select["state"]} if "state" in select else select
+    for role in (role for role in whole.schema.roles if role not in FLAGS):
+        came, there = episode.fields(role), whole.fields(role)
+        right = [(name, bits(there[name])) for name in asked.get(role, there)]
+        if [(name, bits(values)) for name, values in came.items()] != right: return False
+    return rest(episode) == rest(whole)
+
+# %% ../../nbs/testing/pools.ipynb #ec00c837
+class SomeFields:
+    "`select` gives some of the fields"
+    @examples(80)
+    @given(data=st.data())
+    def test_some_fields(self, harness, data):
+        """Generated selections come as they were asked for, bit for bit, from episodes that came in parts, too
+
+        Raises
+        ------
+        SchemaError
+            Data that does not fit its schema: a role, shape, dtype, unit, identity or time stamp
+        """
+        history, harness = data.draw(histories()), harness.fresh()
+        pool, select = harness.open(), data.draw(selects(history[0].schema))
+        pool.extend([e[:1 + len(e) // 2] for e in history])
+        pool.extend(history)
+        for pool in (pool, harness.open()):
+            found = list(pool.find(select=select))
+            pairs = zip(found, by_start(history), strict=True)
+            assert all(has_selected(some, whole, select) for some, whole in pairs)
+            assert {e.schema for e in found} == {pool.schema.select(select)}
+
+    def test_some_fields_of_some_steps(self, harness):
+        """A selection goes with a query, a time range, a random choice and a snapshot
+
+        Raises
+        ------
+        QueryError
+            A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
+        """
+        pool, select = harness.open(), {"state": "slope", "action": ["brake", "pedal"]}
+        pool.extend([drive(hour=h, linked=h != 1) for h in range(4)])
+        query = PoolQuery(time=("2026-01-01T01:00:02Z", "2026-01-01T02:00:03Z"))
+        right = lambda found: facts_of(e.select(select) for e in found)
+        assert facts_of(pool.find(query, select=select)) == right(pool.find(query))
+        assert facts_of(pool.sample(3, seed=1, select=select)) == right(pool.sample(3, seed=1))
+        pool.delete(drive(hour=0).id)
+        assert facts_of(pool.snapshot(1).find(select=select)) == right(pool.snapshot(1).find())
+
+    @pytest.mark.parametrize("select", [{"state": ["sped"]}, {"info": ["wind"]}, {"state": []}, {"wheel": "x"}])
+    def test_unknown_fields(self, harness, select):
+        "A field that the pool lacks is a mistake, which is told before anything is read"
+        pool = harness.open()
+        pool.store(drive())
+        for ask in (pool.find, lambda **kw: pool.sample(1, **kw)):
+            with pytest.raises(QueryError): ask(select=select)
+
+    def test_some_fields_are_no_episode_to_store(self, harness):
+        "What was found with a selection is not taken for the whole episode"
+        pool = harness.open()
+        pool.store(drive())
+        (some,) = pool.find(select={"state": ["slope"]})
+        for store in (pool.store, lambda e: pool.store(e, overwrite=True)):
+            with unchanged(harness, pool, SchemaError): store(some)
 
 # %% ../../nbs/testing/pools.ipynb #8dacb315
 class Catalogue:
@@ -1059,7 +1154,7 @@ class PoolStories:
         run_state_machine_as_test(lambda: PoolMachine(harness.fresh()), settings=sequences)
 
 # %% ../../nbs/testing/pools.ipynb #8aaafa1b
-class PoolContract(RoundTrip, Spellings, Queries, Choices, Catalogue, InParts, InGeneratedParts, Conflicts,
-                   GapsAndEnds, Overwriting, Deleting, Past, Races, LostRaces, Handles, OtherProcesses,
-                   PoolRefusals, ReadOnlyPools, Damage, Copies, PoolStories):
+class PoolContract(RoundTrip, Spellings, Queries, Choices, SomeFields, Catalogue, InParts, InGeneratedParts,
+                   Conflicts, GapsAndEnds, Overwriting, Deleting, Past, Races, LostRaces, Handles,
+                   OtherProcesses, PoolRefusals, ReadOnlyPools, Damage, Copies, PoolStories):
     "What every pool promises; a subclass brings a fixture `harness`, a `Harness` at an empty place"

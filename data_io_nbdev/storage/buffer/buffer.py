@@ -8,7 +8,7 @@ import json
 import multiprocessing
 import re
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -23,7 +23,7 @@ __all__ = ['Transition', 'Batch', 'make_batch', 'BufferHandle', 'BufferRows', 'B
 
 # %% ../../../nbs/storage/buffer/buffer.ipynb #bc09b2f9
 from ...errors import ClosedError, NotEnoughData, QueryError, SnapshotNotFound, at_the_door
-from ...data.schema import Schema, brief, cut, is_whole, offered
+from ...data.schema import Schema, brief, cut, is_whole, offered, selection, short_name
 from ...data.core import Episode, ItemT, PoolQuery, as_episode
 from ..pool.pool import Pool, forkable, forkable_lock, safe_url
 from ..pool.memory import MemoryPool
@@ -273,6 +273,8 @@ class BufferHandle(abc.ABC, Generic[ItemT]):
         Items in a batch
     query : PoolQuery, default PoolQuery()
         Which episodes, and which of their steps
+    select : Optional[Mapping[str, Any]], default None
+        Which fields, `{"state": ["speed"]}`; by default all
     sampler : Sampler
         Which rows come next
     seed : Optional[int], default None
@@ -285,6 +287,7 @@ class BufferHandle(abc.ABC, Generic[ItemT]):
     pool: Optional[Pool]  # Where the episodes are; None gives the buffer a MemoryPool of its own
     batch_size: int  # Items in a batch
     query: PoolQuery = PoolQuery()  # Which episodes, and which of their steps
+    select: Optional[Mapping[str, Any]] = None  # Which fields, `{"state": ["speed"]}`; by default all
     sampler: Sampler = field(default_factory=Uniform)  # Which rows come next
     seed: Optional[int] = None  # Makes every draw reproducible
     capacity: Optional[int] = None  # Keep the last so many steps
@@ -330,6 +333,7 @@ def _check_options(self: BufferHandle) -> None:
                          "or give it a pool")
     if self.states not in ("auto", "once", "twice"):
         raise QueryError(f"states is 'auto', 'once' or 'twice', got {self.states!r}")
+    self.select = selection(self.select)
 
 def _positive(name: str, n: Any) -> None:
     if not isinstance(n, (int, np.integer)) or isinstance(n, bool) or n < 1:
@@ -366,7 +370,8 @@ def _close(self: BufferHandle) -> None:
 @patch
 def _new_view(self: BufferHandle, **changes: Any) -> View:
     "A view that has not looked yet"
-    options = dict(query=self.query, states=self.states, capacity=self.capacity, own=self._own)
+    options = dict(query=self.query, select=self.select, states=self.states, capacity=self.capacity,
+                   own=self._own)
     return View(self.pool, lock=self._lock, **{**options, "home": self._home(), **changes})
 
 @patch
@@ -423,6 +428,7 @@ def _check_storable(self: BufferHandle, item: Any) -> None:
     if isinstance(item, pd.DataFrame): schema = Schema.from_frame(item)  # storing it says what else is wrong
     else: schema = as_episode(item, self.pool.schema).schema
     self.query.check(schema)
+    schema.select(self.select)
 
 # %% ../../../nbs/storage/buffer/buffer.ipynb #1ca85d7f
 class BufferRows(BufferHandle[ItemT]):
@@ -436,6 +442,8 @@ class BufferRows(BufferHandle[ItemT]):
         Items in a batch
     query : PoolQuery, default PoolQuery()
         Which episodes, and which of their steps
+    select : Optional[Mapping[str, Any]], default None
+        Which fields, `{"state": ["speed"]}`; by default all
     sampler : Sampler
         Which rows come next
     seed : Optional[int], default None
@@ -551,6 +559,8 @@ class BufferDraws(BufferRows[ItemT]):
         Items in a batch
     query : PoolQuery, default PoolQuery()
         Which episodes, and which of their steps
+    select : Optional[Mapping[str, Any]], default None
+        Which fields, `{"state": ["speed"]}`; by default all
     sampler : Sampler
         Which rows come next
     seed : Optional[int], default None
@@ -639,10 +649,20 @@ def _generator(state: Any) -> np.random.Generator:
     if rng.bit_generator.state == state and state["has_uint32"] in (0, 1): return rng
     raise ValueError("numbers that no generator has")
 
+# %% ../../../nbs/storage/buffer/buffer.ipynb #a43a161d
+def _format(select: Any) -> int: # Of a state
+    """Returns
+    -------
+    int
+        Of a state
+    """
+    return 1 if select is None else 2
+
 # %% ../../../nbs/storage/buffer/buffer.ipynb #41208a92
 class _State(NamedTuple):
     "A state, taken apart"
     query: PoolQuery
+    select: Optional[dict[str, tuple[str, ...]]]
     capacity: Optional[int]
     versions: list[tuple[int, int]]
     serial: int
@@ -653,17 +673,19 @@ class _State(NamedTuple):
 
 def _parse_state(state: Any) -> _State:
     "Raises `QueryError` for what is no state, or a newer one"
-    if not isinstance(state, dict) or not is_whole(state.get("format"), 1, 1):
-        raise QueryError(f"expected a state of format 1, got {brief(state)}; "
+    known = _format(state.get("select")) if isinstance(state, dict) else 1
+    if not isinstance(state, dict) or not is_whole(state.get("format"), known, known):
+        raise QueryError(f"expected a state of format {known}, got {brief(state)}; "
                          "a newer one needs a newer version")
     try:
-        told = _State(*(state[name] for name in _State._fields))
+        told = _State(*({"select": None, **state}[name] for name in _State._fields))
         query, versions, sampler = PoolQuery.from_json(told.query), _pairs(told.versions), told.sampler
         _check_counts(told.capacity, told.serial, told.rows, told.trail)
         if not isinstance(sampler, dict) or not isinstance(sampler.get("kind"), str):
             raise _unlike("a sampler and its kind", sampler)
         json.dumps(sampler)  # raises `TypeError` and others for what is no JSON
-        return told._replace(query=query, versions=versions, rng=_generator(told.rng))
+        return told._replace(query=query, select=selection(told.select), versions=versions,
+                             rng=_generator(told.rng))
     except QueryError: raise
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as e:
         raise QueryError(f"no state of a buffer: {brief(e, 200)}") from e
@@ -683,7 +705,7 @@ def _check_state(self: BufferDraws, told: _State) -> None:
 @patch
 def _replayed(self: BufferDraws, told: _State) -> View:
     "A view that has seen what another one had; raises `SnapshotNotFound` where the pool gives other rows"
-    options = dict(query=told.query, capacity=told.capacity)
+    options = dict(query=told.query, select=told.select, capacity=told.capacity)
     view = self._new_view(**options).replay(told.versions)
     lost = told.serial - view.serial
     if lost > 0 and told.capacity is not None and told.versions[0][0] < self.pool._oldest():
@@ -713,6 +735,8 @@ class BufferState(BufferDraws[ItemT]):
         Items in a batch
     query : PoolQuery, default PoolQuery()
         Which episodes, and which of their steps
+    select : Optional[Mapping[str, Any]], default None
+        Which fields, `{"state": ["speed"]}`; by default all
     sampler : Sampler
         Which rows come next
     seed : Optional[int], default None
@@ -739,9 +763,10 @@ class BufferState(BufferDraws[ItemT]):
             view = self._loaded()
             with self._lock:
                 asked = dict(query=view.query.to_json(), capacity=view.capacity)
+                if view.select: asked["select"] = {role: list(names) for role, names in view.select.items()}
                 seen = dict(versions=[list(v) for v in view.versions], serial=view.serial, rows=len(view))
                 drawn = dict(sampler=sampler_state(self.sampler), rng=self._rng.bit_generator.state)
-                return dict(format=1, **asked, **seen, trail=view.trail, **drawn)
+                return dict(format=_format(view.select), **asked, **seen, trail=view.trail, **drawn)
 
     def load_state_dict(self,
         state: dict[str, Any], # From `state_dict`; of a buffer on this pool, or on the one it was saved from
@@ -769,8 +794,8 @@ class BufferState(BufferDraws[ItemT]):
             with self._moving:
                 view, sampler = self._replayed(told), self._resumed(told.sampler)
                 resume = partial(dict.update, vars(self.sampler), vars(sampler))
-                options = dict(query=told.query, capacity=told.capacity, _rng=told.rng, _astray=False)
-                self._install(view, resume, **options)
+                asked = dict(query=told.query, select=told.select, capacity=told.capacity)
+                self._install(view, resume, **asked, _rng=told.rng, _astray=False)
 
     def __reduce__(self):
         names = [f.name for f in fields(self) if f.init and f.name not in self._STAYS]
@@ -812,6 +837,8 @@ class Buffer(BufferState[ItemT]):
         Items in a batch
     query : PoolQuery, default PoolQuery()
         Which episodes, and which of their steps
+    select : Optional[Mapping[str, Any]], default None
+        Which fields, `{"state": ["speed"]}`; by default all
     sampler : Sampler
         Which rows come next
     seed : Optional[int], default None
@@ -844,6 +871,7 @@ class Buffer(BufferState[ItemT]):
     def __repr__(self) -> str:
         facts = self._facts()
         if facts["query"]: facts["query"] = f"where {facts['query']}"
+        if facts["fields"]: facts["fields"] = f"only {facts['fields']}"
         return f"{type(self).__name__}({', '.join(filter(None, facts.values()))})"
 
 # %% ../../../nbs/storage/buffer/buffer.ipynb #382c1d36
@@ -869,6 +897,13 @@ def _looks(versions: list[list[int]]) -> Optional[str]:
     word = "version" if texts == [f"{versions[0][0]}"] else "versions"
     return f"{word} {'…, ' if len(versions) > 4 else ''}{', '.join(texts)}"
 
+# %% ../../../nbs/storage/buffer/buffer.ipynb #4bcc2013
+def _some_fields(select: Optional[Mapping[str, Any]]) -> Optional[str]:
+    "Which fields were selected, if some were; of many the first"
+    from data_io_nbdev.data.show import shortened
+    if not select: return None
+    return "; ".join(f"{role}: {', '.join(shortened([*map(short_name, names)], 6))}" for role, names in select.items())
+
 # %% ../../../nbs/storage/buffer/buffer.ipynb #df7a52f7
 @patch
 def _facts(self: Buffer) -> dict[str, Optional[str]]:
@@ -886,7 +921,8 @@ def _facts(self: Buffer) -> dict[str, Optional[str]]:
         ring=f"ring of the last {get('capacity'):,} steps" if get("capacity") else None,
         draws=f"batches of {get('batch_size')} by {_short(brief(get('sampler'), 200))}",
         pool="pool of its own" if get("_own") else _in_words(get("pool")),
-        query=None if get("query") == PoolQuery() else _short(str(get("query"))), seen=_looks(seen))
+        query=None if get("query") == PoolQuery() else _short(str(get("query"))),
+        fields=_some_fields(getattr(get("_view"), "select", None)), seen=_looks(seen))
 
 @patch
 def _repr_html_(self: Buffer) -> str:

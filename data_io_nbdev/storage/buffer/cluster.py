@@ -30,6 +30,7 @@ def pack(
     parts: Sequence[Part], # Of the chunk, in the order in which they enter
     query: PoolQuery, # Whose time range cuts them
     once: bool, # Keep each state once
+    some: Optional[Schema] = None, # With some of the fields, where rows have no others
 ) -> tuple[np.ndarray, list[list[Run]]]: # Rows, and the runs of each part; slots count from the first
     """Read a chunk
 
@@ -45,6 +46,8 @@ def pack(
         Whose time range cuts them
     once : bool
         Keep each state once
+    some : Optional[Schema], default None
+        With some of the fields, where rows have no others
 
     Returns
     -------
@@ -62,9 +65,9 @@ def pack(
     SchemaError
         Data that does not fit its schema: a role, shape, dtype, unit, identity or time stamp
     """
-    rows, runs = Rows(schema, once, reserve=sum(part.length for part in parts)), []
-    for window in windows(parts):
-        for episode in read_window(lake, schema, window):
+    rows, runs = Rows(some or schema, once, reserve=sum(part.length for part in parts)), []
+    for window in windows(parts, schema, some):
+        for episode in read_window(lake, schema, window, some):
             before, wanted = len(rows.ledger.runs), steps_in(episode.times, query)
             if wanted.start < wanted.stop: rows.append(episode[wanted])
             runs.append([rows.ledger.runs[i] for i in range(before, len(rows.ledger.runs))])
@@ -147,6 +150,7 @@ class ChunkedRows(Rows):
         lake: Lake, # Of the pool
         parts: Sequence[Part], # Of the chunk, in order
         query: PoolQuery, # Whose time range cuts them
+        whole: Optional[Schema] = None, # Of the pool, where rows have some of its fields
     ) -> tuple[Any, int, list[list[Run]]]: # A future of its rows, their number, the runs of each part
         """Let a worker read a chunk
 
@@ -158,13 +162,16 @@ class ChunkedRows(Rows):
             Of the chunk, in order
         query : PoolQuery
             Whose time range cuts them
+        whole : Optional[Schema], default None
+            Of the pool, where rows have some of its fields
 
         Returns
         -------
         tuple[Any, int, list[list[Run]]]
             A future of its rows, their number, the runs of each part
         """
-        both = self.client.submit(pack, lake, self.schema, list(parts), query, self.once, pure=False)
+        schema, some = (whole, self.schema) if whole else (self.schema, None)
+        both = self.client.submit(pack, lake, schema, list(parts), query, self.once, some, pure=False)
         rows, runs = (self.client.submit(itemgetter(i), both, pure=False) for i in (0, 1))
         size, runs = self.client.gather([self.client.submit(len, rows, pure=False), runs])
         return rows, size, runs

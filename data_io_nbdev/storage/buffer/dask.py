@@ -89,11 +89,12 @@ def _show(done: int, of: int, seconds: float) -> None:
         print(line, end="\n" * (done == of), flush=True)
 
 # %% ../../../nbs/storage/buffer/dask.ipynb #2f4d8066
-def _read(pool: Pool, client: Any, window: Sequence[Part]) -> list[Episode]:
+def _read(view: View, client: Any, window: Sequence[Part]) -> list[Episode]:
     "The steps of some parts: read here, or by a worker"
-    if client is None or not isinstance(pool, DaskPool): return list(pool._read(window))
-    try: return client.submit(read_window, pool._lake, pool.schema, list(window), pure=False).result()
-    except FileNotFoundError: return list(pool._read(window))  # compacted meanwhile: the pool finds it
+    if client is None or not isinstance(pool := view.pool, DaskPool): return list(view.read(window))
+    what = pool._lake, pool.schema, list(window), view.some
+    try: return client.submit(read_window, *what, pure=False).result()
+    except FileNotFoundError: return list(view.read(window))  # compacted meanwhile: the pool finds it
 
 def _threads(client: Any) -> int: # That read, or wait for a cluster
     """Returns
@@ -270,8 +271,9 @@ class LakeHome(MappedHome):
         "Read every part"
         def enter(window: "Sequence[Part]", episodes: "Sequence[Episode]") -> None:
             Home.enter(self, view, window, episodes)
-        read, threads = partial(_read, view.pool, self.client), _threads(self.client)
-        try: in_parallel(list(windows(parts)), read, enter, threads, self.progress)
+        read, threads = partial(_read, view, self.client), _threads(self.client)
+        portions = list(windows(parts, view.some and view.pool.schema, view.some))
+        try: in_parallel(portions, read, enter, threads, self.progress)
         except BaseException:
             if view.rows is not None: self.cache.drop(view.rows)
             raise
@@ -386,9 +388,10 @@ class ClusterHome(LakeHome):
         return list(in_bulk(parts, lambda part: part.nbytes, size))
 
     def _request(self, view: View, chunk: Sequence[Part]) -> tuple:
-        try: return view.rows.request(view.pool._lake, chunk, view.query)
+        what = view.query, view.some and view.pool.schema
+        try: return view.rows.request(view.pool._lake, chunk, *what)
         except FileNotFoundError: now = [view.pool._part_now(part) for part in chunk]  # compacted meanwhile?
-        try: return view.rows.request(view.pool._lake, now, view.query)
+        try: return view.rows.request(view.pool._lake, now, *what)
         except FileNotFoundError as e: raise CorruptData(f"a file of {view.pool!r} is missing: {e}") from e
 
 # %% ../../../nbs/storage/buffer/dask.ipynb #75cccd37
@@ -404,6 +407,8 @@ class DaskBuffer(Buffer[Episode]):
         Items in a batch
     query : PoolQuery, default PoolQuery()
         Which episodes, and which of their steps
+    select : Optional[Mapping[str, Any]], default None
+        Which fields, `{"state": ["speed"]}`; by default all
     sampler : Sampler
         Which rows come next
     seed : Optional[int], default None
@@ -447,13 +452,21 @@ class DaskBuffer(Buffer[Episode]):
 
         Raises
         ------
+        QueryError
+            A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
         SnapshotNotFound
             A version that the pool never had, or no longer holds
         """
         with at_the_door: self._load()
 
     def close(self) -> None:
-        "Let go of the rows and of the pool; closing twice is harmless"
+        """Let go of the rows and of the pool; closing twice is harmless
+
+        Raises
+        ------
+        QueryError
+            A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
+        """
         self._ahead = LookAhead(self.prefetch)
         self._close()
 

@@ -145,7 +145,7 @@ def move_out(
 _FORMAT = 2  # 1 had no mark
 
 def cache_key(
-    schema: Schema, # Of the steps
+    schema: Schema, # Of the rows, so with the fields that were selected
     query: PoolQuery, # Whose time range cuts the episodes
     once: bool, # Each state is kept once
     parts: Sequence[Part], # In the order in which they enter
@@ -155,7 +155,7 @@ def cache_key(
     Parameters
     ----------
     schema : Schema
-        Of the steps
+        Of the rows, so with the fields that were selected
     query : PoolQuery
         Whose time range cuts the episodes
     once : bool

@@ -28,6 +28,8 @@ class MemoryBuffer(Buffer[Episode]):
         Items in a batch
     query : PoolQuery, default PoolQuery()
         Which episodes, and which of their steps
+    select : Optional[Mapping[str, Any]], default None
+        Which fields, `{"state": ["speed"]}`; by default all
     sampler : Sampler
         Which rows come next
     seed : Optional[int], default None
@@ -44,13 +46,21 @@ class MemoryBuffer(Buffer[Episode]):
 
         Raises
         ------
+        QueryError
+            A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
         SnapshotNotFound
             A version that the pool never had, or no longer holds
         """
         with at_the_door: self._load()
 
     def close(self) -> None:
-        "Let go of the rows and of the pool; closing twice is harmless"
+        """Let go of the rows and of the pool; closing twice is harmless
+
+        Raises
+        ------
+        QueryError
+            A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
+        """
         self._close()
 
     def sample(self,

@@ -90,6 +90,8 @@ class MongoBuffer(Buffer[Episode]):
         Items in a batch
     query : PoolQuery, default PoolQuery()
         Which episodes, and which of their steps
+    select : Optional[Mapping[str, Any]], default None
+        Which fields, `{"state": ["speed"]}`; by default all
     sampler : Sampler
         Which rows come next
     seed : Optional[int], default None
@@ -118,6 +120,8 @@ class MongoBuffer(Buffer[Episode]):
 
         Raises
         ------
+        QueryError
+            A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
         SnapshotNotFound
             A version that the pool never had, or no longer holds
         """
@@ -129,7 +133,13 @@ class MongoBuffer(Buffer[Episode]):
         threading.Thread(target=_follow, args=args, daemon=True, name="MongoBuffer").start()
 
     def close(self) -> None:
-        "Follow no longer, let go of the rows and of the pool; closing twice is harmless"
+        """Follow no longer, let go of the rows and of the pool; closing twice is harmless
+
+        Raises
+        ------
+        QueryError
+            A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
+        """
         self._stop.set()
         self._close()
 

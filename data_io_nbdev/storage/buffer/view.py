@@ -5,7 +5,7 @@
 # %% ../../../nbs/storage/buffer/view.ipynb #41e753b1
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any, Optional
@@ -16,7 +16,7 @@ __all__ = ['unseen', 'keep_once', 'Lent', 'Home', 'Seen', 'View']
 
 # %% ../../../nbs/storage/buffer/view.ipynb #0d388ce0
 from ...errors import SnapshotNotFound
-from ...data.schema import Schema
+from ...data.schema import Schema, selection
 from ...data.core import Episode, PoolQuery, steps_in
 from ..pool.pool import Part, Pool, in_one_step
 from ..pool.memory import episode_of, lending
@@ -105,7 +105,7 @@ class Lent:
 class Home:
     "Where rows live, and how steps get there: in memory, read by the pool"
     def read(self,
-        view: "View", # As it was before
+        view: "View", # Nothing has entered yet
         parts: Sequence[Part], # New ones
     ) -> Iterable[Any]: # What `enter` takes, in the order of the parts
         """Read what is new while others still draw. On the first look nobody draws yet: then it may be lazy
@@ -113,7 +113,7 @@ class Home:
         Parameters
         ----------
         view : View
-            As it was before
+            Nothing has entered yet
         parts : Sequence[Part]
             New ones
 
@@ -122,7 +122,7 @@ class Home:
         Iterable[Any]
             What `enter` takes, in the order of the parts
         """
-        return view.pool._read(parts) if not view.versions else list(view.pool._read(parts))
+        return view.read(parts) if not view.versions else list(view.read(parts))
 
     def rows(self,
         view: "View", # It has no rows yet
@@ -194,6 +194,8 @@ class Seen:
         Serial number of the first row
     home : Optional[Home], default None
         Where rows live; by default in memory
+    select : Optional[Mapping[str, Any]], default None
+        Fields that rows have, by role; by default all
     """
     def __init__(self,
         pool: Pool, # Looked at
@@ -204,9 +206,12 @@ class Seen:
         own: bool = False, # The buffer's own pool: it reads from the rows, and forgets what leaves them
         begin: int = 0, # Serial number of the first row
         home: Optional[Home] = None, # Where rows live; by default in memory
+        select: Optional[Mapping[str, Any]] = None, # Fields that rows have, by role; by default all
     ):
         self.pool, self.query, self.lock, self.states = pool, query, lock, states
         self.capacity, self.own, self.begin, self.home = capacity, own, begin, home or Home()
+        self.select = selection(select)
+        self.some: Optional[Schema] = None  # of the rows, where fields were selected
         self.rows: Optional[Rows] = None  # until there is a schema
         self.versions: list[list[int]] = []  # [first, last]: looked at these and all between
         self.trail = ""  # a digest of every part that entered, in order
@@ -219,6 +224,23 @@ class Seen:
 
     @property
     def serial(self) -> int: return self.begin if self.rows is None else self.rows.serial  # of the next row
+
+    def read(self,
+        parts: Sequence[Part], # Of the log
+    ) -> Iterator[Episode]: # With the fields that rows have
+        """The steps of parts, in their order
+
+        Parameters
+        ----------
+        parts : Sequence[Part]
+            Of the log
+
+        Returns
+        -------
+        Iterator[Episode]
+            With the fields that rows have
+        """
+        return self.pool._read(parts) if self.some is None else self.pool._read_fields(parts, self.some)
 
     def append(self,
         part: Part, # Of the log
@@ -316,6 +338,7 @@ def _settle(self: Seen, rows: Rows, new: int, changes: list) -> list[Part]:
     stays = (n for n, (part, serial) in enumerate(entered) if serial + part.length > oldest)
     gone = next(stays, len(entered))
     self._entered = entered.drop(gone)
+    if self.select: return [part for part, _ in islice(entered, gone)]  # the rows have too few fields to lend
     if self._entered and self._entered[0][1] < oldest:  # some of its steps will be overwritten
         part = self._entered[0][0]
         changes.append(lending(part, part.where.read()))
@@ -346,6 +369,8 @@ class View(Seen):
         Serial number of the first row
     home : Optional[Home], default None
         Where rows live; by default in memory
+    select : Optional[Mapping[str, Any]], default None
+        Fields that rows have, by role; by default all
     """
     def look(self,
         version: int, # Of the pool, at or behind the last one
@@ -370,12 +395,13 @@ class View(Seen):
         pool, since = self.pool, self.versions[-1][1] if self.versions else None
         if since is not None and version <= since: return 0
         changed = None if since is None else list(pool._changed(since, version))
-        schema = pool._schema(version)
+        schema, fork = pool._schema(version), self._fork()
         if schema: self.query.check(schema)
+        if schema and self.select: fork.some = schema.select(self.select)
         gone, fresh = self._difference(changed or (), pool._select(self.query, version, changed))
-        steps, fork = self.home.read(self, fresh), self._fork()
+        steps = self.home.read(fork, fresh)
         if gone: fork.rows.hide(gone)
-        if fresh and fork.rows is None: fork.rows = self.home.rows(self, schema, fresh)
+        if fresh and fork.rows is None: fork.rows = self.home.rows(self, fork.some or schema, fresh)
         self.home.enter(fork, fresh, steps)
         fork.versions = _looked(self.versions, version)
         new = fork.serial - self.serial
@@ -400,7 +426,7 @@ class View(Seen):
         if not self.own: return self._change(changes, ())
         more: list = []
         left = self._settle(self.rows, 0, more)
-        mine = {part.where for part, serial in self._entered}
+        mine = set() if self.select else {part.where for part, serial in self._entered}
         for part in self.pool._catch_up(self.pool.version).every_part():  # what other rows had is kept again
             if not callable(part.where.steps) or part.where in mine: continue
             more.append(lending(part, part.where.read()))

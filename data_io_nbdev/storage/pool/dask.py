@@ -28,7 +28,7 @@ from ...data.schema import Schema
 from ...data.core import Episode
 from .index import Commit, Index, Part
 from .pool import Pool, in_bulk, safe_url
-from .parquet import File, Rows, parquet_bytes, read_episodes
+from .parquet import File, Rows, parquet_bytes, read_episodes, step_bytes
 from .delta import Entry, Lake, open_lake, unreachable
 
 # %% ../../../nbs/storage/pool/dask.ipynb #9160b0f2
@@ -107,24 +107,33 @@ _WINDOW = 4 << 20  # Bytes of steps that are read at once
 
 def windows(
     parts: Iterable[Part], # In the order in which they are wanted
+    schema: Optional[Schema] = None, # Of their steps
+    some: Optional[Schema] = None, # With some of the fields, where the others are not wanted
 ) -> Iterator[list[Part]]:
-    """Parts in portions that are worth a task
+    """Parts in portions that are worth a task; of a few fields there are more steps in one, up to a file's
 
     Parameters
     ----------
     parts : Iterable[Part]
         In the order in which they are wanted
+    schema : Optional[Schema], default None
+        Of their steps
+    some : Optional[Schema], default None
+        With some of the fields, where the others are not wanted
 
     Returns
     -------
     Iterator[list[Part]]
     """
-    return in_bulk(parts, lambda part: part.nbytes, _WINDOW)
+    share = step_bytes(some) / step_bytes(schema) if schema and some else 1
+    share = max(share, _WINDOW / _FILE)
+    return in_bulk(parts, lambda part: part.nbytes * share, _WINDOW)
 
 def read_window(
     lake: Lake, # Where the files are
-    schema: Schema, # Of the episodes
+    schema: Schema, # Of the steps in them
     parts: Sequence[Part], # In any order
+    some: Optional[Schema] = None, # With some of the fields, where the others need not be read
 ) -> list[Episode]: # In that order
     """The steps of some parts; raises `CorruptData`, or `FileNotFoundError` where a file is gone
 
@@ -133,9 +142,11 @@ def read_window(
     lake : Lake
         Where the files are
     schema : Schema
-        Of the episodes
+        Of the steps in them
     parts : Sequence[Part]
         In any order
+    some : Optional[Schema], default None
+        With some of the fields, where the others need not be read
 
     Returns
     -------
@@ -156,7 +167,7 @@ def read_window(
     while by_place:
         run = _run(parts, by_place)
         by_place = by_place[len(run):]
-        found.update(zip(run, _read_run(lake, schema, [parts[i] for i in run])))
+        found.update(zip(run, _read_run(lake, schema, [parts[i] for i in run], some)))
     return [found[i] for i in range(len(parts))]
 
 def _run(parts: Sequence[Part], order: Sequence[int]) -> list[int]:
@@ -169,20 +180,21 @@ def _run(parts: Sequence[Part], order: Sequence[int]) -> list[int]:
     return run
 
 # %% ../../../nbs/storage/pool/dask.ipynb #129a594d
-def _read_run(lake: Lake, schema: Schema, run: Sequence[Part], whole: bool = False) -> list[Episode]:
+def _read_run(lake: Lake, schema: Schema, run: Sequence[Part], some: Optional[Schema],
+              whole: bool = False) -> list[Episode]:
     "The steps of neighbours in a file; `whole`: fetch all of it first, in case it was the store that failed"
     path = run[0].where[0].path
     try:
         file = lake.open(run[0].where[0], whole)
-        with file: return read_episodes(file, schema, [(part, part.where[1]) for part in run])
+        with file: return read_episodes(file, schema, [(part, part.where[1]) for part in run], some)
     except FileNotFoundError: raise
     except Exception as e:
         if isinstance(e, PoolUnavailable): raise
         said, cause = lake.said(e)
         wrong = f"{path} cannot be read: {said}"
         if unreachable(e): raise PoolUnavailable(f"{safe_url(lake.url)}: {wrong}") from cause
-        if not (lake.settled or whole): return _read_run(lake, schema, run, whole=True)
-        if len(run) > 1: return [read for part in run for read in _read_run(lake, schema, [part], whole)]
+        if not (lake.settled or whole): return _read_run(lake, schema, run, some, whole=True)
+        if len(run) > 1: return [read for part in run for read in _read_run(lake, schema, [part], some, whole)]
         raise CorruptData(f"episode {run[0].id} cannot be read from {path}: {said}") from cause
 
 # %% ../../../nbs/storage/pool/dask.ipynb #7f679ad9
@@ -302,12 +314,14 @@ class LakeReader(Pool):
                 known.append(self._follow(entry, known))
                 yield known[-1]
 
-    def _read(self, parts: Sequence[Part]) -> Iterator[Episode]:
+    def _read(self, parts: Sequence[Part]) -> Iterator[Episode]: return self._read_fields(parts)
+
+    def _read_fields(self, parts: Sequence[Part], some: Optional[Schema] = None) -> Iterator[Episode]:
         schema = self._index.schema
-        for window in windows(parts):
+        for window in windows(parts, schema, some):
             with self._reachable():
-                try: episodes = read_window(self._lake, schema, window)
-                except FileNotFoundError: episodes = [self._reread(schema, part) for part in window]
+                try: episodes = read_window(self._lake, schema, window, some)
+                except FileNotFoundError: episodes = [self._reread(schema, part, some) for part in window]
             yield from episodes
 
 # %% ../../../nbs/storage/pool/dask.ipynb #cd27b291
@@ -344,11 +358,11 @@ def _index_at(self: LakeReader, number: int, known: Sequence[Commit]) -> Index:
 
 # %% ../../../nbs/storage/pool/dask.ipynb #71440a0e
 @patch
-def _reread(self: LakeReader, schema: Schema, part: Part) -> Episode:
+def _reread(self: LakeReader, schema: Schema, part: Part, some: Optional[Schema]) -> Episode:
     "A part, wherever it is now"
-    try: return read_window(self._lake, schema, [part])[0]
+    try: return read_window(self._lake, schema, [part], some)[0]
     except FileNotFoundError: now = self._part_now(part)
-    try: return read_window(self._lake, schema, [now])[0]
+    try: return read_window(self._lake, schema, [now], some)[0]
     except FileNotFoundError: pass
     raise CorruptData(f"episode {part.id} cannot be read: {now.where[0].path} is missing")
 

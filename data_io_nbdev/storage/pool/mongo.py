@@ -1205,14 +1205,14 @@ def _same_bytes(piece: dict) -> bool:
     crc, data = piece.get("crc"), piece.get("data")
     return isinstance(data, bytes) and (is_intact(piece) if isinstance(crc, str) else zlib.crc32(data) == crc)
 
-def _steps(schema: Schema, run: Sequence[Part], table: Any) -> list[Episode]:
+def _steps(schema: Schema, run: Sequence[Part], table: Any, some: Optional[Schema] = None) -> list[Episode]:
     "The episodes of neighbouring parts; raises `CorruptData` that names the damaged one"
     first, length = run[0], sum(part.length for part in run)
     try:
         if isinstance(table, str): raise ValueError(table)
-        return episodes_of(table.slice(first.where.row, length), schema, run)
+        return episodes_of(table.slice(first.where.row, length), schema, run, some)
     except (ValueError, KeyError, IndexError, TypeError, OverflowError, pa.ArrowException) as e:
-        if len(run) > 1: return [episode for part in run for episode in _steps(schema, [part], table)]
+        if len(run) > 1: return [episode for part in run for episode in _steps(schema, [part], table, some)]
         raise CorruptData(f"episode {first.id} cannot be read: chunk {first.where.key} {e}") from e
 
 # %% ../../../nbs/storage/pool/mongo.ipynb #0d5a104c
@@ -1236,8 +1236,8 @@ class _Chunks:
         _insert(self.link.of("chunks"), pieces())
         return placed
 
-    def read(self, parts: Sequence[Part], schema: Schema) -> Iterator[Episode]:
-        """The steps of parts, in their order
+    def read(self, parts: Sequence[Part], schema: Schema, some: Optional[Schema] = None) -> Iterator[Episode]:
+        """The steps of parts, in their order; `some`: with its fields only, though chunks travel whole
 
         Raises
         ------
@@ -1249,7 +1249,7 @@ class _Chunks:
             return 0 if part.where.key in counted else counted.add(part.where.key) or max(part.nbytes, _CHUNK)
         for window in in_bulk(parts, nbytes, _WINDOW):
             tables = self.link.ask(self.tables, {part.where.key: part for part in window}, columns)
-            for run in _runs(window): yield from _steps(schema, run, tables[run[0].where.key])
+            for run in _runs(window): yield from _steps(schema, run, tables[run[0].where.key], some)
 
     def tables(self, wanted: dict[str, Part], columns: Any) -> dict[str, Any]:
         "Chunks by key; what is wrong with one that cannot be read"
@@ -1405,10 +1405,13 @@ class MongoPool(Pool):
         for begin in range(after, upto, _MANY):
             yield from self._link.ask(self._store.entries.commits, begin, min(begin + _MANY, upto))
 
-    def _read(self, parts: Sequence[Part]) -> Iterator[Episode]:
+    def _read(self, parts: Sequence[Part]) -> Iterator[Episode]: return self._read_fields(parts)
+
+    def _read_fields(self, parts: Sequence[Part], some: Optional[Schema] = None) -> Iterator[Episode]:
         if not parts: return
         known = self._store.log.schemas.values()  # whichever: units do not matter here
-        yield from self._store.chunks.read(parts, next(iter(known), None) or self._schema(parts[0].version))
+        schema = next(iter(known), None) or self._schema(parts[0].version)
+        yield from self._store.chunks.read(parts, schema, some)
 
     def _write(self, token: str, parts: Sequence[tuple[Part, Episode]], schema: Schema) -> list[Part]:
         return self._link.ask(self._store.write, token, parts, schema)

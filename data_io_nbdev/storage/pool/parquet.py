@@ -6,13 +6,14 @@
 import zlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple, Optional
 from fastcore.basics import patch
 import numpy as np
 
 # %% auto #0
 __all__ = ['column_names', 'Column', 'columns_of', 'to_table', 'Rows', 'File', 'parquet_bytes', 'open_parquet', 'is_made_for',
-           'episodes_of', 'read_episodes', 'whole_table']
+           'episodes_of', 'step_bytes', 'read_episodes', 'whole_table']
 
 # %% ../../../nbs/storage/pool/parquet.ipynb #315bf7cc
 from ...errors import require
@@ -93,9 +94,10 @@ def _field_type(f: Field) -> Any:
     number = pa.bool_() if f.dtype == "bool" else pa.from_numpy_dtype(np.dtype(f.dtype))
     return pa.list_(pa.field("element", number, nullable=False)) if f.shape else number
 
+@lru_cache(16)
 def columns_of(
     schema: Schema, # Of the episodes
-) -> list[Column]: # In the order of the table
+) -> tuple[Column, ...]: # In the order of the table
     """The columns of the table that holds a schema's steps
 
     Parameters
@@ -105,7 +107,7 @@ def columns_of(
 
     Returns
     -------
-    list[Column]
+    tuple[Column, ...]
         In the order of the table
     """
     fixed = [("episode", pa.string(), "episode"), ("episodestart", _TIME, "episodestart"),
@@ -116,7 +118,7 @@ def columns_of(
         if role in FLAGS: wanted.append((role, pa.bool_(), role))
         else: wanted += [(f"{role}_{f.name}", _field_type(f), role, f) for f in schema.of(role)]
     names = column_names(name for name, *_ in wanted)
-    return [Column(name, *rest) for name, (_, *rest) in zip(names, wanted)]
+    return tuple(Column(name, *rest) for name, (_, *rest) in zip(names, wanted))
 
 # %% ../../../nbs/storage/pool/parquet.ipynb #5e5bd326
 @patch
@@ -491,13 +493,18 @@ def _state_blocks(schema: Schema, found: dict, ends: np.ndarray, null: np.ndarra
     return blocks
 
 # %% ../../../nbs/storage/pool/parquet.ipynb #8c1e4d68
-def _needed(schema: Schema) -> list[Column]:
-    return [c for c in columns_of(schema) if c.role in schema.roles or c.role == "timestamp"]
+@lru_cache(16)
+def _needed(schema: Schema, some: Optional[Schema] = None) -> tuple[Column, ...]:
+    "The columns of steps, or of some of their fields"
+    fields = {(role, f.name) for role in schema.roles for f in (some or schema).of(role)}
+    return tuple(c for c in columns_of(schema) if c.role in (*FLAGS, "timestamp") or
+                 (c.field and (c.role, c.field.name) in fields))
 
 def episodes_of(
     table: Any, # A `pyarrow.Table` of their steps, in order, and no others
-    schema: Schema, # Of the episodes
+    schema: Schema, # Of the steps in it
     parts: Sequence[Part], # Whose steps these are
+    some: Optional[Schema] = None, # With some of the fields, where the others are not wanted
 ) -> list[Episode]: # As many
     """The steps of parts; raises `ValueError` for a table that does not hold them
 
@@ -506,9 +513,11 @@ def episodes_of(
     table : Any
         A `pyarrow.Table` of their steps, in order, and no others
     schema : Schema
-        Of the episodes
+        Of the steps in it
     parts : Sequence[Part]
         Whose steps these are
+    some : Optional[Schema], default None
+        With some of the fields, where the others are not wanted
 
     Returns
     -------
@@ -520,8 +529,9 @@ def episodes_of(
     SchemaError
         Data that does not fit its schema: a role, shape, dtype, unit, identity or time stamp
     """
-    columns, ends = _needed(schema), np.cumsum([0, *(p.length for p in parts)])
+    columns, ends = _needed(schema, some), np.cumsum([0, *(p.length for p in parts)])
     if len(table) != ends[-1]: raise ValueError(f"it has {len(table)} rows, and {ends[-1]} are expected")
+    schema = some or schema
     found: dict[str, dict] = {}
     for c in columns:
         found.setdefault(c.role, {})[c.field.name if c.field else ""] = c._from_arrow(table[c.name])
@@ -534,15 +544,33 @@ def episodes_of(
     for part, (state, nstate, links), a, b in zip(parts, states, ends, ends[1:]):
         given = {"state": state, "nstate": nstate, **{r: block[a:b] for r, block in rest.items()}}
         episode = episode_of(part, schema, times[a:b], {r: given[r] for r in schema.roles})
-        episode.__dict__["links"] = links  # known from the nulls, so that states are not compared again
+        if some is None or links.all():  # known from the nulls, so that states are not compared again
+            episode.__dict__["links"] = links
         episodes.append(episode)
     return episodes
 
 # %% ../../../nbs/storage/pool/parquet.ipynb #44f4b380
+def step_bytes(
+    schema: Schema, # Of a step
+) -> int:
+    """Bytes of a step's time stamp and blocks
+
+    Parameters
+    ----------
+    schema : Schema
+        Of a step
+
+    Returns
+    -------
+    int
+    """
+    return 8 + sum(schema.block(role).itemsize for role in schema.roles)
+
 def read_episodes(
     file: Any, # A `pyarrow.parquet.ParquetFile`
-    schema: Schema, # Of the episodes
+    schema: Schema, # Of the steps in it
     parts: Sequence[tuple[Part, int]], # Each with its first row in the file; rows in order, without a gap
+    some: Optional[Schema] = None, # With some of the fields, where the others need not be read
 ) -> list[Episode]: # As many
     """The steps of neighbouring parts; raises `ValueError` for a file that does not hold them
 
@@ -551,9 +579,11 @@ def read_episodes(
     file : Any
         A `pyarrow.parquet.ParquetFile`
     schema : Schema
-        Of the episodes
+        Of the steps in it
     parts : Sequence[tuple[Part, int]]
         Each with its first row in the file; rows in order, without a gap
+    some : Optional[Schema], default None
+        With some of the fields, where the others need not be read
 
     Returns
     -------
@@ -565,10 +595,11 @@ def read_episodes(
     SchemaError
         Data that does not fit its schema: a role, shape, dtype, unit, identity or time stamp
     """
-    begin, columns = parts[0][1], _needed(schema)
+    begin, columns = parts[0][1], _needed(schema, some)
     length, nbytes = (sum(sizes) for sizes in zip(*((p.length, p.nbytes) for p, _ in parts)))
+    if some is not None: nbytes = length * step_bytes(some)
     table = _rows(file, columns, begin, begin + length, nbytes)
-    return episodes_of(table, schema, [p for p, _ in parts])
+    return episodes_of(table, schema, [p for p, _ in parts], some)
 
 def whole_table(
     file: Any, # A `pyarrow.parquet.ParquetFile`

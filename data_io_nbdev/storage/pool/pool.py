@@ -34,9 +34,9 @@ __all__ = ['BACKENDS', 'new_steps', 'PoolBackend', 'forkable', 'forkable_lock', 
 from ...errors import (ClosedError, CorruptData, DataIOError, EpisodeConflict, EpisodeNotFound,
                                   NotEnoughData, PoolNotFound, PoolUnavailable, QueryError, ReadOnly,
                                   SchemaError, SnapshotNotFound, at_the_door)
-from ...data.schema import Schema, brief, listed, offered
-from ...data.core import (RESET, Episode, PoolQuery, as_episode, concat, from_us, same_steps,
-                                     state_digest, steps_in)
+from ...data.schema import Schema, brief, listed, offered, selection
+from ...data.core import (RESET, Episode, PoolQuery, as_episode, concat, from_us, narrowed,
+                                     same_steps, state_digest, steps_in)
 from .index import (Coded, Commit, Index, Part, Selection, in_one_step, in_runs_of,
                                               part_of)
 
@@ -162,6 +162,10 @@ class PoolBackend(abc.ABC):
         "The steps of parts, in their order; raises `CorruptData` that names the damaged place"
 
     # optional
+    def _read_fields(self, parts: Sequence[Part], schema: Schema) -> Iterator[Episode]:
+        "Like `_read`, with the fields of `schema`, which are some of the pool's; by default all are read"
+        return narrowed(self._read(parts), schema)
+
     def _oldest(self) -> int: return 0  # the oldest version that can still be read
     def _drop(self, parts: Sequence[Part]) -> None: "Take back what `_write` stored for a commit that failed"
     def _repair(self, version: int, dry_run: bool) -> list[str]: return []  # what is, or would be, dropped
@@ -473,13 +477,17 @@ def _changed(self: PoolIndex, after: int, upto: int) -> dict[str, None]:
 def _read_one(self: PoolIndex, part: Part) -> Episode: return next(iter(self._read([part])))
 
 @patch
-def _episodes(self: PoolIndex, found: Sequence[Sequence[Part]],
-              schema: Optional[Schema] = None) -> Iterator[Episode]:
-    "One episode from each list of parts, reading ahead as the back-end likes"
-    for begin in range(0, len(found), 1000):
-        some = list(found[begin:begin + 1000])
-        stream = iter(self._read([part for parts in some for part in parts]))
-        for parts in some: yield _under(schema, concat(list(islice(stream, len(parts)))))
+def _episodes(self: PoolIndex, found: Sequence[Sequence[Part]], schema: Optional[Schema] = None,
+              select: Optional[Mapping] = None) -> Iterator[Episode]:
+    "One episode from each list of parts, reading ahead as the back-end likes; raises for an unknown field"
+    some = schema.select(select) if schema and select else None
+    read = self._read if some is None else lambda parts: self._read_fields(parts, some)
+    def episodes() -> "Iterator[Episode]":
+        for begin in range(0, len(found), 1000):
+            few = list(found[begin:begin + 1000])
+            stream = iter(read([part for parts in few for part in parts]))
+            for parts in few: yield _under(some or schema, concat(list(islice(stream, len(parts)))))
+    return episodes()
 
 def _under(schema: Optional[Schema], episode: Episode) -> Episode:
     "An episode under the schema of a version, which may have units that were not known when it was stored"
@@ -583,6 +591,7 @@ class PoolFinder(PoolIndex):
 
     def find(self,
         query: Any = None, # A `PoolQuery`, an id or its beginning, or several; by default everything
+        select: Optional[Mapping[str, Any]] = None, # Some fields, `{"state": ["speed"]}`; by default all
     ) -> Found: # An iterator by `episodestart`, then id, of episodes that are cut to the query's time range
         """The episodes asked for, as they are now: the iterator keeps its version while others write
 
@@ -590,6 +599,8 @@ class PoolFinder(PoolIndex):
         ----------
         query : Any, default None
             A `PoolQuery`, an id or its beginning, or several; by default everything
+        select : Optional[Mapping[str, Any]], default None
+            Some fields, `{"state": ["speed"]}`; by default all
 
         Returns
         -------
@@ -611,9 +622,10 @@ class PoolFinder(PoolIndex):
         """
         with at_the_door:
             asked = _as_query(query)  # once: an iterator over ids would be empty the second time
+            select = selection(select)
             version, query, found, schema = self._newest(lambda v: (v, *self._ask(asked, v)))
-        cut = (episode[steps_in(episode.times, query)] for episode in self._episodes(found, schema))
-        return Found(cut, len(found), version)
+            episodes = self._episodes(found, schema, select)
+        return Found((episode[steps_in(episode.times, query)] for episode in episodes), len(found), version)
 
     def count(self,
         query: Any = None, # A `PoolQuery`, an id or its beginning, or several; by default everything
@@ -800,6 +812,7 @@ class PoolReader(PoolFinder):
         n: int, # How many
         query: Any = None, # Out of which; by default out of all
         seed: Optional[int] = None, # Makes the choice reproducible
+        select: Optional[Mapping[str, Any]] = None, # Some fields, `{"state": ["speed"]}`; by default all
     ) -> list[Episode]: # In random order, cut to the query's time range
         """Whole episodes at random, none twice; raises `NotEnoughData` where fewer match
 
@@ -811,6 +824,8 @@ class PoolReader(PoolFinder):
             Out of which; by default out of all
         seed : Optional[int], default None
             Makes the choice reproducible
+        select : Optional[Mapping[str, Any]], default None
+            Some fields, `{"state": ["speed"]}`; by default all
 
         Returns
         -------
@@ -833,11 +848,12 @@ class PoolReader(PoolFinder):
             Stored bytes that are damaged, cut short, or of a format this version does not know
         """
         with at_the_door:
-            asked = _as_query(query)
+            asked, select = _as_query(query), selection(select)
             query, found, schema = self._newest(partial(self._ask, asked))
         if not 0 < n <= len(found): raise NotEnoughData(f"asked for {n} episodes, and {len(found)} match")
         chosen = found[np.random.default_rng(seed).choice(len(found), n, replace=False)]
-        return [episode[steps_in(episode.times, query)] for episode in self._episodes(chosen, schema)]
+        with at_the_door: episodes = self._episodes(chosen, schema, select)
+        return [episode[steps_in(episode.times, query)] for episode in episodes]
 
     def snapshot(self,
         version: Optional[int] = None, # By default the newest
