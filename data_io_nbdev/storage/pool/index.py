@@ -588,9 +588,10 @@ class View:
         known = vars(index).copy()  # in one step
         self.oldest, self.runs, self.table = known["oldest"], known["_runs"], known["_lives"]
         self.who, self.zones, self.places = known["_who"], known["_zones"].values, known["_places"].values
-        self.m = known["_parts"].n  # rows of parts that count; first, so that their lives do
+        self.part_table = known["_parts"]
+        self.m = self.part_table.n  # rows of parts that count; first, so that their lives do
         self.l = self.table.seen()
-        self.p, self.n = known["_parts"].seen(), self.l.n  # last, so that there is what a life says is its last
+        self.p, self.n = self.part_table.seen(), self.l.n  # last, so that there is what a life says is its last
         table, order = known["_order"]
         self.order = order if table is self.table else order[:0]
 
@@ -603,6 +604,11 @@ class View:
         who = [[names.values[c] for c in l.who[life, i].tolist()] for i, names in enumerate(self.who)]
         return _as_parts(who=who, zones=self.zones, places=self.places, **held)
 
+    def within(self, rows: np.ndarray) -> np.ndarray:
+        "The same rows, once these columns have them: a writer may have made longer ones meanwhile"
+        if len(rows) and rows.max() >= len(self.p.version): self.p = self.part_table.seen()
+        return rows
+
     def last(self, lives: np.ndarray, version: int) -> np.ndarray: # `(n,)` rows
         """The last part of each life that a version has; each has one
 
@@ -611,7 +617,7 @@ class View:
         np.ndarray
             `(n,)` rows
         """
-        last = self.l.last[lives]
+        last = self.within(self.l.last[lives])
         late = np.flatnonzero(self.p.version[last] > version)
         while len(late):
             last[late] = self.p.prev[last[late]]
@@ -620,7 +626,7 @@ class View:
 
     def rows(self, lives: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         "The rows of every part up to the last of each life, in order, and the position of its life"
-        owner, first = np.arange(len(lives)), self.l.first[lives]
+        owner, first = np.arange(len(lives)), np.minimum(self.l.first[lives], last)
         if not (last > first).any(): return last, owner
         count = self.p.nth[last] - self.p.nth[first] + 1
         if count.max() > 100 or count.sum() > self.m >> 2:  # then it is quicker to look at all of them
@@ -643,7 +649,7 @@ class Parts(Sequence):
     "The parts of one episode at a version, in order"
     def __init__(self, view: View, life: int, last: int):
         self._view, self._life, self._last = view, np.array([life]), last
-        self._first = int(view.l.first[life])
+        self._first = min(int(view.l.first[life]), last)
 
     def __len__(self) -> int: return int(self._view.p.nth[self._last] - self._view.p.nth[self._first]) + 1
 
@@ -758,7 +764,7 @@ def there(self: View, version: int, lives: Any = None) -> np.ndarray: # `(n,)` n
     if lives is None: lives = np.flatnonzero(self.l.died[:self.n] > version)
     else: lives = lives[self.l.died[lives] > version]
     if not len(lives) or self.p.version[self.m - 1] <= version: return lives
-    return lives[self.p.version[self.l.first[lives]] <= version]
+    return lives[self.p.version[self.within(self.l.first[lives])] <= version]
 
 @patch
 def named(self: View, ids: Iterable[str]) -> np.ndarray: # In no order, and perhaps of several versions
