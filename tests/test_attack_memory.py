@@ -225,6 +225,27 @@ def test_resume(attack, place):
     attack(f"Ctrl-C in load_state_dict, {name}", trials(name, 150, 8), lambda rng: whole_or_not_at_all(make, rng))
 
 
+def test_another_query(attack, place):
+    "`buffer.query = …`: the query, and that nothing is loaded for it yet, together"
+    name, make_buffer, make_pool = place
+    def make(rng):
+        buffer = make_buffer(filled(make_pool), batch_size=8, seed=1, capacity=[None, 20][int(rng.integers(2))], query=PoolQuery(length=(2, None)))
+        buffer.load()
+        return lambda: setattr(buffer, "query", PoolQuery(length=(3, None))), lambda: seen(buffer)
+    attack(f"Ctrl-C in buffer.query, {name}", trials(name, 100, 8), lambda rng: whole_or_not_at_all(make, rng))
+
+
+def test_another_query_of_an_own_pool(attack):
+    "A pool of the buffer's own moves to the new rows with the query, and keeps the steps that these do not have"
+    def make(rng):
+        buffer = MemoryBuffer(batch_size=8, seed=1)
+        stored = [drive(int(rng.integers(2, 6)), hour=h) for h in range(4)]
+        for e in stored: buffer.store(e)
+        look = lambda: (seen(buffer), facts_of(buffer.pool) == facts_of(stored))
+        return lambda: setattr(buffer, "query", PoolQuery(length=(4, None))), look
+    attack("Ctrl-C in buffer.query, own pool", 100, lambda rng: whole_or_not_at_all(make, rng))
+
+
 def test_cluster(attack, tmp_path):
     "Rows on a cluster: refreshes, and draws of batches that were asked for ahead"
     distributed = pytest.importorskip("distributed")

@@ -21,21 +21,34 @@ SOAK = max(1, float(os.environ.get("SOAK", 1)))
 
 # --- any sequence of commits ---
 
-LOOKS = st.builds(Look, length=st.integers(1, 4), pause=st.sampled_from((1, 2, 10**6)), gap=st.sampled_from((0, 0, 0, 1, 5)),
-                  reward=st.sampled_from(REWARDS), zone=st.sampled_from(ZONES), number=st.sampled_from(NUMBERS),
-                  flags=st.tuples(st.booleans(), st.booleans()), nbytes=st.sampled_from((1, 100, 2**40)), rough=st.sampled_from((0, 0, 1, 16, 64)))
+def digits(number, *bases):
+    "A number as one choice out of each base: a draw of one number is small, and Hypothesis drops examples that draw too much"
+    chosen = []
+    for base in bases:
+        number, i = divmod(number, len(base))
+        chosen.append(base[i])
+    return chosen
+
+def choices(*bases): return st.integers(0, math.prod(map(len, bases)) - 1).map(lambda number: digits(number, *bases))
+
+LOOKS = choices((1, 2, 3, 4), (1, 2, 10**6), (0, 0, 0, 1, 5), REWARDS, ZONES, NUMBERS, [(e, l) for e in (False, True) for l in (True, False)],
+                (1, 100, 2**40), (0, 0, 1, 16, 64)).map(lambda chosen: Look(*chosen))
 ID, ANY = st.sampled_from(IDS), st.sampled_from(IDS + ABSENT)
 CHOSEN = st.lists(st.tuples(ID, LOOKS), max_size=5)
-TIMES = st.one_of(st.none(), st.builds(lambda a, b: a + b, st.sampled_from(STARTS), st.integers(-2, 8)))
+NEAR = st.one_of(st.sampled_from(STARTS), st.builds(lambda a, b: a + b, st.sampled_from(STARTS), st.integers(-2, 8)))
 
 
-def spread(low, high): return st.one_of(st.just((None, None)), st.tuples(low, high).filter(lambda r: None in r or r[0] < r[1]))
+def spread(low, high):
+    "A range of which an end may be open"
+    return st.tuples(st.none() | low, st.none() | high).filter(lambda ends: None in ends or ends[0] < ends[1])
+
+NEAR_TIMES = spread(NEAR, NEAR).map(lambda ends: tuple(t if t is None else from_us(t) for t in ends))
 
 
 class IndexMachine(RuleBasedStateMachine):
     "An index beside its oracle; both take in the same commits"
-    @initialize(identity=st.sampled_from(list(WHO)), starts=st.lists(st.sampled_from(STARTS), min_size=len(IDS), max_size=len(IDS)),
-                values=st.lists(st.integers(0, 2), min_size=len(IDS), max_size=len(IDS)), places=st.sampled_from(PLACES))
+    @initialize(identity=st.sampled_from(list(WHO)), starts=choices(*[STARTS] * len(IDS)), values=choices(*[range(3)] * len(IDS)),
+                places=st.sampled_from(PLACES))
     def begin(self, **choices):
         self.world, self.index, self.held = World(**choices), Index(), []
         self.oracle = self.world.oracle
@@ -97,13 +110,13 @@ class IndexMachine(RuleBasedStateMachine):
         assert [self.index.place(part) for part in parts] == [None] * len(parts)
 
     # what is asked
-    @rule(data=st.data(), who=st.booleans(), start=spread(TIMES, TIMES), time=spread(TIMES, TIMES), ids=st.none() | st.lists(ANY, max_size=9),
-          length=spread(st.none() | st.integers(0, 4), st.none() | st.integers(4, 12)), out_of=st.none() | st.lists(ANY, max_size=9))
-    def ask(self, data, who, start, time, length, ids, out_of):
-        version, levels = self.version(data), self.oracle.schema.identity if self.oracle.schema and who else ()
-        asked = {name: data.draw(st.lists(st.sampled_from(VALUES[kind]), min_size=1, max_size=3)) for name, kind in levels}
-        ends = lambda range: tuple(t if t is None else from_us(t) for t in range)
-        query = PoolQuery(start=ends(start), time=ends(time), length=length, ids=ids, who=asked)
+    @rule(data=st.data(), criteria=st.lists(st.sampled_from(("who", "start", "time", "length", "ids")), max_size=2, unique=True),
+          out_of=st.none() | st.lists(ANY, max_size=9))
+    def ask(self, data, criteria, out_of):
+        version, levels = self.version(data), self.oracle.schema.identity if self.oracle.schema else ()
+        who = st.fixed_dictionaries({name: st.lists(st.sampled_from(VALUES[kind]), min_size=1, max_size=3) for name, kind in levels})
+        kinds = dict(who=who, start=NEAR_TIMES, time=NEAR_TIMES, length=spread(st.integers(0, 4), st.integers(5, 12)), ids=st.lists(ANY, max_size=9))
+        query = PoolQuery(**{name: data.draw(kinds[name]) for name in criteria})
         want = answers(self.oracle, self.world.times, version, query)
         right_answer(self.index.find(version, query), want, query)
         if out_of is None: return

@@ -189,7 +189,8 @@ def test_query_in_words():
     assert str(PoolQuery(who={"length": 3}, length=(1, 2))) == "level length: 3; length: at least 1 and at most 2 steps"
 
 
-@pytest.mark.parametrize("q", [PoolQuery(), PoolQuery(vehicle=["a", "b"], trip=7), PoolQuery(time=("2026-01-01T00:00Z", None), length=(1, 5), ids=["a" * 32])], ids=str)
+@pytest.mark.parametrize("q", [PoolQuery(), PoolQuery(vehicle=["a", "b"], trip=7), PoolQuery(time=("2026-01-01T00:00Z", None), length=(1, 5), ids=["a" * 32]),
+                               PoolQuery(returns=(0.1, float("inf"))).split(0.3, by="driver", salt="a")[1]], ids=str)
 def test_query_as_code(q):
     "A query of ordinary size is printed as the code that makes it"
     assert eval(repr(q)) == q
@@ -226,7 +227,7 @@ def test_completion_of_the_others():
     assert set(dir(record)) == {"state", "action", "reward", "nstate", "timestamp", "episodestart", "who", "terminated", "truncated", "info", "step", "to_episode"}
     assert set(dir(Field("state", "speed"))) == {"role", "name", "shape", "dtype", "unit", "nbytes"}
     assert set(dir(schema(2))) == {"fields", "identity", "levels", "roles", "of", "block", "split", "join", "check", "to_json"}
-    assert set(dir(PoolQuery())) == {"who", "start", "time", "length", "ids", "check", "matches", "to_json"}
+    assert set(dir(PoolQuery())) == {"who", "start", "time", "length", "returns", "ids", "shares", "split", "check", "matches", "to_json"}
 
 
 @pytest.mark.parametrize("thing", [episode(), next(records(episode())), Field("state", "s"), schema(2), PoolQuery()], ids=lambda t: type(t).__name__)

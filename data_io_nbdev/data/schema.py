@@ -193,7 +193,7 @@ def listed(
     value: Any, # Of any type
     most: Optional[int] = None, # Items to take
 ) -> Optional[tuple]: # `None` for text, a mapping, a frame, and anything else that is no list
-    """The first items of something like a list
+    """The first items of something like a list: of whatever pandas calls list-like
 
     Parameters
     ----------
@@ -207,8 +207,10 @@ def listed(
     Optional[tuple]
         `None` for text, a mapping, a frame, and anything else that is no list
     """
-    try: return None if isinstance(value, _NO_LISTS) else tuple(islice(value, most))
-    except TypeError: return None
+    if isinstance(value, _NO_LISTS): return None
+    try: items = iter(value)
+    except TypeError: return None  # a scalar, or an array of no axes
+    return tuple(islice(items, most))
 
 # %% ../../nbs/data/schema.ipynb #a525c0e6
 _UNPORTABLE = ("float96", "float128", "longdouble", "complex192", "complex256")

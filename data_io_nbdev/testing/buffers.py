@@ -19,11 +19,11 @@ import numpy as np
 import pandas as pd  # type: ignore
 
 # %% auto #0
-__all__ = ['filled', 'BatchesOfBuffers', 'TracedBatches', 'RowsOfBuffers', 'Refreshing', 'RowsOfQueries', 'selected_from',
-           'RowsOfSelections', 'StatesOfSelections', 'Rings', 'chi_square', 'Chance', 'SameDraws', 'through_json',
-           'Resume', 'ResumeElsewhere', 'PaddedEpisodes', 'WholeEpisodes', 'BufferRefusals', 'ClosedBuffers',
-           'closings', 'Lifecycle', 'ClosedOnce', 'Finalizers', 'OwnBuffers', 'BufferInterface', 'BufferBystanders',
-           'BufferMachine', 'RingMachine', 'BufferStories', 'BufferContract']
+__all__ = ['filled', 'BatchesOfBuffers', 'TracedBatches', 'RowsOfBuffers', 'Refreshing', 'RowsOfQueries', 'OtherQueries',
+           'QueriesInLife', 'selected_from', 'RowsOfSelections', 'StatesOfSelections', 'Rings', 'chi_square', 'Chance',
+           'SameDraws', 'through_json', 'Resume', 'ResumeElsewhere', 'PaddedEpisodes', 'WholeEpisodes',
+           'BufferRefusals', 'ClosedBuffers', 'closings', 'Lifecycle', 'ClosedOnce', 'Finalizers', 'OwnBuffers',
+           'BufferInterface', 'BufferBystanders', 'BufferMachine', 'RingMachine', 'BufferStories', 'BufferContract']
 
 # %% ../../nbs/testing/buffers.ipynb #673c8a6d
 from ..errors import (ClosedError, DataIOError, EpisodeConflict, NotEnoughData, QueryError,
@@ -244,6 +244,106 @@ class RowsOfQueries:
             A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
         """
         with pytest.raises(QueryError): filled(harness, drive(), query=PoolQuery(truck="A")).sample()
+
+# %% ../../nbs/testing/buffers.ipynb #cabfe99a
+class OtherQueries:
+    "`buffer.query = …` counts from the next `sample` on"
+    def test_another_query(self, harness):
+        """The rows are those of a buffer that was made with it; an equal query loads nothing
+
+        Raises
+        ------
+        QueryError
+            A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
+        """
+        a, b = drive(6, vehicle="A"), drive(4, hour=1, vehicle="B")
+        buffer = filled(harness, a, b, query=PoolQuery(vehicle="A"))
+        assert set(buffer.sample(99).episode) == {a.id}
+        long = PoolQuery(length=(6, 6))
+        for query, right in [(PoolQuery(vehicle="B"), [b]), (PoolQuery(), [a, b]), (long, [a])]:
+            buffer.query = query
+            assert buffer.query == query and set(buffer.sample(99).episode) == {e.id for e in right}
+            assert list(rows(buffer).values()) == steps_of(*right)
+            assert PoolQuery.from_json(buffer.state_dict()["query"]) == query
+        view, buffer.query = buffer._view, PoolQuery(length=[6, 6])
+        assert buffer._view is view
+        buffer.store(drive(6, hour=2, vehicle="C"))
+        assert list(rows(buffer).values()) == steps_of(a, drive(6, hour=2, vehicle="C"))
+
+    def test_draws_go_on(self, harness):
+        """The generator goes on: the same seed and the same changes of query give the same batches
+
+        Raises
+        ------
+        QueryError
+            A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
+        """
+        both = [drive(6, vehicle="A"), drive(9, hour=1, vehicle="B")]
+        def drawn(change: "bool") -> "list":
+            buffer = filled(harness.fresh(), *both, query=PoolQuery(vehicle="A"))
+            said = [batch_facts(buffer.sample())]
+            rng = buffer._rng.bit_generator.state
+            if change: buffer.query = PoolQuery(vehicle="B")
+            assert buffer._rng.bit_generator.state == rng
+            return [*said, *(batch_facts(buffer.sample()) for _ in range(3))]
+        changed, same = drawn(True), drawn(False)
+        assert changed == drawn(True) and changed[0] == same[0] and changed[1:] != same[1:]
+
+    def test_refused_queries(self, harness):
+        """What is no query of this pool is refused at once, and then all is as before
+
+        Raises
+        ------
+        QueryError
+            A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
+        """
+        buffer, other = (filled(harness.fresh(), drive(6)) for _ in range(2))
+        assert draws(buffer) == draws(other)
+        split = PoolQuery().split(0.5, by="truck")[0]
+        for wrong in (PoolQuery(truck="A"), split, PoolQuery(vehicle=7), None, "A"):
+            with pytest.raises(QueryError): buffer.query = wrong
+            assert buffer.query == PoolQuery()
+        assert draws(buffer) == draws(other)
+
+# %% ../../nbs/testing/buffers.ipynb #1a45793f
+class QueriesInLife:
+    "A buffer's query before its first load and after its last, and as its pool grows"
+    def test_before_and_after(self, harness):
+        """Before the first load and after `close`, another query counts from the next load on
+
+        Raises
+        ------
+        QueryError
+            A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
+        """
+        a, b = drive(6, vehicle="A"), drive(4, hour=1, vehicle="B")
+        buffer = filled(harness, a, b, query=PoolQuery(vehicle="A"))
+        buffer.query = PoolQuery(vehicle="B")
+        assert set(buffer.sample(99).episode) == {b.id}
+        buffer.close()
+        buffer.query = PoolQuery(vehicle="A")
+        with pytest.raises(ClosedError): buffer.sample()
+        buffer.load()
+        assert set(buffer.sample(99).episode) == {a.id}
+
+    def test_train_and_test(self, harness):
+        """Two buffers over the shares of a split have no episode in common, also as the pool grows
+
+        Raises
+        ------
+        QueryError
+            A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
+        """
+        train, test = PoolQuery().split(0.5, by="driver")
+        drives = [drive(2, hour=h, driver=f"driver {h}") for h in range(20)]
+        first = filled(harness, *drives[:10], query=train)
+        second = harness.buffer(pool=first.pool, batch_size=32, query=test)
+        seen = [{id for id, step in rows(buffer).values()} for buffer in (first, second)]
+        first.pool.extend(drives[10:])
+        for buffer in (first, second): buffer.refresh()
+        now = [{id for id, step in rows(buffer).values()} for buffer in (first, second)]
+        assert not now[0] & now[1] and now[0] | now[1] == {e.id for e in drives}
+        assert all(before <= after for before, after in zip(seen, now))
 
 # %% ../../nbs/testing/buffers.ipynb #72dc7fbc
 def selected_from(
@@ -1046,8 +1146,8 @@ class BufferStories:
         assert sorted(rows(buffer).values()) == sorted(steps_of(*buffer.pool)) and len(buffer.pool) == 46
 
 # %% ../../nbs/testing/buffers.ipynb #c04c1fb2
-class BufferContract(BatchesOfBuffers, TracedBatches, RowsOfBuffers, Refreshing, RowsOfQueries,
-                     RowsOfSelections, StatesOfSelections, Rings, Chance, SameDraws, Resume, ResumeElsewhere,
-                     WholeEpisodes, BufferRefusals, ClosedBuffers, Lifecycle, Finalizers, OwnBuffers,
-                     BufferInterface, BufferStories):
+class BufferContract(BatchesOfBuffers, TracedBatches, RowsOfBuffers, Refreshing, RowsOfQueries, OtherQueries,
+                     QueriesInLife, RowsOfSelections, StatesOfSelections, Rings, Chance, SameDraws, Resume,
+                     ResumeElsewhere, WholeEpisodes, BufferRefusals, ClosedBuffers, Lifecycle, Finalizers,
+                     OwnBuffers, BufferInterface, BufferStories):
     "What every buffer promises; a subclass brings a fixture `harness`, a `Harness` at an empty place"

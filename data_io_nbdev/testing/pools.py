@@ -16,10 +16,11 @@ import numpy as np
 import pandas as pd  # type: ignore
 
 # %% auto #0
-__all__ = ['SEEDS', 'CUTS', 'RoundTrip', 'Spellings', 'Queries', 'Choices', 'selects', 'has_selected', 'SomeFields', 'Catalogue',
-           'InParts', 'InGeneratedParts', 'Conflicts', 'GapsAndEnds', 'Overwriting', 'Deleting', 'Snapshots', 'Past',
-           'Races', 'LostRaces', 'Handles', 'OtherProcesses', 'PoolRefusals', 'ReadOnlyPools', 'Damage', 'Copies',
-           'grown', 'drive_part', 'PoolChanges', 'PoolMachine', 'PoolStories', 'PoolContract']
+__all__ = ['LISTS', 'SPLITS', 'SEEDS', 'CUTS', 'RoundTrip', 'Spellings', 'Queries', 'Returns', 'ListLikes', 'Splits',
+           'GeneratedSplits', 'Choices', 'selects', 'has_selected', 'SomeFields', 'Catalogue', 'InParts',
+           'InGeneratedParts', 'Conflicts', 'GapsAndEnds', 'Overwriting', 'Deleting', 'Snapshots', 'Past', 'Races',
+           'LostRaces', 'Handles', 'OtherProcesses', 'PoolRefusals', 'ReadOnlyPools', 'Damage', 'Copies', 'grown',
+           'drive_part', 'PoolChanges', 'PoolMachine', 'PoolStories', 'PoolContract']
 
 # %% ../../nbs/testing/pools.ipynb #49ab18e4
 from ..errors import (ClosedError, CorruptData, DataIOError, EpisodeConflict, EpisodeNotFound,
@@ -174,6 +175,214 @@ class Queries:
         pool.store(drive(6))
         (part,) = pool.find(PoolQuery(time=("2026-01-01T00:00:01.5Z", "2026-01-01T00:00:04Z")))
         assert part == drive(6)[2:4] and part.offset == 2
+
+# %% ../../nbs/testing/pools.ipynb #661771a0
+class Returns:
+    "A query for returns goes by what the catalogue says"
+    def test_returns(self, harness):
+        """Both ends are included; a return that is NaN is found only where none is asked for; parts are summed
+
+        Raises
+        ------
+        QueryError
+            A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
+        """
+        pool, rewards = harness.open(), [[1, 2, 3], [0, 0, 7], [-1, -1, -1], [np.nan, 1, 1], [np.inf, 0, 0]]
+        drives = [_earning(reward, hour=h) for h, reward in enumerate(rewards)]
+        pool.store(drives[0][:2])
+        pool.extend(drives[1:])
+        hours = lambda **ask: [e.episodestart.hour for e in pool.find(PoolQuery(**ask))]
+        assert hours(returns=(3, 7)) == [0, 1], "of the first, two steps are there"
+        pool.store(drives[0])
+        assert hours(returns=(3, 5)) == [] and hours(returns=(6, 7)) == [0, 1]
+        assert hours(returns=(None, 6)) == [0, 2]
+        assert hours(returns=(-np.inf, None)) == [0, 1, 2, 4] and hours(returns=("inf", "inf")) == [4]
+        assert hours(returns=(None, None)) == [0, 1, 2, 3, 4]
+        assert hours(returns=(0, None), length=(4, None)) == []
+        assert hours(returns=(7, 7), time=("2026-01-01T01:00:01Z", None)) == [1], "the whole episode counts"
+        assert pool.delete(PoolQuery(returns=(None, 0))) == [drives[2].id]
+
+    @examples(40)
+    @given(data=st.data())
+    def test_generated_returns(self, harness, data):
+        """`find` and `count` agree with the catalogue's column `return`, at the last bit of each end
+
+        Raises
+        ------
+        SchemaError
+            Data that does not fit its schema: a role, shape, dtype, unit, identity or time stamp
+        QueryError
+            A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
+        """
+        history, harness = data.draw(histories()), harness.fresh()
+        pool = harness.open()
+        for e in history:
+            cut = data.draw(st.integers(1, len(e)))
+            if e.first is not None or e.links[:cut].all(): pool.store(e[:cut])
+            pool.store(e)
+        table = pool.catalogue()
+        ends = st.none() | st.sampled_from([x for x in table["return"] if x == x] or [0.0]).flatmap(
+            lambda x: st.sampled_from([x, np.nextafter(x, -np.inf), np.nextafter(x, np.inf)]))
+        low, high = data.draw(st.tuples(ends, ends).filter(lambda p: None in p or p[0] <= p[1]))
+        fits = table["return"].between(-np.inf if low is None else low, np.inf if high is None else high)
+        right = list(table.index[fits | (low is None and high is None)])
+        query = PoolQuery(returns=(low, high))
+        assert [e.id for e in pool.find(query)] == right and pool.count(query) == len(right)
+
+def _earning(rewards: Iterable[float], **options) -> Episode:
+    "A drive with these rewards"
+    e = drive(len(rewards), **options)
+    return replace(e, blocks={**e.blocks, "reward": np.array(rewards, e.reward.dtype)})
+
+# %% ../../nbs/testing/pools.ipynb #274d1634
+LISTS = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "generator": iter,
+         "array": np.array, "objects": lambda x: np.array(x, object), "series": pd.Series, "index": pd.Index,
+         "categories": pd.Categorical, "extension array": pd.array, "keys": lambda x: dict.fromkeys(x).keys(),
+         "values": lambda x: dict(enumerate(x)).values(),
+         "a column's unique": lambda x: pd.Series(x).unique()}
+
+class ListLikes:
+    "Anything that pandas calls list-like is a list of values"
+    @pytest.mark.parametrize("kind", LISTS)
+    def test_lists(self, harness, kind):
+        """Levels, ids, and the ids that a pool is asked for by name
+
+        Raises
+        ------
+        QueryError
+            A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
+        PoolNotFound
+            No pool at this place
+        PoolUnavailable
+            A pool that cannot be reached, or written, just now
+        CorruptData
+            Stored bytes that are damaged, cut short, or of a format this version does not know
+        """
+        some, pool = LISTS[kind], harness.open()
+        ids = pool.extend([drive(hour=h, driver=d) for h, d in enumerate(["anna", "bo", "cleo", "anna"])])
+        hours = lambda asked: [e.episodestart.hour for e in pool.find(asked)]
+        assert hours(PoolQuery(driver=some(["cleo", "bo"]))) == [1, 2] == hours(PoolQuery(ids=some(ids[1:3])))
+        assert PoolQuery(driver=some(["cleo", "bo"])) == PoolQuery(driver=["bo", "cleo"])
+        assert hours(some([ids[3], ids[0]])) == [0, 3] and pool.count(some(ids[:2])) == 2
+        assert list(pool.catalogue(some(ids[1:3])).index) == ids[1:3]
+        assert sorted(e.id for e in pool.sample(2, some(ids[:2]), seed=1)) == sorted(ids[:2])
+        assert sorted(pool.copy_to(MemoryPool(), some(ids[2:]))) == sorted(ids[2:])
+        assert sorted(pool.delete(some(ids[:2]))) == sorted(ids[:2]) and len(pool) == 2
+
+    def test_of_a_catalogue(self, harness):
+        """The catalogue's own columns and index ask for the episodes that they came from
+
+        Raises
+        ------
+        QueryError
+            A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
+        """
+        pool = harness.open()
+        pool.extend([drive(hour=h, driver="ab"[h % 2]) for h in range(4)])
+        table = pool.catalogue()
+        for asked in (PoolQuery(driver=table["driver"].unique()), PoolQuery(driver=table["driver"]),
+                      PoolQuery(ids=table.index), table.index, table.index[table["seq_len"] > 1]):
+            assert pool.count(asked) == 4
+
+    @pytest.mark.parametrize("nothing", [None, np.nan, pd.NA, pd.NaT, np.ma.masked], ids=str)
+    def test_missing_values(self, harness, nothing):
+        """A missing value among others is a mistake, with a remedy
+
+        Raises
+        ------
+        QueryError
+            A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
+        """
+        for ask in (dict(driver=["anna", nothing]), dict(ids=["0" * 32, nothing])):
+            with pytest.raises(QueryError, match="dropna"): PoolQuery(**ask)
+        pool = harness.open()
+        id = pool.store(drive())
+        with unchanged(harness, pool, QueryError): pool.delete([id, nothing])
+
+# %% ../../nbs/testing/pools.ipynb #d5c26773
+SPLITS = {"by id": {}, "with a salt": {"salt": "a"}, "by driver": {"by": "driver"},
+          "by both": {"by": ["vehicle", "driver"], "salt": "b"}}
+
+class Splits:
+    "A split makes queries that have no episode in common, and together ask for the same"
+    @pytest.mark.parametrize("how", SPLITS)
+    def test_splits(self, harness, how):
+        """Nothing is in two shares or in none; a split of a share too; `matches` says the same as the pool
+
+        Raises
+        ------
+        QueryError
+            A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
+        """
+        pool = harness.open()
+        drives = [drive(2, hour=h, driver=f"driver {h % 12}", vehicle="AB"[h % 2]) for h in range(60)]
+        pool.extend(drives[:30]); pool.extend(drives[30:])
+        def divided(query: "PoolQuery", *shares: "float") -> "list[PoolQuery]":
+            parts = query.split(*shares, **SPLITS[how])
+            found = [[e.id for e in pool.find(part)] for part in parts]
+            assert sorted(itertools.chain(*found)) == sorted(e.id for e in pool.find(query))
+            for part, ids in zip(parts, found):
+                assert ids == [e.id for e in by_start(drives) if part.matches(e.id, e.who, e.start, len(e))]
+                assert pool.count(part) == len(ids) and list(pool.catalogue(part).index) == ids
+            return parts
+        first, rest = divided(PoolQuery(), 0.7)
+        divided(first, 0.5, 0.3, 0.2); divided(divided(rest, 0.5)[1], 0.5)
+        divided(PoolQuery(vehicle="A"), 0.4)
+        again = PoolQuery.from_json(first.to_json())
+        assert again == first and hash(again) == hash(first) and pool.count(again) == pool.count(first)
+        if "by" in SPLITS[how]:  # each driver has one vehicle
+            drivers = [{e.who["driver"] for e in pool.find(side)} for side in (first, rest)]
+            assert not drivers[0] & drivers[1]
+        gone = sorted(e.id for e in pool.find(first))
+        assert sorted(pool.delete(first)) == gone and pool.count() == pool.count(rest) == 60 - len(gone)
+
+# %% ../../nbs/testing/pools.ipynb #805683f2
+class GeneratedSplits:
+    "The same for generated episodes, and for levels that there are not"
+    @examples(40)
+    @given(data=st.data())
+    def test_generated_splits(self, harness, data):
+        """Of generated episodes, too; what grows, and what is stored later, moves none across
+
+        Raises
+        ------
+        SchemaError
+            Data that does not fit its schema: a role, shape, dtype, unit, identity or time stamp
+        QueryError
+            A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
+        """
+        history, harness = data.draw(histories()), harness.fresh()
+        levels = [level for level, _ in history[0].schema.identity]
+        some = st.lists(st.sampled_from(levels), min_size=1, unique=True) if levels else st.none()
+        by = data.draw(st.none() | some)
+        cuts = sorted(data.draw(st.sets(st.integers(1, 99), min_size=1, max_size=4)))
+        shares = [(b - a) / 100 for a, b in zip([0, *cuts], [*cuts, 100])]
+        queries = PoolQuery().split(*shares, by=by, salt=data.draw(st.text(max_size=3)))
+        pool, side = harness.open(), {}
+        for e in history:
+            pool.store(e)
+            found = {id: n for n, query in enumerate(queries) for id in pool.catalogue(query).index}
+            assert found.keys() == {e.id for e in pool} and sum(map(pool.count, queries)) == len(pool)
+            assert side.items() <= found.items()
+            side = found
+        groups: dict = {}
+        for e in history if by else (): groups.setdefault(tuple(map(e.who.get, by)), set()).add(side[e.id])
+        assert all(len(sides) == 1 for sides in groups.values())
+
+    def test_unknown_splits(self, harness):
+        """A split by a level that the pool lacks is a mistake and not an empty answer
+
+        Raises
+        ------
+        QueryError
+            A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
+        """
+        pool = harness.open()
+        pool.store(drive())
+        for query in PoolQuery().split(0.5, by=["driver", "truck"]):
+            for ask in (pool.count, pool.catalogue, lambda q: list(pool.find(q))):
+                with pytest.raises(QueryError, match="truck"): ask(query)
+            with unchanged(harness, pool, QueryError): pool.delete(query)
 
 # %% ../../nbs/testing/pools.ipynb #a7aa57a5
 class Choices:
@@ -1154,7 +1363,8 @@ class PoolStories:
         run_state_machine_as_test(lambda: PoolMachine(harness.fresh()), settings=sequences)
 
 # %% ../../nbs/testing/pools.ipynb #8aaafa1b
-class PoolContract(RoundTrip, Spellings, Queries, Choices, SomeFields, Catalogue, InParts, InGeneratedParts,
-                   Conflicts, GapsAndEnds, Overwriting, Deleting, Past, Races, LostRaces, Handles,
-                   OtherProcesses, PoolRefusals, ReadOnlyPools, Damage, Copies, PoolStories):
+class PoolContract(RoundTrip, Spellings, Queries, Returns, ListLikes, Splits, GeneratedSplits, Choices,
+                   SomeFields, Catalogue, InParts, InGeneratedParts, Conflicts, GapsAndEnds, Overwriting,
+                   Deleting, Past, Races, LostRaces, Handles, OtherProcesses, PoolRefusals, ReadOnlyPools,
+                   Damage, Copies, PoolStories):
     "What every pool promises; a subclass brings a fixture `harness`, a `Harness` at an empty place"

@@ -325,15 +325,21 @@ def _check_options(self: BufferHandle) -> None:
     "Raise `QueryError` for options that make no buffer"
     _positive("batch_size", self.batch_size)
     if self.capacity is not None: _positive("capacity", self.capacity)
-    for name, kind in (("query", PoolQuery), ("sampler", Sampler)):
-        value = getattr(self, name)
-        if not isinstance(value, kind): raise QueryError(f"{name}: expected a {kind.__name__}, got {value!r}")
-    if self.pool is None and self.capacity is not None and self.query != PoolQuery():
-        raise QueryError("a ring with a pool of its own keeps all that it is given: take a query away, "
-                         "or give it a pool")
+    _expect("sampler", self.sampler, Sampler)
+    self._check_query(self.query, own=self.pool is None)
     if self.states not in ("auto", "once", "twice"):
         raise QueryError(f"states is 'auto', 'once' or 'twice', got {self.states!r}")
     self.select = selection(self.select)
+
+@patch
+def _check_query(self: BufferHandle, query: Any, own: bool) -> None:
+    _expect("query", query, PoolQuery)
+    if own and self.capacity is not None and query != PoolQuery():
+        raise QueryError("a ring with a pool of its own keeps all that it is given: take a query away, "
+                         "or give it a pool")
+
+def _expect(name: str, value: Any, kind: type) -> None:
+    if not isinstance(value, kind): raise QueryError(f"{name}: expected a {kind.__name__}, got {value!r}")
 
 def _positive(name: str, n: Any) -> None:
     if not isinstance(n, (int, np.integer)) or isinstance(n, bool) or n < 1:
@@ -406,6 +412,33 @@ def _load(self: BufferHandle) -> None:
         view = self._new_view()
         view.look(self.pool.version)
         self._install(view)
+
+# %% ../../../nbs/storage/buffer/buffer.ipynb #5dd04437
+def _query_of(self: BufferHandle) -> PoolQuery:
+    "Which episodes, and which of their steps; another one counts from the next `sample` on"
+    return vars(self).get("query", PoolQuery())
+
+def _ask_anew(self: BufferHandle, query: PoolQuery) -> None:
+    if not hasattr(self, "_view"):  # it is being made, and its options are checked in a moment
+        vars(self).update(query=query)
+        return
+    with at_the_door:
+        self._check_query(query, self._own)
+        with self._moving:
+            if query != self.query: self._turn_to(query)
+
+@patch
+def _turn_to(self: BufferHandle, query: PoolQuery) -> None:
+    "Draw through another query from the next draw on"
+    if self._is_open() and (schema := getattr(self.pool, "schema", None)): query.check(schema)
+    before, view = self._view, self._new_view(query=query)
+    if self._own and self._is_open():
+        view.look(self.pool.version)
+        self._install(view, query=query)
+    else: vars(self).update(query=query, _view=view)
+    del before  # what it holds is let go when all is done
+
+BufferHandle.query = property(_query_of, _ask_anew)  # the field's default stays with the dataclass
 
 # %% ../../../nbs/storage/buffer/buffer.ipynb #084ef15a
 @patch

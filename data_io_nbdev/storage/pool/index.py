@@ -25,7 +25,7 @@ __all__ = ['ALIVE', 'Part', 'part_of', 'Commit', 'in_one_step', 'Table', 'Names'
 # %% ../../../nbs/storage/pool/index.ipynb #f0f93fcd
 from ...errors import CorruptData
 from ...data.schema import Schema
-from ...data.core import Episode, PoolQuery, state_digest
+from ...data.core import Episode, PoolQuery, state_digest, value_words
 
 # %% ../../../nbs/storage/pool/index.ipynb #6a73d7aa
 @dataclass(frozen=True)
@@ -789,18 +789,33 @@ _IS_ID = re.compile("[0-9a-f]{32}").fullmatch
 # %% ../../../nbs/storage/pool/index.ipynb #fe3465dd
 @patch
 def asked(self: View, query: PoolQuery, lives: np.ndarray, levels: Sequence[str]) -> np.ndarray:
-    "Those lives that a query is about, by who and when they began"
-    for name, values in query.who if len(lives) else ():
+    "Those lives that a query is about, by who, when they began, and which share they are in"
+    if not len(lives): return lives  # perhaps there is no schema yet, and so no level
+    for name, values in query.who:
         level = levels.index(name)
         codes = [code for v in values if (code := self.who[level].known(v)) >= 0]
         lives = lives[np.isin(self.l.who[lives, level], codes)]
     if query.start != (None, None): lives = lives[_within(self.l.start[lives], *query.start)]
+    for share in query.shares: lives = lives[share.holds(self.words(share.by, lives, levels))]
     return lives
 
 @patch
+def words(self: View, by: Sequence[str], lives: np.ndarray, levels: Sequence[str]) -> np.ndarray:
+    "What decides in which share of a split lives are: their ids, or the values of some levels: `(n,)` uint64"
+    if not by: return self.l.id[lives, 0]
+    words = np.zeros(len(lives), "uint64")
+    for name in by:
+        values = self.who[level := levels.index(name)].values
+        codes, which = np.unique(self.l.who[lives, level], return_inverse=True)
+        words += value_words(name, [values[code] for code in codes.tolist()])[which]
+    return words
+
+# %% ../../../nbs/storage/pool/index.ipynb #17c4f3e0
+@patch
 def narrowed(self: Selection, query: PoolQuery) -> Selection:
-    "Those episodes that a query is about, by length and time"
+    "Those episodes that a query is about, by length, return and time"
     if query.length != (None, None): self = self[_within(self.length, *query.length, closed=True)]
+    if query.returns != (None, None): self = self[_within(self.total("reward"), *query.returns, closed=True)]
     return self if query.time == (None, None) else self._in_time(*query.time)
 
 @patch

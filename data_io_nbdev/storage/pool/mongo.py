@@ -911,8 +911,15 @@ def filters(
     (low, high), (least, most) = query.time, query.length
     some = {"end": _between(low, None), "begin": _between(None, high),
             "seq_len": _between(least, None if most is None else most + 1)}
-    return ({k: v for k, v in {**who, "start": _between(*query.start)}.items() if v},
+    return ({k: v for k, v in {**who, "start": _between(*query.start), **_in_shares(query)}.items() if v},
             {k: v for k, v in some.items() if v})
+
+def _in_shares(query: PoolQuery) -> dict:
+    "Shares by id as a range of ids; entries that hide an episode have ids, too, and are asked for later"
+    ranges = [ids for share in query.shares if (ids := share.ids())]
+    if not ranges: return {}
+    low, high = zip(*ranges)
+    return {"id": {"$gte": max(low), "$lt": min(high)}, "hidden": {"$ne": True}}
 
 def _among(values: Iterable[Any]) -> dict: return {"$in": [v for v in values if _storable(v)]}
 

@@ -622,7 +622,7 @@ def whole_table(
     layout = _layout(columns_of(schema))
     return _groups(file, range(file.num_row_groups), layout.names).cast(layout)
 
-def _rows(file: Any, columns: list[Column], begin: int, end: int, nbytes: int) -> Any:
+def _rows(file: Any, columns: Sequence[Column], begin: int, end: int, nbytes: int) -> Any:
     "Rows of a file that are so many bytes of steps, reading the row groups that they are in"
     meta = file.metadata
     ends = np.cumsum([0, *(meta.row_group(i).num_rows for i in range(meta.num_row_groups))])
@@ -639,7 +639,7 @@ def _groups(file: Any, groups: Iterable[int], columns: list[str]) -> Any:
     return pa.concat_tables([file.read_row_groups(each, columns, use_threads=False) for each in some])
 
 # %% ../../../nbs/storage/pool/parquet.ipynb #16e98a66
-def _check_size(meta: Any, groups: Iterable[int], columns: list[Column],
+def _check_size(meta: Any, groups: range, columns: Sequence[Column],
     rows: int, # In these row groups
     nbytes: int, # That the wanted rows have, as the log says
     wanted: int, # How many rows are wanted
@@ -649,8 +649,8 @@ def _check_size(meta: Any, groups: Iterable[int], columns: list[Column],
     Parameters
     ----------
     meta : Any
-    groups : Iterable[int]
-    columns : list[Column]
+    groups : range
+    columns : Sequence[Column]
     rows : int
         In these row groups
     nbytes : int
@@ -659,11 +659,12 @@ def _check_size(meta: Any, groups: Iterable[int], columns: list[Column],
         How many rows are wanted
     """
     most = nbytes + 2 * max(_GROUP, nbytes // wanted)  # of the first and the last group little may be wanted
-    every = (meta.row_group(i).column(k) for i in groups for k in range(meta.num_columns))
     short = {"int8": 4, "int16": 2}  # Parquet has no shorter numbers
     widths = {c.name: short.get(c.field.dtype if c.field else "", 1) for c in columns}
-    chunks = ((c.path_in_schema.partition(".")[0], c) for c in every)
-    declared = sum(c.total_uncompressed_size // widths[name] for name, c in chunks if name in widths)
+    first = meta.row_group(groups[0])
+    names = [first.column(k).path_in_schema.partition(".")[0] for k in range(meta.num_columns)]
+    wide = [(k, widths[name]) for k, name in enumerate(names) if name in widths]
+    declared = sum(g.column(k).total_uncompressed_size // w for g in map(meta.row_group, groups) for k, w in wide)
     if rows * (nbytes // wanted) > most or declared > 2 * most + (1 << 16) * len(columns):
         raise ValueError(f"it says that {rows} rows unpack to {declared} bytes, "
                          f"and the log says {nbytes} for {wanted}")
