@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple, Optional
+from fastcore.basics import patch
 import numpy as np
 
 # %% auto #0
@@ -146,36 +147,6 @@ class ChunkedRows(Rows):
     @property
     def nbytes(self) -> int: return sum(chunk.nbytes for chunk in self.chunks)  # on workers
 
-    def request(self,
-        lake: Lake, # Of the pool
-        parts: Sequence[Part], # Of the chunk, in order
-        query: PoolQuery, # Whose time range cuts them
-        whole: Optional[Schema] = None, # Of the pool, where rows have some of its fields
-    ) -> tuple[Any, int, list[list[Run]]]: # A future of its rows, their number, the runs of each part
-        """Let a worker read a chunk
-
-        Parameters
-        ----------
-        lake : Lake
-            Of the pool
-        parts : Sequence[Part]
-            Of the chunk, in order
-        query : PoolQuery
-            Whose time range cuts them
-        whole : Optional[Schema], default None
-            Of the pool, where rows have some of its fields
-
-        Returns
-        -------
-        tuple[Any, int, list[list[Run]]]
-            A future of its rows, their number, the runs of each part
-        """
-        schema, some = (whole, self.schema) if whole else (self.schema, None)
-        both = self.client.submit(pack, lake, schema, list(parts), query, self.once, some, pure=False)
-        rows, runs = (self.client.submit(itemgetter(i), both, pure=False) for i in (0, 1))
-        size, runs = self.client.gather([self.client.submit(len, rows, pure=False), runs])
-        return rows, size, runs
-
     def adopt(self,
         rows: Any, # A future of them
         size: int, # How many
@@ -210,6 +181,38 @@ class ChunkedRows(Rows):
         """
         vars(new := super().fork()).update(chunks=deque(self.chunks))
         return new
+
+# %% ../../../nbs/storage/buffer/cluster.ipynb #cfb49437
+@patch
+def request(self: ChunkedRows,
+    lake: Lake, # Of the pool
+    parts: Sequence[Part], # Of the chunk, in order
+    query: PoolQuery, # Whose time range cuts them
+    whole: Optional[Schema] = None, # Of the pool, where rows have some of its fields
+) -> tuple[Any, int, list[list[Run]]]: # A future of its rows, their number, the runs of each part
+    """Let a worker read a chunk
+
+    Parameters
+    ----------
+    lake : Lake
+        Of the pool
+    parts : Sequence[Part]
+        Of the chunk, in order
+    query : PoolQuery
+        Whose time range cuts them
+    whole : Optional[Schema], default None
+        Of the pool, where rows have some of its fields
+
+    Returns
+    -------
+    tuple[Any, int, list[list[Run]]]
+        A future of its rows, their number, the runs of each part
+    """
+    schema, some = (whole, self.schema) if whole else (self.schema, None)
+    both = self.client.submit(pack, lake, schema, list(parts), query, self.once, some, pure=False)
+    rows, runs = (self.client.submit(itemgetter(i), both, pure=False) for i in (0, 1))
+    size, runs = self.client.gather([self.client.submit(len, rows, pure=False), runs])
+    return rows, size, runs
 
 # %% ../../../nbs/storage/buffer/cluster.ipynb #ad51176e
 class Flight(NamedTuple):

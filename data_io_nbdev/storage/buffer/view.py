@@ -242,37 +242,40 @@ class Seen:
         """
         return self.pool._read(parts) if self.some is None else self.pool._read_fields(parts, self.some)
 
-    def append(self,
-        part: Part, # Of the log
-        episode: Episode, # Its steps
-    ) -> None:
-        """Rows for one part, as far as the query's time range goes
+# %% ../../../nbs/storage/buffer/view.ipynb #17f4eb75
+@patch
+def append(self: Seen,
+    part: Part, # Of the log
+    episode: Episode, # Its steps
+) -> None:
+    """Rows for one part, as far as the query's time range goes
 
-        Parameters
-        ----------
-        part : Part
-            Of the log
-        episode : Episode
-            Its steps
-        """
-        wanted = steps_in(episode.times, self.query)
-        if wanted.start >= wanted.stop: return
-        serial, whole = self.rows.append(episode[wanted]), wanted.stop - wanted.start == part.length
-        if not (self.own and whole): return  # a part that was cut stays with the pool
-        self._entered = self._entered.push((part, serial))
+    Parameters
+    ----------
+    part : Part
+        Of the log
+    episode : Episode
+        Its steps
+    """
+    wanted = steps_in(episode.times, self.query)
+    if wanted.start >= wanted.stop: return
+    serial, whole = self.rows.append(episode[wanted]), wanted.stop - wanted.start == part.length
+    if not (self.own and whole): return  # a part that was cut stays with the pool
+    self._entered = self._entered.push((part, serial))
 
-    def note(self,
-        part: Part, # Of the log
-    ) -> None:
-        """Remember that a part has entered
+@patch
+def note(self: Seen,
+    part: Part, # Of the log
+) -> None:
+    """Remember that a part has entered
 
-        Parameters
-        ----------
-        part : Part
-            Of the log
-        """
-        self.trail = hashlib.sha256(f"{self.trail} {part.id} {part.digest}".encode()).hexdigest()
-        self._news[part.id] = part.life, part.offset + part.length
+    Parameters
+    ----------
+    part : Part
+        Of the log
+    """
+    self.trail = hashlib.sha256(f"{self.trail} {part.id} {part.digest}".encode()).hexdigest()
+    self._news[part.id] = part.life, part.offset + part.length
 
 # %% ../../../nbs/storage/buffer/view.ipynb #95e287c5
 @patch

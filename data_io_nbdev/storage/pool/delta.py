@@ -848,8 +848,9 @@ def _as_block(batch: Any, files: Sequence[File], first: int, last: int) -> Block
     batch.validate(full=True)
     kinds, levels = dict(zip(batch.schema.names, batch.schema.types)), len(batch.schema) - len(_KINDS_OF)
     who = {f"who{i}" for i in range(levels)}
-    if kinds.keys() != _KINDS_OF.keys() | who or any(kinds[name] not in _WHO_KINDS for name in who) \
-            or any(kinds[name] != kind for name, kind in _KINDS_OF.items()) or any(c.null_count for c in batch):
+    same = kinds.keys() == _KINDS_OF.keys() | who and all(kinds[name] in _WHO_KINDS for name in who)
+    same = same and all(kinds[name] == kind for name, kind in _KINDS_OF.items())
+    if not same or any(column.null_count for column in batch):
         raise ValueError("it has other columns than parts have")
     def values(name: "str") -> "np.ndarray":
         array, size = batch[name], _KINDS_OF[name].byte_width if name in ("id", "digest", "tail") else 0
@@ -860,8 +861,9 @@ def _as_block(batch: Any, files: Sequence[File], first: int, last: int) -> Block
         return Coded(batch[name].indices.to_numpy(), batch[name].dictionary.to_pylist())
     c = {name: values(name) for name in _KINDS_OF if name not in ("zone", "place")}
     place, version = batch["place"].to_numpy(), c["version"]
-    least = min(int(x.min(initial=0)) for x in (c["offset"], c["length"] - 1, c["nbytes"] - 1, c["born"], c["row"],
-                                                place, version - first, last - version, np.diff(version)))
+    at_least_0 = (c["offset"], c["length"] - 1, c["nbytes"] - 1, c["born"], c["row"], place, version - first,
+                  last - version, np.diff(version))
+    least = min(int(values.min(initial=0)) for values in at_least_0)
     if least < 0 or place.max(initial=0) >= len(files) or (c["born"] > version).any():
         raise ValueError("a part in it cannot be")
     return Block([coded(f"who{i}") for i in range(levels)], coded("zone"), Coded(place, files), **c)
@@ -877,6 +879,7 @@ def _is_plain(entry: Entry) -> bool:
     c, more = entry.commit, entry.commit.number == 1 or entry.format < 2 or bool(entry.gone)
     return bool(c.put) and not (more or c.hide or c.move or c.units or c.oldest)
 
+# %% ../../../nbs/storage/pool/delta.ipynb #63efda71
 @patch
 def _pack_columns(self: LakeHistory, entries: Sequence[Entry], odd: Sequence[list[dict]]) -> bytes:
     "The file for neighbouring entries, and what those say that do more than put"
@@ -892,6 +895,7 @@ def _pack_columns(self: LakeHistory, entries: Sequence[Entry], odd: Sequence[lis
     text = json.dumps(head, separators=(",", ":")).encode() + b"\n" + pa.compress(body, "zstd", asbytes=True)
     return b"%08x %s" % (zlib.crc32(text), text)
 
+# %% ../../../nbs/storage/pool/delta.ipynb #db43b656
 @patch
 def _read_columns(self: LakeHistory, first: int, last: int) -> Optional[tuple[Block, list[Entry]]]:
     "The parts of a stretch of the log, and the entries that do more; `None` where it is missing or damaged"
@@ -900,7 +904,8 @@ def _read_columns(self: LakeHistory, first: int, last: int) -> Optional[tuple[Bl
         head, _, packed = text.partition(b"\n")
         if crc != b"%08x" % zlib.crc32(text): return None
         said, mine = json.loads(head), dict(format=FORMAT, table=self.table.id, first=first, last=last)
-        if mine != {name: said[name] for name in mine} or said["size"] > 64 * len(packed) + (1 << 20): return None
+        possible = said["size"] <= 64 * len(packed) + (1 << 20)
+        if not possible or mine != {name: said[name] for name in mine}: return None
         body = pa.decompress(packed, said["size"], "zstd")
         lines = body[:said["lines"]].to_pybytes().split(b"\n") if said["odd"] else []
         odd = [parse_entry(n, json.loads(line), self.table.id)
@@ -977,6 +982,7 @@ def _runs_of(self: LakeHistory, block: Block, odd: Sequence[Entry], number: int,
         if entry and number <= stop: yield self._in_order(entry)
         number = max(number, stop + 1)
 
+# %% ../../../nbs/storage/pool/delta.ipynb #d16968a2
 @patch
 def _write_columns(self: LakeHistory, upto: int) -> None:
     "Write what is not there in columns yet, up to a number"

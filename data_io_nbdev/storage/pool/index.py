@@ -19,7 +19,7 @@ import numpy as np
 
 # %% auto #0
 __all__ = ['ALIVE', 'Part', 'part_of', 'Commit', 'in_one_step', 'Table', 'Names', 'id_numbers', 'id_texts', 'Coded', 'Block',
-           'block_of', 'Run', 'with_run', 'in_runs', 'Totals', 'Lives', 'View', 'Parts', 'Selection', 'Index',
+           'block_of', 'Run', 'with_run', 'in_runs', 'Totals', 'Lives', 'View', 'Index', 'Parts', 'Selection',
            'in_runs_of']
 
 # %% ../../../nbs/storage/pool/index.ipynb #f0f93fcd
@@ -195,13 +195,13 @@ class Table:
     "Columns of one length, as attributes, that grow at the end; only the first `n` rows count"
     def __init__(self, **columns: np.ndarray): vars(self).update(columns, n=0)
 
-    def write(self, rows: dict[str, np.ndarray]) -> int: # How many rows count from then on, once `n` is set to it
+    def write(self, rows: dict[str, np.ndarray]) -> int: # How many rows count, once `n` is set to it
         """Write rows behind those that count
 
         Returns
         -------
         int
-            How many rows count from then on, once `n` is set to it
+            How many rows count, once `n` is set to it
         """
         begin, arrays = self.n, {name: vars(self)[name] for name in rows}
         end = begin + len(next(iter(rows.values())))
@@ -218,8 +218,9 @@ def _longer(column: np.ndarray, n: int, size: int) -> np.ndarray:
     shape, private = (size, *column.shape[1:]), getattr(mmap, "MAP_PRIVATE", 0)
     nbytes = int(np.prod(shape)) * column.itemsize
     if nbytes < 1 << 20 or not private: longer = np.empty(shape, column.dtype)
-    else:  # the system gives pages as they are written, and takes all back at once, where `malloc` keeps holes
-        longer = np.frombuffer(mmap.mmap(-1, nbytes, private | mmap.MAP_ANONYMOUS), column.dtype).reshape(shape)
+    else:  # the system gives pages when they are written, and takes all back; `malloc` would keep holes
+        pages = mmap.mmap(-1, nbytes, private | mmap.MAP_ANONYMOUS)
+        longer = np.frombuffer(pages, column.dtype).reshape(shape)
     longer[:n] = column[:n]
     return longer
 
@@ -239,6 +240,8 @@ class Names:
     def codes(self, values: Iterable) -> np.ndarray: return np.fromiter(map(self.code, values), "int32")
 
 # %% ../../../nbs/storage/pool/index.ipynb #83b07ff4
+_IS_ID = re.compile("[0-9a-f]{32}").fullmatch
+
 def _raw(digits: Sequence[str], size: int) -> bytes:
     "Digests as bytes; raises `CorruptData` for what is none"
     text = "".join(digits)
@@ -307,6 +310,7 @@ class Coded(NamedTuple):
 
 _WHOLE = ("start", "offset", "length", "begin", "end", "nbytes", "born", "version")  # whole numbers
 
+# %% ../../../nbs/storage/pool/index.ipynb #13c77516
 class Block(Sequence):
     """Parts as columns
 
@@ -320,14 +324,14 @@ class Block(Sequence):
     row : np.ndarray
         `(n,)` int64: the other half, a number from 0; -1 where there is none
     **columns : np.ndarray
-        `id` (n, 2) uint64, `digest` V32, `tail` V8, `number`, `reward`, flags, and the rest
+        `(n, 2)` uint64 `id`, V32 `digest`, V8 `tail`, and what else a `Part` says
     """
     def __init__(self,
         who: Sequence[Coded], # One for each identity level
         zone: Coded,
         place: Coded, # Where the steps are, or the first half of that
         row: np.ndarray, # `(n,)` int64: the other half, a number from 0; -1 where there is none
-        **columns: np.ndarray, # `id` (n, 2) uint64, `digest` V32, `tail` V8, `number`, `reward`, flags, and the rest
+        **columns: np.ndarray, # `(n, 2)` uint64 `id`, V32 `digest`, V8 `tail`, and what else a `Part` says
     ):
         self.who, self.zone, self.place, self.columns = who, zone, place, {"row": row, **columns}
 
@@ -363,6 +367,7 @@ class Block(Sequence):
         return _as_parts(**held, **coded, zones=self.zone.values, places=self.place.values,
                          who=[[level.values[c] for c in level.codes[rows].tolist()] for level in self.who])
 
+# %% ../../../nbs/storage/pool/index.ipynb #546cd124
 def _as_parts(who: Sequence[list], zones: Sequence, places: Sequence, **c: np.ndarray) -> list[Part]:
     "Parts from columns: `who` as values of each level, zone and place as codes"
     n, plain = len(c["start"]), {name: c[name].tolist() for name in _WHOLE}
@@ -528,6 +533,7 @@ class Totals(NamedTuple):
         more = episodes, parts, sign * int(length.sum()), sign * int(nbytes.sum())
         return Totals(*map(add, self, more))
 
+# %% ../../../nbs/storage/pool/index.ipynb #4f19ca92
 def _empty(levels: int) -> dict[str, Any]: # Attributes of an index
     """An index of nothing, for identities of so many levels
 
@@ -548,7 +554,8 @@ def _empty(levels: int) -> dict[str, Any]: # Attributes of an index
 class Lives:
     "The lives of every episode, at every version up to `number`"
     def __init__(self):
-        self.number, self.oldest = 0, 0  # of the last commit taken in; of the oldest version that it still knows
+        self.number = 0  # of the last commit taken in
+        self.oldest = 0  # the oldest version that it still knows
         self.schema: Optional[Schema] = None
         self.before: tuple[tuple[int, Schema], ...] = ()  # commits that gave units, and the schema until then
         self.totals = Totals()
@@ -582,6 +589,7 @@ def _unpacked(where: np.ndarray) -> dict[str, np.ndarray]:
     row = where & _NO_ROW
     return dict(place=where >> 32, row=np.where(row == _NO_ROW, -1, row))
 
+# %% ../../../nbs/storage/pool/index.ipynb #51fddea0
 class View:
     "An index as it is at one moment, while a writer goes on"
     def __init__(self, index: Lives):
@@ -591,7 +599,7 @@ class View:
         self.part_table = known["_parts"]
         self.m = self.part_table.n  # rows of parts that count; first, so that their lives do
         self.l = self.table.seen()
-        self.p, self.n = self.part_table.seen(), self.l.n  # last, so that there is what a life says is its last
+        self.p, self.n = self.part_table.seen(), self.l.n  # last, so that it has what lives name
         table, order = known["_order"]
         self.order = order if table is self.table else order[:0]
 
@@ -624,237 +632,33 @@ class View:
             late = late[self.p.version[last[late]] > version]
         return last
 
-    def rows(self, lives: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        "The rows of every part up to the last of each life, in order, and the position of its life"
-        owner, first = np.arange(len(lives)), np.minimum(self.l.first[lives], last)
-        if not (last > first).any(): return last, owner
-        count = self.p.nth[last] - self.p.nth[first] + 1
-        if count.max() > 100 or count.sum() > self.m >> 2:  # then it is quicker to look at all of them
-            of = np.full(self.n, -1, "int32")
-            of[lives] = owner
-            owner = of[self.p.life[:last.max() + 1]]
-            rows = np.flatnonzero(owner >= 0)
-            rows = rows[(rows >= first[owner[rows]]) & (rows <= last[owner[rows]])]
-            return rows, owner[rows]
-        rows, owners = [last], [owner]
-        while (more := rows[-1] > first[owners[-1]]).any():
-            owners.append(owners[-1][more])
-            rows.append(self.p.prev[rows[-1][more]])
-        rows, owner = np.concatenate(rows), np.concatenate(owners)
-        order = np.argsort(rows)
-        return rows[order], owner[order]
-
-# %% ../../../nbs/storage/pool/index.ipynb #27c52b9f
-class Parts(Sequence):
-    "The parts of one episode at a version, in order"
-    def __init__(self, view: View, life: int, last: int):
-        self._view, self._life, self._last = view, np.array([life]), last
-        self._first = min(int(view.l.first[life]), last)
-
-    def __len__(self) -> int: return int(self._view.p.nth[self._last] - self._view.p.nth[self._first]) + 1
-
-    def __getitem__(self, i: Any) -> Any:
-        if isinstance(i, slice): return list(self)[i]
-        i = range(len(self))[i]
-        if i == 0: return self._view.parts(np.array([self._first]))[0]
-        row = self._last
-        for _ in range(len(self) - 1 - i): row = self._view.p.prev[row]
-        return self._view.parts(np.array([row]))[0]
-
-    def __iter__(self) -> Iterator[Part]:
-        return iter(self._view.parts(self._view.rows(self._life, np.array([self._last]))[0]))
-
-    def __reversed__(self) -> Iterator[Part]: # One after the other, since few are looked at
-        """Yields
-        ------
-        Iterator[Part]
-            One after the other, since few are looked at
-        """
-        row = self._last
-        while row >= self._first:
-            yield self._view.parts(np.array([row]))[0]
-            row = self._view.p.prev[row]
-
-# %% ../../../nbs/storage/pool/index.ipynb #a8174008
-class Selection(Sequence):
-    "Episodes of a version, ordered by start, then id: each is the sequence of its parts"
-    def __init__(self, view: View, lives: np.ndarray, last: np.ndarray, unsure: Optional[np.ndarray] = None):
-        self._view, self._lives, self._last = view, lives, last
-        self.unsure = np.zeros(len(lives), bool) if unsure is None else unsure
-
-    def __len__(self) -> int: return len(self._lives)
-
-    def __getitem__(self, i: Any) -> Any:
-        if isinstance(i, (slice, np.ndarray)):
-            return Selection(self._view, self._lives[i], self._last[i], self.unsure[i])
-        return Parts(self._view, int(self._lives[i]), int(self._last[i]))
-
-    def __iter__(self) -> Iterator[list[Part]]:
-        for begin in range(0, len(self), 1000):
-            some = self[begin:begin + 1000]
-            rows, owner = self._view.rows(some._lives, some._last)
-            order = np.argsort(owner, kind="stable")
-            parts = self._view.parts(rows[order])
-            ends = np.cumsum(np.bincount(owner, minlength=len(some))).tolist()
-            yield from (parts[a:b] for a, b in zip([0, *ends], ends))
-
-    @property
-    def ids(self) -> list[str]: return id_texts(self._view.l.id[self._lives])
-    @property
-    def start(self) -> np.ndarray: return self._view.l.start[self._lives] # UTC microseconds
-    @property
-    def length(self) -> np.ndarray: return self._view.p.offset[self._last] + self._view.p.length[self._last]
-    @property
-    def end(self) -> np.ndarray: return self._view.p.end[self._last] # UTC microseconds, of the last step
-    @property
-    def version(self) -> np.ndarray: return self._view.p.version[self._last] # that put the last part
-
-    def who(self,
-        level: int, # Of identity
-    ) -> Coded:
-        """The values of an identity level
-
-        Parameters
-        ----------
-        level : int
-            Of identity
-
-        Returns
-        -------
-        Coded
-        """
-        return Coded(self._view.l.who[self._lives, level], self._view.who[level].values)
-
-    def total(self,
-        name: str, # "length", "nbytes" or "reward"
-    ) -> np.ndarray: # `(n,)`
-        """The sum over the parts of each episode
-
-        Parameters
-        ----------
-        name : str
-            "length", "nbytes" or "reward"
-
-        Returns
-        -------
-        np.ndarray
-            `(n,)`
-        """
-        rows, owner = self._view.rows(self._lives, self._last)
-        values = vars(self._view.p)[name][rows]
-        if len(rows) == len(self): return values
-        with np.errstate(all="ignore"): sums = np.bincount(owner, values, len(self))
-        return sums.astype(values.dtype)
-
-# %% ../../../nbs/storage/pool/index.ipynb #45c37731
-def _within(values: np.ndarray, low: Any, high: Any, closed: bool = False) -> np.ndarray:
-    "Which values are in a range, of which an end may be open"
-    fits = np.ones(len(values), bool) if low is None else values >= low
-    return fits if high is None else fits & (values <= high if closed else values < high)
-
+# %% ../../../nbs/storage/pool/index.ipynb #1bb899bd
 @patch
-def there(self: View, version: int, lives: Any = None) -> np.ndarray: # `(n,)` numbers of lives
-    """The lives (out of some) that a version has
-
-    Returns
-    -------
-    np.ndarray
-        `(n,)` numbers of lives
-    """
-    if lives is None: lives = np.flatnonzero(self.l.died[:self.n] > version)
-    else: lives = lives[self.l.died[lives] > version]
-    if not len(lives) or self.p.version[self.m - 1] <= version: return lives
-    return lives[self.p.version[self.within(self.l.first[lives])] <= version]
-
-@patch
-def named(self: View, ids: Iterable[str]) -> np.ndarray: # In no order, and perhaps of several versions
-    """The lives of these episodes
-
-    Returns
-    -------
-    np.ndarray
-        In no order, and perhaps of several versions
-
-    Raises
-    ------
-    CorruptData
-        Stored bytes that are damaged, cut short, or of a format this version does not know
-    """
-    texts = [id for id in dict.fromkeys(ids) if isinstance(id, str) and _IS_ID(id)]
-    asked, lives = in_runs(self.runs, (numbers := id_numbers(texts))[:, 0])
-    return lives[(self.l.id[lives] == numbers[asked]).all(axis=1)]
-
-_IS_ID = re.compile("[0-9a-f]{32}").fullmatch
-
-# %% ../../../nbs/storage/pool/index.ipynb #fe3465dd
-@patch
-def asked(self: View, query: PoolQuery, lives: np.ndarray, levels: Sequence[str]) -> np.ndarray:
-    "Those lives that a query is about, by who, when they began, and which share they are in"
-    if not len(lives): return lives  # perhaps there is no schema yet, and so no level
-    for name, values in query.who:
-        level = levels.index(name)
-        codes = [code for v in values if (code := self.who[level].known(v)) >= 0]
-        lives = lives[np.isin(self.l.who[lives, level], codes)]
-    if query.start != (None, None): lives = lives[_within(self.l.start[lives], *query.start)]
-    for share in query.shares: lives = lives[share.holds(self.words(share.by, lives, levels))]
-    return lives
-
-@patch
-def words(self: View, by: Sequence[str], lives: np.ndarray, levels: Sequence[str]) -> np.ndarray:
-    "What decides in which share of a split lives are: their ids, or the values of some levels: `(n,)` uint64"
-    if not by: return self.l.id[lives, 0]
-    words = np.zeros(len(lives), "uint64")
-    for name in by:
-        values = self.who[level := levels.index(name)].values
-        codes, which = np.unique(self.l.who[lives, level], return_inverse=True)
-        words += value_words(name, [values[code] for code in codes.tolist()])[which]
-    return words
-
-# %% ../../../nbs/storage/pool/index.ipynb #17c4f3e0
-@patch
-def narrowed(self: Selection, query: PoolQuery) -> Selection:
-    "Those episodes that a query is about, by length, return and time"
-    if query.length != (None, None): self = self[_within(self.length, *query.length, closed=True)]
-    if query.returns != (None, None): self = self[_within(self.total("reward"), *query.returns, closed=True)]
-    return self if query.time == (None, None) else self._in_time(*query.time)
-
-@patch
-def _in_time(self: Selection, low: Optional[int], high: Optional[int]) -> Selection:
-    "Those of which a part reaches into a range; it is sure where a part begins or ends in it"
-    rows, owner = self._view.rows(self._lives, self._last)
-    begin, end = self._view.p.begin[rows], self._view.p.end[rows]
-    reaches = _within(end, low, None) & _within(begin, None, high)
-    sure = reaches & (_within(begin, low, None) | _within(end, None, high))
-    some, known = (np.bincount(owner[which], minlength=len(self)) > 0 for which in (reaches, sure))
-    found = self[some]
-    found.unsure = ~known[some]
-    return found
-
-@patch
-def ordered(self: View, lives: np.ndarray) -> np.ndarray: # Likewise
-    """Lives by start, then id
-
-    Returns
-    -------
-    np.ndarray
-        Likewise
-    """
-    if len(lives) > len(self.order) >> 3:  # begins with the order that is kept, which is quicker to mend
-        wanted = np.zeros(self.n, bool)
-        wanted[lives] = True
-        lives = np.concatenate([self.order[wanted[self.order]], lives[lives >= len(self.order)]])
-    lives = lives[np.argsort(self.l.start[lives], kind="stable")]
-    same = np.diff(self.l.start[lives], prepend=0, append=0) == 0
-    tied = np.flatnonzero(same[1:] | same[:-1])
-    high, low = self.l.id[lives[tied]].T
-    lives[tied] = lives[tied][np.lexsort((low, high, self.l.start[lives[tied]]))]
-    return lives
+def rows(self: View, lives: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    "The rows of every part up to the last of each life, in order, and the position of its life"
+    owner, first = np.arange(len(lives)), np.minimum(self.l.first[lives], last)
+    if not (last > first).any(): return last, owner
+    count = self.p.nth[last] - self.p.nth[first] + 1
+    if count.max() > 100 or count.sum() > self.m >> 2:  # then it is quicker to look at all of them
+        of = np.full(self.n, -1, "int32")
+        of[lives] = owner
+        owner = of[self.p.life[:last.max() + 1]]
+        rows = np.flatnonzero(owner >= 0)
+        rows = rows[(rows >= first[owner[rows]]) & (rows <= last[owner[rows]])]
+        return rows, owner[rows]
+    rows, owners = [last], [owner]
+    while (more := rows[-1] > first[owners[-1]]).any():
+        owners.append(owners[-1][more])
+        rows.append(self.p.prev[rows[-1][more]])
+    rows, owner = np.concatenate(rows), np.concatenate(owners)
+    order = np.argsort(rows)
+    return rows[order], owner[order]
 
 # %% ../../../nbs/storage/pool/index.ipynb #26ea4e73
 class Index(Lives):
     "What a log says, at every version up to `number`"
     def apply(self, commit: Commit) -> None:
-        """Take in the next commit, or a run of commits that only put, whole or not at all; raises `CorruptData`
+        """Take in the next commit, or a run of those that only put, whole or not at all; raises `CorruptData`
 
         Raises
         ------
@@ -912,14 +716,8 @@ def alive(self: View, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]: # Posit
     same = (self.l.id[lives] == ids[asked]).all(axis=1) & (self.l.died[lives] == ALIVE)
     return asked[same], lives[same]
 
-def _episodes(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]: # First rows, and the episode's position of each row
-    """Which rows are of which episode, in the order in which these come
-
-    Returns
-    -------
-    tuple[np.ndarray, np.ndarray]
-        First rows, and the episode's position of each row
-    """
+def _episodes(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    "The first row of each episode, in order, and of which episode each row is"
     first, of = np.unique(ids[:, 0], return_index=True, return_inverse=True)[1:]
     if (ids[first[of]] != ids).any():  # two share the first half of their digits
         first, of = np.unique(ids, axis=0, return_index=True, return_inverse=True)[1:]
@@ -1108,6 +906,212 @@ def _pack(self: Index) -> None:
     runs = with_run((), l["id"][:, 0], np.arange(len(lives), dtype="int32"))
     vars(self).update({**new, "_who": self._who, "_zones": self._zones, "_runs": runs})
 
+# %% ../../../nbs/storage/pool/index.ipynb #27c52b9f
+class Parts(Sequence):
+    "The parts of one episode at a version, in order"
+    def __init__(self, view: View, life: int, last: int):
+        self._view, self._life, self._last = view, np.array([life]), last
+        self._first = min(int(view.l.first[life]), last)
+
+    def __len__(self) -> int: return int(self._view.p.nth[self._last] - self._view.p.nth[self._first]) + 1
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice): return list(self)[i]
+        i = range(len(self))[i]
+        if i == 0: return self._view.parts(np.array([self._first]))[0]
+        row = self._last
+        for _ in range(len(self) - 1 - i): row = self._view.p.prev[row]
+        return self._view.parts(np.array([row]))[0]
+
+    def __iter__(self) -> Iterator[Part]:
+        return iter(self._view.parts(self._view.rows(self._life, np.array([self._last]))[0]))
+
+    def __reversed__(self) -> Iterator[Part]: # One after the other, since few are looked at
+        """Yields
+        ------
+        Iterator[Part]
+            One after the other, since few are looked at
+        """
+        row = self._last
+        while row >= self._first:
+            yield self._view.parts(np.array([row]))[0]
+            row = self._view.p.prev[row]
+
+# %% ../../../nbs/storage/pool/index.ipynb #a8174008
+class Selection(Sequence):
+    "Episodes of a version, ordered by start, then id: each is the sequence of its parts"
+    def __init__(self, view: View, lives: np.ndarray, last: np.ndarray, unsure: Optional[np.ndarray] = None):
+        self._view, self._lives, self._last = view, lives, last
+        self.unsure = np.zeros(len(lives), bool) if unsure is None else unsure
+
+    def __len__(self) -> int: return len(self._lives)
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, (slice, np.ndarray)):
+            return Selection(self._view, self._lives[i], self._last[i], self.unsure[i])
+        return Parts(self._view, int(self._lives[i]), int(self._last[i]))
+
+    def __iter__(self) -> Iterator[list[Part]]:
+        for begin in range(0, len(self), 1000):
+            some = self[begin:begin + 1000]
+            rows, owner = self._view.rows(some._lives, some._last)
+            order = np.argsort(owner, kind="stable")
+            parts = self._view.parts(rows[order])
+            ends = np.cumsum(np.bincount(owner, minlength=len(some))).tolist()
+            yield from (parts[a:b] for a, b in zip([0, *ends], ends))
+
+    @property
+    def ids(self) -> list[str]: return id_texts(self._view.l.id[self._lives])
+    @property
+    def start(self) -> np.ndarray: return self._view.l.start[self._lives] # UTC microseconds
+    @property
+    def length(self) -> np.ndarray: return self._view.p.offset[self._last] + self._view.p.length[self._last]
+    @property
+    def end(self) -> np.ndarray: return self._view.p.end[self._last] # UTC microseconds, of the last step
+    @property
+    def version(self) -> np.ndarray: return self._view.p.version[self._last] # that put the last part
+
+    def who(self,
+        level: int, # Of identity
+    ) -> Coded:
+        """The values of an identity level
+
+        Parameters
+        ----------
+        level : int
+            Of identity
+
+        Returns
+        -------
+        Coded
+        """
+        return Coded(self._view.l.who[self._lives, level], self._view.who[level].values)
+
+# %% ../../../nbs/storage/pool/index.ipynb #586e06af
+@patch
+def total(self: Selection,
+    name: str, # "length", "nbytes" or "reward"
+) -> np.ndarray: # `(n,)`
+    """The sum over the parts of each episode
+
+    Parameters
+    ----------
+    name : str
+        "length", "nbytes" or "reward"
+
+    Returns
+    -------
+    np.ndarray
+        `(n,)`
+    """
+    rows, owner = self._view.rows(self._lives, self._last)
+    values = vars(self._view.p)[name][rows]
+    if len(rows) == len(self): return values
+    with np.errstate(all="ignore"): sums = np.bincount(owner, values, len(self))
+    return sums.astype(values.dtype)
+
+# %% ../../../nbs/storage/pool/index.ipynb #45c37731
+def _within(values: np.ndarray, low: Any, high: Any, closed: bool = False) -> np.ndarray:
+    "Which values are in a range, of which an end may be open"
+    fits = np.ones(len(values), bool) if low is None else values >= low
+    return fits if high is None else fits & (values <= high if closed else values < high)
+
+@patch
+def there(self: View, version: int, lives: Any = None) -> np.ndarray: # `(n,)` numbers of lives
+    """The lives (out of some) that a version has
+
+    Returns
+    -------
+    np.ndarray
+        `(n,)` numbers of lives
+    """
+    if lives is None: lives = np.flatnonzero(self.l.died[:self.n] > version)
+    else: lives = lives[self.l.died[lives] > version]
+    if not len(lives) or self.p.version[self.m - 1] <= version: return lives
+    return lives[self.p.version[self.within(self.l.first[lives])] <= version]
+
+@patch
+def named(self: View, ids: Iterable[str]) -> np.ndarray: # In no order, and perhaps of several versions
+    """The lives of these episodes
+
+    Returns
+    -------
+    np.ndarray
+        In no order, and perhaps of several versions
+
+    Raises
+    ------
+    CorruptData
+        Stored bytes that are damaged, cut short, or of a format this version does not know
+    """
+    texts = [id for id in dict.fromkeys(ids) if isinstance(id, str) and _IS_ID(id)]
+    asked, lives = in_runs(self.runs, (numbers := id_numbers(texts))[:, 0])
+    return lives[(self.l.id[lives] == numbers[asked]).all(axis=1)]
+
+# %% ../../../nbs/storage/pool/index.ipynb #fe3465dd
+@patch
+def asked(self: View, query: PoolQuery, lives: np.ndarray, levels: Sequence[str]) -> np.ndarray:
+    "Those lives that a query is about, by who, when they began, and which share they are in"
+    if not len(lives): return lives  # perhaps there is no schema yet, and so no level
+    for name, values in query.who:
+        level = levels.index(name)
+        codes = [code for v in values if (code := self.who[level].known(v)) >= 0]
+        lives = lives[np.isin(self.l.who[lives, level], codes)]
+    if query.start != (None, None): lives = lives[_within(self.l.start[lives], *query.start)]
+    for share in query.shares: lives = lives[share.holds(self.words(share.by, lives, levels))]
+    return lives
+
+@patch
+def words(self: View, by: Sequence[str], lives: np.ndarray, levels: Sequence[str]) -> np.ndarray:
+    "What decides in which share of a split lives are: their ids, or the values of some levels: `(n,)` uint64"
+    if not by: return self.l.id[lives, 0]
+    words = np.zeros(len(lives), "uint64")
+    for name in by:
+        values = self.who[level := levels.index(name)].values
+        codes, which = np.unique(self.l.who[lives, level], return_inverse=True)
+        words += value_words(name, [values[code] for code in codes.tolist()])[which]
+    return words
+
+# %% ../../../nbs/storage/pool/index.ipynb #17c4f3e0
+@patch
+def narrowed(self: Selection, query: PoolQuery) -> Selection:
+    "Those episodes that a query is about, by length, return and time"
+    if query.length != (None, None): self = self[_within(self.length, *query.length, closed=True)]
+    if query.returns != (None, None): self = self[_within(self.total("reward"), *query.returns, closed=True)]
+    return self if query.time == (None, None) else self._in_time(*query.time)
+
+@patch
+def _in_time(self: Selection, low: Optional[int], high: Optional[int]) -> Selection:
+    "Those of which a part reaches into a range; it is sure where a part begins or ends in it"
+    rows, owner = self._view.rows(self._lives, self._last)
+    begin, end = self._view.p.begin[rows], self._view.p.end[rows]
+    reaches = _within(end, low, None) & _within(begin, None, high)
+    sure = reaches & (_within(begin, low, None) | _within(end, None, high))
+    some, known = (np.bincount(owner[which], minlength=len(self)) > 0 for which in (reaches, sure))
+    found = self[some]
+    found.unsure = ~known[some]
+    return found
+
+@patch
+def ordered(self: View, lives: np.ndarray) -> np.ndarray: # Likewise
+    """Lives by start, then id
+
+    Returns
+    -------
+    np.ndarray
+        Likewise
+    """
+    if len(lives) > len(self.order) >> 3:  # begins with the order that is kept, which is quicker to mend
+        wanted = np.zeros(self.n, bool)
+        wanted[lives] = True
+        lives = np.concatenate([self.order[wanted[self.order]], lives[lives >= len(self.order)]])
+    lives = lives[np.argsort(self.l.start[lives], kind="stable")]
+    same = np.diff(self.l.start[lives], prepend=0, append=0) == 0
+    tied = np.flatnonzero(same[1:] | same[:-1])
+    high, low = self.l.id[lives[tied]].T
+    lives[tied] = lives[tied][np.lexsort((low, high, self.l.start[lives[tied]]))]
+    return lives
+
 # %% ../../../nbs/storage/pool/index.ipynb #9b2625c3
 @patch
 def find(self: Index,
@@ -1277,7 +1281,8 @@ def in_runs_of(
         return last._replace(put=put, schema=first.schema)
     try:
         for commit in commits:
-            plain = not (commit.hide or commit.move or commit.units or commit.oldest or type(commit.put) is Block)
+            more = commit.hide or commit.move or commit.units or commit.oldest
+            plain = not (more or isinstance(commit.put, Block))
             if run and (size > most or not plain):
                 yield joined()
                 run, size = [], 0

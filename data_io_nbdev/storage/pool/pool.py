@@ -421,7 +421,8 @@ class PoolIndex(PoolHandle):
         "The index, once it has taken in the log up to a version; `SnapshotNotFound` where that was given up"
         with self._lock:
             if self._index.number < version:
-                for commit in in_runs_of(self._changes(self._index.number, version)): self._index.apply(commit)
+                new = self._changes(self._index.number, version)
+                for commit in in_runs_of(new): self._index.apply(commit)
             if version >= (oldest := self._index.oldest): return self._index
             raise SnapshotNotFound(f"{self!r}: version {version} was given up, the oldest is {oldest}")
 
@@ -705,7 +706,8 @@ def _catalogue(found: Selection, schema: Optional[Schema],
     if unknown := [name for name in columns or () if name not in every]:
         raise QueryError(f"no column {brief(unknown[0])}; there are {list(every)}")
     index = pd.Index(found.ids, name="id", dtype="str")
-    return EpisodeFrame({name: every[name]() for name in (every if columns is None else columns)}, index=index)
+    names = every if columns is None else columns
+    return EpisodeFrame({name: every[name]() for name in names}, index=index)
 
 def _values(level: Coded) -> pd.Index: return pd.Index(level.values).take(level.codes)
 
@@ -777,7 +779,7 @@ class PoolReader(PoolFinder):
         by: str | Iterable[str] = (), # Identity levels; by default all episodes are one group
         query: Any = None, # A `PoolQuery`, an id or its beginning, or several; by default everything
     ) -> pd.DataFrame: # Indexed by the values of `by`, in order
-        """How many episodes, steps and bytes there are of each value, the mean return, and the first and last day
+        """Of each value: episodes, steps, bytes, the mean return, and the first and last day, in UTC
 
         Parameters
         ----------
@@ -808,80 +810,83 @@ class PoolReader(PoolFinder):
             by, table = (by,) if isinstance(by, str) else _names("by", by), self.catalogue(query)
             return _summary(table, [name for name in table if name not in _FACTS], by)
 
-    def sample(self,
-        n: int, # How many
-        query: Any = None, # Out of which; by default out of all
-        seed: Optional[int] = None, # Makes the choice reproducible
-        select: Optional[Mapping[str, Any]] = None, # Some fields, `{"state": ["speed"]}`; by default all
-    ) -> list[Episode]: # In random order, cut to the query's time range
-        """Whole episodes at random, none twice; raises `NotEnoughData` where fewer match
+# %% ../../../nbs/storage/pool/pool.ipynb #6b0e74e4
+@patch
+def sample(self: PoolReader,
+    n: int, # How many
+    query: Any = None, # Out of which; by default out of all
+    seed: Optional[int] = None, # Makes the choice reproducible
+    select: Optional[Mapping[str, Any]] = None, # Some fields, `{"state": ["speed"]}`; by default all
+) -> list[Episode]: # In random order, cut to the query's time range
+    """Whole episodes at random, none twice; raises `NotEnoughData` where fewer match
 
-        Parameters
-        ----------
-        n : int
-            How many
-        query : Any, default None
-            Out of which; by default out of all
-        seed : Optional[int], default None
-            Makes the choice reproducible
-        select : Optional[Mapping[str, Any]], default None
-            Some fields, `{"state": ["speed"]}`; by default all
+    Parameters
+    ----------
+    n : int
+        How many
+    query : Any, default None
+        Out of which; by default out of all
+    seed : Optional[int], default None
+        Makes the choice reproducible
+    select : Optional[Mapping[str, Any]], default None
+        Some fields, `{"state": ["speed"]}`; by default all
 
-        Returns
-        -------
-        list[Episode]
-            In random order, cut to the query's time range
+    Returns
+    -------
+    list[Episode]
+        In random order, cut to the query's time range
 
-        Raises
-        ------
-        NotEnoughData
-            Where fewer match
-        QueryError
-            A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
-        ClosedError
-            Use of a pool or buffer after it was closed
-        EpisodeNotFound
-            No episode of this id at this version of the pool
-        SnapshotNotFound
-            A version that the pool never had, or no longer holds
-        CorruptData
-            Stored bytes that are damaged, cut short, or of a format this version does not know
-        """
-        with at_the_door:
-            asked, select = _as_query(query), selection(select)
-            query, found, schema = self._newest(partial(self._ask, asked))
-        if not 0 < n <= len(found): raise NotEnoughData(f"asked for {n} episodes, and {len(found)} match")
-        chosen = found[np.random.default_rng(seed).choice(len(found), n, replace=False)]
-        with at_the_door: episodes = self._episodes(chosen, schema, select)
-        return [episode[steps_in(episode.times, query)] for episode in episodes]
+    Raises
+    ------
+    NotEnoughData
+        Where fewer match
+    QueryError
+        A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
+    ClosedError
+        Use of a pool or buffer after it was closed
+    EpisodeNotFound
+        No episode of this id at this version of the pool
+    SnapshotNotFound
+        A version that the pool never had, or no longer holds
+    CorruptData
+        Stored bytes that are damaged, cut short, or of a format this version does not know
+    """
+    with at_the_door:
+        asked, select = _as_query(query), selection(select)
+        query, found, schema = self._newest(partial(self._ask, asked))
+    if not 0 < n <= len(found): raise NotEnoughData(f"asked for {n} episodes, and {len(found)} match")
+    chosen = found[np.random.default_rng(seed).choice(len(found), n, replace=False)]
+    with at_the_door: episodes = self._episodes(chosen, schema, select)
+    return [episode[steps_in(episode.times, query)] for episode in episodes]
 
-    def snapshot(self,
-        version: Optional[int] = None, # By default the newest
-    ) -> "Pool": # Read-only; shares the connection
-        """The pool as it was at a version, whatever others write; raises `SnapshotNotFound`
+@patch
+def snapshot(self: PoolReader,
+    version: Optional[int] = None, # By default the newest
+) -> "Pool": # Read-only; shares the connection
+    """The pool as it was at a version, whatever others write; raises `SnapshotNotFound`
 
-        Parameters
-        ----------
-        version : Optional[int], default None
-            By default the newest
+    Parameters
+    ----------
+    version : Optional[int], default None
+        By default the newest
 
-        Returns
-        -------
-        Pool
-            Read-only; shares the connection
+    Returns
+    -------
+    Pool
+        Read-only; shares the connection
 
-        Raises
-        ------
-        SnapshotNotFound
-            A version that the pool never had, or no longer holds
-        ClosedError
-            Use of a pool or buffer after it was closed
-        """
-        with at_the_door:
-            newest, oldest = self.version, self._oldest()
-            if version is None: version = newest
-            if oldest <= version <= newest: return self._view(version)
-            raise SnapshotNotFound(f"{self!r} has versions {oldest} to {newest}, got {version}")
+    Raises
+    ------
+    SnapshotNotFound
+        A version that the pool never had, or no longer holds
+    ClosedError
+        Use of a pool or buffer after it was closed
+    """
+    with at_the_door:
+        newest, oldest = self.version, self._oldest()
+        if version is None: version = newest
+        if oldest <= version <= newest: return self._view(version)
+        raise SnapshotNotFound(f"{self!r} has versions {oldest} to {newest}, got {version}")
 
 # %% ../../../nbs/storage/pool/pool.ipynb #0d68ece3
 def in_bulk(
