@@ -7,7 +7,7 @@ import os
 import secrets
 import time
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
@@ -308,11 +308,12 @@ class LakeReader(Pool):
 
     def _changes(self, after: int, upto: int) -> Iterator[Commit]:
         if after > self._layout.now.number: self._catch_up(after)
-        known: list[Commit] = []
+        known: deque[Commit] = deque()  # what the index has not taken in yet
         with self._reachable():
             for entry in self._lake.runs(after, upto):
                 known.append(self._follow(entry, known))
                 yield known[-1]
+                while known and known[0].number <= self._index.number: known.popleft()
 
     def _read(self, parts: Sequence[Part]) -> Iterator[Episode]: return self._read_fields(parts)
 
@@ -336,7 +337,7 @@ def _reachable(self: LakeReader) -> Iterator[None]:
         raise PoolUnavailable(f"{self.url!r}: {said}") from cause
 
 @patch
-def _follow(self: LakeReader, entry: Entry | Commit, known: Sequence[Commit]) -> Commit:
+def _follow(self: LakeReader, entry: Entry | Commit, known: Iterable[Commit]) -> Commit:
     "Take note of an entry, or of a run of entries that only put, once; gives its commit"
     if isinstance(entry, Commit): entry = Entry(entry)
     number = entry.commit.number
@@ -348,7 +349,7 @@ def _follow(self: LakeReader, entry: Entry | Commit, known: Sequence[Commit]) ->
     return entry.commit._replace(hide=layout.hidden[number]) if number in layout.hidden else entry.commit
 
 @patch
-def _index_at(self: LakeReader, number: int, known: Sequence[Commit]) -> Index:
+def _index_at(self: LakeReader, number: int, known: Iterable[Commit]) -> Index:
     "What the log says up to a number that the pool's index may still be on its way to"
     if self._index.number >= number: return self._index
     index = deepcopy(self._index)

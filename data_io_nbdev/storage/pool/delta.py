@@ -879,7 +879,7 @@ def _is_plain(entry: Entry) -> bool:
     c, more = entry.commit, entry.commit.number == 1 or entry.format < 2 or bool(entry.gone)
     return bool(c.put) and not (more or c.hide or c.move or c.units or c.oldest)
 
-# %% ../../../nbs/storage/pool/delta.ipynb #63efda71
+# %% ../../../nbs/storage/pool/delta.ipynb #4bfd7ea8
 @patch
 def _pack_columns(self: LakeHistory, entries: Sequence[Entry], odd: Sequence[list[dict]]) -> bytes:
     "The file for neighbouring entries, and what those say that do more than put"
@@ -895,7 +895,7 @@ def _pack_columns(self: LakeHistory, entries: Sequence[Entry], odd: Sequence[lis
     text = json.dumps(head, separators=(",", ":")).encode() + b"\n" + pa.compress(body, "zstd", asbytes=True)
     return b"%08x %s" % (zlib.crc32(text), text)
 
-# %% ../../../nbs/storage/pool/delta.ipynb #db43b656
+# %% ../../../nbs/storage/pool/delta.ipynb #02aac0b4
 @patch
 def _read_columns(self: LakeHistory, first: int, last: int) -> Optional[tuple[Block, list[Entry]]]:
     "The parts of a stretch of the log, and the entries that do more; `None` where it is missing or damaged"
@@ -960,7 +960,8 @@ def runs(self: LakeHistory,
         found = self._read_columns(first, last) if some else None
         if found:
             yield from self._runs_of(*found, number, last)
-            number = last + 1
+            found, number = None, last + 1
+            pa.default_memory_pool().release_unused()  # what was unpacked is not needed any more
             continue
         there = [stretch for stretch in there if stretch != (first, last)]
         if some: continue  # another one may be sound
@@ -982,7 +983,7 @@ def _runs_of(self: LakeHistory, block: Block, odd: Sequence[Entry], number: int,
         if entry and number <= stop: yield self._in_order(entry)
         number = max(number, stop + 1)
 
-# %% ../../../nbs/storage/pool/delta.ipynb #d16968a2
+# %% ../../../nbs/storage/pool/delta.ipynb #f264213d
 @patch
 def _write_columns(self: LakeHistory, upto: int) -> None:
     "Write what is not there in columns yet, up to a number"
@@ -999,7 +1000,7 @@ def _write_columns(self: LakeHistory, upto: int) -> None:
             entries.append(parse_entry(number, actions, self.table.id))
             parts += len(entries[-1].commit.put)
             if not _is_plain(entries[-1]): odd.append(actions)
-            if number < upto and parts < 10 * _LOOSE: continue
+            if number < upto and parts < 4 * _LOOSE: continue
             name = _columns_name(entries[0].commit.number, number)
             if len(odd) < len(entries): self.write(name, self._pack_columns(entries, odd))
             entries, odd, parts = [], [], 0
