@@ -6,7 +6,7 @@ import numpy as np
 
 from data_io_nbdev.data.core import PoolQuery, from_us
 from data_io_nbdev.data.schema import Field, Schema
-from data_io_nbdev.storage.pool.index import Commit, Part, block_of
+from data_io_nbdev.storage.pool.columns import Commit, Part, block_of
 
 # --- the oracle ---
 

@@ -6,7 +6,7 @@ from functools import partial
 
 import numpy as np
 
-from data_io_nbdev.storage.pool.index import Index
+from data_io_nbdev.storage.pool.columns import Index
 from index_oracle import IDS, all_told, random_commit, random_world, same_at, same_columns, same_facts, told
 from test_attack_memory import Lines, PACKAGE, after
 

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from data_io_nbdev.data.core import PoolQuery, from_us
 from data_io_nbdev.errors import CorruptData
-from data_io_nbdev.storage.pool.index import Commit, Index, in_one_step
+from data_io_nbdev.storage.pool.columns import Commit, Index, in_one_step
 from data_io_nbdev.testing import examples
 from index_oracle import (ABSENT, BEGINNING, FACTS, IDS, NUMBERS, PLACES, REWARDS, STARTS, VALUES, WHO, ZONES, Look, Oracle, World, all_told,
                           answers, key, right_answer, same_at, same_columns, same_facts, same_sequence, told)

@@ -14,7 +14,7 @@ import pytest
 from data_io_nbdev.data.core import PoolQuery
 from data_io_nbdev.errors import EpisodeNotFound, PoolUnavailable, QueryError
 from data_io_nbdev.storage.pool.memory import MemoryPool
-from data_io_nbdev.storage.pool.index import Commit, Index, Part, Totals, part_of
+from data_io_nbdev.storage.pool.columns import Commit, Index, Part, Totals, part_of
 from data_io_nbdev.storage.pool.pool import Pool
 from data_io_nbdev.testing import HARNESSES, drive, facts_of
 

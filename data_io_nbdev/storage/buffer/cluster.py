@@ -17,7 +17,7 @@ __all__ = ['pack', 'pick', 'Chunk', 'ChunkedRows', 'Flight', 'ClusterRows', 'Mom
 # %% ../../../nbs/storage/buffer/cluster.ipynb #e7e8fe93
 from ...data.schema import Schema
 from ...data.core import PoolQuery, steps_in
-from ..pool.pool import Part
+from ..pool.columns import Part
 from ..pool.dask import read_window, windows
 from ..pool.delta import Lake
 from .rows import Rows, Run

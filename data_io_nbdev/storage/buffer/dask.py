@@ -24,7 +24,8 @@ __all__ = ['in_parallel', 'MappedHome', 'LakeHome', 'ClusterHome', 'DaskBuffer']
 from ...errors import CorruptData, DataIOError, PoolUnavailable, QueryError, at_the_door, require
 from ...data.schema import Schema
 from ...data.core import Episode
-from ..pool.pool import Part, Pool, in_bulk
+from ..pool.columns import Part
+from ..pool.pool import Pool, in_bulk
 from ..pool.dask import DaskPool, read_window, windows
 from .rows import Rows, row_dtype
 from .view import Home, View, keep_once

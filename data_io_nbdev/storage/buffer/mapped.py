@@ -33,7 +33,8 @@ __all__ = ['file_array', 'still', 'move_out', 'cache_key', 'CacheFolder', 'Cache
 from ...errors import PoolUnavailable, tell
 from ...data.schema import Schema
 from ...data.core import PoolQuery
-from ..pool.pool import Part, plain_path
+from ..pool.columns import Part
+from ..pool.pool import plain_path
 from .rows import Rows, Run, row_dtype
 
 # %% ../../../nbs/storage/buffer/mapped.ipynb #2011b55c

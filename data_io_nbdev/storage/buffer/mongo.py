@@ -16,7 +16,8 @@ __all__ = ['WatchedHome', 'MongoBuffer']
 # %% ../../../nbs/storage/buffer/mongo.ipynb #94455fd8
 from ...errors import DataIOError, QueryError, at_the_door, require
 from ...data.core import Episode
-from ..pool.pool import Part, Pool
+from ..pool.columns import Part
+from ..pool.pool import Pool
 from .view import Home, View
 from .buffer import Batch, Buffer
 

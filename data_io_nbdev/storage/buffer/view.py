@@ -18,7 +18,8 @@ __all__ = ['unseen', 'keep_once', 'Lent', 'Home', 'Seen', 'View']
 from ...errors import SnapshotNotFound
 from ...data.schema import Schema, selection
 from ...data.core import Episode, PoolQuery, steps_in
-from ..pool.pool import Part, Pool, in_one_step
+from ..pool.columns import Part, in_one_step
+from ..pool.pool import Pool
 from ..pool.memory import episode_of, lending
 from .rows import Line, Rows, row_dtype
 

@@ -26,7 +26,7 @@ from ...errors import (CorruptData, DataIOError, PoolNotFound, PoolUnavailable, 
                                   SchemaError, SnapshotNotFound, at_the_door)
 from ...data.schema import Schema
 from ...data.core import Episode
-from .index import Commit, Index, Part
+from .columns import Commit, Index, Part
 from .pool import Pool, in_bulk, safe_url
 from .parquet import File, Rows, parquet_bytes, read_episodes, step_bytes
 from .delta import Entry, Lake, open_lake, unreachable

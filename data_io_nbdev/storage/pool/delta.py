@@ -34,7 +34,7 @@ from ...errors import (CorruptData, DataIOError, PoolUnavailable, QueryError, Sc
                                   tell)
 from ...data.schema import Schema
 from ...data.core import FIRST, LAST
-from .index import Block, Coded, Commit, Part, block_of
+from .columns import Block, Coded, Commit, Part, block_of
 from .pool import forkable_lock, path_text, plain_path, quoted, safe_url
 from .memory import replace_file, sync_folder
 from .parquet import (Column, File, columns_of, is_made_for, open_parquet,

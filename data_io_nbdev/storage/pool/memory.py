@@ -32,7 +32,7 @@ from ...errors import (CorruptData, DataIOError, PoolNotFound, PoolUnavailable, 
                                   SnapshotNotFound, at_the_door)
 from ...data.schema import Schema, who_value
 from ...data.core import Episode, from_us
-from .index import Commit, Part, in_one_step
+from .columns import Commit, Part, in_one_step
 from .pool import Pool, forkable_lock, plain_path
 
 # %% ../../../nbs/storage/pool/memory.ipynb #d6cd1fb6

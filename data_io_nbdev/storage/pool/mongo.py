@@ -31,7 +31,7 @@ from ...errors import (CorruptData, DataIOError, PoolNotFound, PoolUnavailable, 
                                   SchemaError, at_the_door, require)
 from ...data.schema import Schema, brief, is_text, is_whole
 from ...data.core import Episode, PoolQuery
-from .index import Commit, Index, Part, in_runs_of
+from .columns import Commit, Index, Part, in_runs_of
 from .pool import (Glance, Pool, in_bulk, quoted, safe_url,
                                              secret_option)
 

@@ -37,7 +37,7 @@ from ...errors import (ClosedError, CorruptData, DataIOError, EpisodeConflict, E
 from ...data.schema import Schema, brief, listed, offered, selection
 from ...data.core import (RESET, Episode, PoolQuery, as_episode, concat, from_us, narrowed,
                                      same_steps, state_digest, steps_in)
-from .index import (Coded, Commit, Index, Part, Selection, in_one_step, in_runs_of,
+from .columns import (Coded, Commit, Index, Part, Selection, in_one_step, in_runs_of,
                                               part_of)
 
 # %% ../../../nbs/storage/pool/pool.ipynb #00642fa2
