@@ -226,7 +226,7 @@ def test_completion_of_the_others():
     record = next(records(episode()))
     assert set(dir(record)) == {"state", "action", "reward", "nstate", "timestamp", "episodestart", "who", "terminated", "truncated", "info", "step", "to_episode"}
     assert set(dir(Field("state", "speed"))) == {"role", "name", "shape", "dtype", "unit", "nbytes"}
-    assert set(dir(schema(2))) == {"fields", "identity", "levels", "roles", "of", "block", "split", "join", "check", "to_json"}
+    assert set(dir(schema(2))) == {"fields", "identity", "levels", "roles", "of", "block", "split", "join", "select", "check", "to_json"}
     assert set(dir(PoolQuery())) == {"who", "start", "time", "length", "returns", "ids", "shares", "split", "check", "matches", "to_json"}
 
 
