@@ -12,7 +12,7 @@ from typing import Optional
 # %% auto #0
 __all__ = ['at_the_door', 'DataIOError', 'SchemaError', 'QueryError', 'EpisodeConflict', 'EpisodeNotFound', 'SnapshotNotFound',
            'NotEnoughData', 'PoolNotFound', 'PoolUnavailable', 'ReadOnly', 'CorruptData', 'ClosedError', 'MissingExtra',
-           'require', 'tell']
+           'require', 'cut', 'tell']
 
 # %% ../nbs/errors.ipynb #b02778c0
 class DataIOError(Exception):
@@ -101,6 +101,26 @@ def require(
         if (e.name or "").partition(".")[0] != module.partition(".")[0]: raise
         message = f"{module} is not installed; this needs: pip install 'data_io_nbdev[{extra}]'"
         raise MissingExtra(message, name=e.name) from None
+
+# %% ../nbs/errors.ipynb #7ead8b7f
+def cut(
+    text: str, # Of any length
+    most: int, # Characters
+) -> str:
+    """A text, cut where it is long
+
+    Parameters
+    ----------
+    text : str
+        Of any length
+    most : int
+        Characters
+
+    Returns
+    -------
+    str
+    """
+    return text if len(text) <= most else text[:most - 1] + "…"
 
 # %% ../nbs/errors.ipynb #148057fe
 def tell(

@@ -20,8 +20,8 @@ from data_io_nbdev.testing import drive
 EVIL = "<script>alert('&')</script>"
 OFFERED = {"state", "action", "reward", "nstate", "terminated", "truncated", "mask", "weight", "episode", "step", "timestamp", "index",
            "fields", "frames"}
-USERS = {"pool", "batch_size", "query", "sampler", "seed", "capacity", "states", "load", "close", "store", "find", "save", "sample", "refresh",
-         "state_dict", "load_state_dict", "nbytes"}
+USERS = {"pool", "batch_size", "query", "select", "sampler", "seed", "capacity", "states", "load", "close", "store", "find", "save", "sample", "refresh",
+         "state_dict", "load_state_dict", "nbytes", "select"}
 
 
 def episode(steps=300, width=2, name="speed", who=None, **more):

@@ -19,12 +19,12 @@ import pandas as pd  # type: ignore
 from fastcore.basics import patch
 
 # %% auto #0
-__all__ = ['ROLES', 'FLAGS', 'KINDS', 'RESERVED', 'Units', 'lazy', 'offered', 'cut', 'brief', 'is_text', 'plain_text', 'whole',
+__all__ = ['ROLES', 'FLAGS', 'KINDS', 'RESERVED', 'Units', 'lazy', 'offered', 'brief', 'is_text', 'plain_text', 'whole',
            'is_whole', 'listed', 'dtype_name', 'Field', 'identity_value', 'who_value', 'kind_of', 'short_name',
            'SchemaFields', 'may_cast', 'cast', 'SchemaBlocks', 'columns_of', 'is_time', 'Schema', 'selection']
 
 # %% ../../nbs/data/schema.ipynb #03cefeaf
-from ..errors import QueryError, SchemaError, at_the_door, require
+from ..errors import QueryError, SchemaError, at_the_door, cut, require
 
 # %% ../../nbs/data/schema.ipynb #25759bd0
 _T = TypeVar("T")
@@ -62,26 +62,6 @@ def offered(
 # %% ../../nbs/data/schema.ipynb #d7b76df0
 ROLES = ("state", "action", "reward", "info")  # what a schema declares; `nstate` is laid out like `state`
 FLAGS = ("terminated", "truncated")
-
-# %% ../../nbs/data/schema.ipynb #7ead8b7f
-def cut(
-    text: str, # Of any length
-    most: int, # Characters
-) -> str:
-    """A text, cut where it is long
-
-    Parameters
-    ----------
-    text : str
-        Of any length
-    most : int
-        Characters
-
-    Returns
-    -------
-    str
-    """
-    return text if len(text) <= most else text[:most - 1] + "…"
 
 # %% ../../nbs/data/schema.ipynb #0320d3c3
 def brief(

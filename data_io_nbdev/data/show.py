@@ -11,7 +11,7 @@ import numpy as np
 __all__ = ['element', 'card', 'quiet', 'facts', 'table', 'shortened', 'sparkline', 'bars', 'in_bytes']
 
 # %% ../../nbs/data/show.ipynb #ca06ec74
-from .schema import cut
+from ..errors import cut
 
 # %% ../../nbs/data/show.ipynb #67ca1302
 _QUIET = "opacity:.65"

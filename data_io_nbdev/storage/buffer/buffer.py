@@ -22,8 +22,8 @@ from fastcore.basics import patch
 __all__ = ['Transition', 'Batch', 'make_batch', 'BufferHandle', 'BufferRows', 'BufferDraws', 'BufferState', 'Buffer']
 
 # %% ../../../nbs/storage/buffer/buffer.ipynb #bc09b2f9
-from ...errors import ClosedError, NotEnoughData, QueryError, SnapshotNotFound, at_the_door
-from ...data.schema import Schema, brief, cut, is_whole, offered, selection, short_name
+from ...errors import ClosedError, NotEnoughData, QueryError, SnapshotNotFound, at_the_door, cut
+from ...data.schema import Schema, brief, is_whole, offered, selection, short_name
 from ...data.core import Episode, ItemT, PoolQuery, as_episode
 from ..pool.pool import Pool, forkable, forkable_lock, safe_url
 from ..pool.memory import MemoryPool

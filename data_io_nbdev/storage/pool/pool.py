@@ -479,16 +479,17 @@ def _read_one(self: PoolIndex, part: Part) -> Episode: return next(iter(self._re
 
 @patch
 def _episodes(self: PoolIndex, found: Sequence[Sequence[Part]], schema: Optional[Schema] = None,
-              select: Optional[Mapping] = None) -> Iterator[Episode]:
-    "One episode from each list of parts, reading ahead as the back-end likes; raises for an unknown field"
-    some = schema.select(select) if schema and select else None
-    read = self._read if some is None else lambda parts: self._read_fields(parts, some)
-    def episodes() -> "Iterator[Episode]":
-        for begin in range(0, len(found), 1000):
-            few = list(found[begin:begin + 1000])
-            stream = iter(read([part for parts in few for part in parts]))
-            for parts in few: yield _under(some or schema, concat(list(islice(stream, len(parts)))))
-    return episodes()
+              some: Optional[Schema] = None) -> Iterator[Episode]:
+    "One episode from each list of parts, reading ahead as the back-end likes; `some`: with its fields only"
+    for begin in range(0, len(found), 1000):
+        few = list(found[begin:begin + 1000])
+        parts = [part for episode in few for part in episode]
+        stream = iter(self._read(parts) if some is None else self._read_fields(parts, some))
+        for episode in few: yield _under(some or schema, concat(list(islice(stream, len(episode)))))
+
+def _some(schema: Optional[Schema], select: Optional[Mapping]) -> Optional[Schema]:
+    "The schema of some fields; `None` where all are wanted, or where there are none yet"
+    return schema.select(select) if schema and select else None
 
 def _under(schema: Optional[Schema], episode: Episode) -> Episode:
     "An episode under the schema of a version, which may have units that were not known when it was stored"
@@ -625,7 +626,7 @@ class PoolFinder(PoolIndex):
             asked = _as_query(query)  # once: an iterator over ids would be empty the second time
             select = selection(select)
             version, query, found, schema = self._newest(lambda v: (v, *self._ask(asked, v)))
-            episodes = self._episodes(found, schema, select)
+            episodes = self._episodes(found, schema, _some(schema, select))
         return Found((episode[steps_in(episode.times, query)] for episode in episodes), len(found), version)
 
     def count(self,
@@ -854,9 +855,10 @@ def sample(self: PoolReader,
     with at_the_door:
         asked, select = _as_query(query), selection(select)
         query, found, schema = self._newest(partial(self._ask, asked))
+        some = _some(schema, select)
     if not 0 < n <= len(found): raise NotEnoughData(f"asked for {n} episodes, and {len(found)} match")
     chosen = found[np.random.default_rng(seed).choice(len(found), n, replace=False)]
-    with at_the_door: episodes = self._episodes(chosen, schema, select)
+    episodes = self._episodes(chosen, schema, some)
     return [episode[steps_in(episode.times, query)] for episode in episodes]
 
 @patch
