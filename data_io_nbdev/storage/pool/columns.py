@@ -912,16 +912,18 @@ class Parts(Sequence):
     def __init__(self, view: View, life: int, last: int):
         self._view, self._life, self._last = view, np.array([life]), last
         self._first = min(int(view.l.first[life]), last)
+        self._made: dict[int, Part] = {}  # the first and the last, of which more is asked than of others
 
     def __len__(self) -> int: return int(self._view.p.nth[self._last] - self._view.p.nth[self._first]) + 1
 
     def __getitem__(self, i: Any) -> Any:
         if isinstance(i, slice): return list(self)[i]
-        i = range(len(self))[i]
-        if i == 0: return self._view.parts(np.array([self._first]))[0]
-        row = self._last
-        for _ in range(len(self) - 1 - i): row = self._view.p.prev[row]
-        return self._view.parts(np.array([row]))[0]
+        if (i := range(len(self))[i]) in self._made: return self._made[i]
+        row = self._last if i else self._first
+        for _ in range(len(self) - 1 - i if i else 0): row = self._view.p.prev[row]
+        part, = self._view.parts(np.array([row]))
+        if i in (0, len(self) - 1): self._made[i] = part
+        return part
 
     def __iter__(self) -> Iterator[Part]:
         return iter(self._view.parts(self._view.rows(self._life, np.array([self._last]))[0]))
