@@ -613,8 +613,8 @@ class View:
         return _as_parts(who=who, zones=self.zones, places=self.places, **held)
 
     def within(self, rows: np.ndarray) -> np.ndarray:
-        "The same rows, once these columns have them: a writer may have made longer ones meanwhile"
-        if len(rows) and rows.max() >= len(self.p.version): self.p = self.part_table.seen()
+        "The same rows, once these columns have them: a writer may have gone on in longer ones"
+        self.p = self.part_table.seen()
         return rows
 
     def last(self, lives: np.ndarray, version: int) -> np.ndarray: # `(n,)` rows
@@ -1030,7 +1030,8 @@ def there(self: View, version: int, lives: Any = None) -> np.ndarray: # `(n,)` n
     if lives is None: lives = np.flatnonzero(self.l.died[:self.n] > version)
     else: lives = lives[self.l.died[lives] > version]
     if not len(lives) or self.p.version[self.m - 1] <= version: return lives
-    return lives[self.p.version[self.within(self.l.first[lives])] <= version]
+    first = self.within(self.l.first[lives])
+    return lives[self.p.version[first] <= version]
 
 @patch
 def named(self: View, ids: Iterable[str]) -> np.ndarray: # In no order, and perhaps of several versions
