@@ -718,13 +718,15 @@ def alive(self: View, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]: # Posit
 
 def _episodes(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "The first row of each episode, in order, and of which episode each row is"
-    first, of = np.unique(ids[:, 0], return_index=True, return_inverse=True)[1:]
-    if (ids[first[of]] != ids).any():  # two share the first half of their digits
-        first, of = np.unique(ids, axis=0, return_index=True, return_inverse=True)[1:]
+    by = np.lexsort(ids.T[::-1])
+    new = (np.diff(ids[by], axis=0, prepend=~ids[by[:1]]) != 0).any(axis=1)
+    of = np.empty(len(ids), "int64")
+    of[by] = np.cumsum(new) - 1
+    first = by[new]
     order = np.argsort(first)
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
-    return first[order], rank[of.reshape(-1)]
+    return first[order], rank[of]
 
 # %% ../../../nbs/storage/pool/columns.ipynb #aa2715d3
 def _linked(view: View, of: np.ndarray, before: np.ndarray, n: int) -> tuple[dict, np.ndarray]:
@@ -1029,7 +1031,7 @@ def there(self: View, version: int, lives: Any = None) -> np.ndarray: # `(n,)` n
     """
     if lives is None: lives = np.flatnonzero(self.l.died[:self.n] > version)
     else: lives = lives[self.l.died[lives] > version]
-    if not len(lives) or self.p.version[self.m - 1] <= version: return lives
+    if not len(lives) or self.p.version[self.p.n - 1] <= version: return lives
     first = self.within(self.l.first[lives])
     return lives[self.p.version[first] <= version]
 
