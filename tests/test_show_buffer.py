@@ -21,7 +21,7 @@ EVIL = "<script>alert('&')</script>"
 OFFERED = {"state", "action", "reward", "nstate", "terminated", "truncated", "mask", "weight", "episode", "step", "timestamp", "index",
            "fields", "frames"}
 USERS = {"pool", "batch_size", "query", "select", "sampler", "seed", "capacity", "states", "load", "close", "store", "find", "save", "sample", "refresh",
-         "state_dict", "load_state_dict", "nbytes", "select"}
+         "state_dict", "load_state_dict", "nbytes"}
 
 
 def episode(steps=300, width=2, name="speed", who=None, **more):
