@@ -570,6 +570,22 @@ class TestSegmentsAndCheckpoints:
         pd.testing.assert_frame_equal(pool.catalogue(), right)
         assert [line.partition(":")[0] for line in pool.verify()] == [f"commit {n}" for n in range(1, 49)]
 
+    def test_columns(self, long_lake):
+        "The log in columns, missing or damaged: the entries are read, `verify` says so, and `repair` makes it anew"
+        path, right = long_lake
+        files = sorted(path.glob("_history/*.arrow"))
+        assert len(files) == 2
+        for file in files:
+            data, rng = file.read_bytes(), random.Random(0)
+            for bad in (b"", data[:-1], data[:9], bytes(len(data)), data + b"\0", *(flipped(data, rng.randrange(8 * len(data))) for _ in range(20))):
+                file.write_bytes(bad)
+                pd.testing.assert_frame_equal(DaskPool(path, "r").catalogue(), right)
+            said = [f"_history/{file.name}: a damaged copy of the log, or one of an earlier format"]
+            assert DaskPool(path).verify() == DaskPool(path, "r").repair() == said and file.read_bytes() == bad
+            assert DaskPool(path).repair(dry_run=False) == said and file.read_bytes() == data
+            assert DaskPool(path).repair() == DaskPool(path).verify() == []
+            with bytes_of(file, None): pd.testing.assert_frame_equal(DaskPool(path, "r").catalogue(), right)
+
     def mended(self, lake, spoil):
         "Spoil the checkpoints: the pool does not notice, and after `repair` nobody does"
         path, right, seen = lake

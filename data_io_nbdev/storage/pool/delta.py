@@ -7,6 +7,7 @@ import abc
 import errno
 import gzip
 import json
+import math
 import os
 import re
 import secrets
@@ -924,8 +925,9 @@ def _stretches(self: LakeHistory) -> list[tuple[int, int]]: # The first and the 
     list[tuple[int, int]]
         The first and the last number of each
     """
-    found = map(_COLUMNS.fullmatch, self.names("_history"))
-    return sorted((int(name[1]), int(name[2])) for name in found if name)
+    found = filter(None, map(_COLUMNS.fullmatch, self.names("_history")))
+    ends = ((int(name[1]), int(name[2])) for name in found)
+    return sorted((first, last) for first, last in ends if 0 < first <= last)
 
 @patch
 def runs(self: LakeHistory,
@@ -991,16 +993,21 @@ def _write_columns(self: LakeHistory, upto: int) -> None:
     done, self._loose = 0, 0
     for first, last in self._stretches():
         if first <= done + 1: done = max(done, last)
+    self._write_stretch(done + 1, upto, 4 * _LOOSE)
+
+@patch
+def _write_stretch(self: LakeHistory, first: int, last: int, most: float = math.inf) -> None:
+    "Write the entries between two numbers in columns, in files of so many parts or a little more"
     entries: list[Entry] = []
     odd: list[list[dict]] = []
     parts = 0
-    for begin in range(done + 1, upto + 1, _INTERVAL):
-        numbers = range(begin, min(begin + _INTERVAL, upto + 1))
+    for begin in range(first, last + 1, _INTERVAL):
+        numbers = range(begin, min(begin + _INTERVAL, last + 1))
         for number, actions in zip(numbers, self.each(self.actions, numbers)):
             entries.append(parse_entry(number, actions, self.table.id))
             parts += len(entries[-1].commit.put)
             if not _is_plain(entries[-1]): odd.append(actions)
-            if number < upto and parts < 4 * _LOOSE: continue
+            if number < last and parts < most: continue
             name = _columns_name(entries[0].commit.number, number)
             if len(odd) < len(entries): self.write(name, self._pack_columns(entries, odd))
             entries, odd, parts = [], [], 0
@@ -1018,13 +1025,11 @@ def _mend_segments(self: LakeHistory, upto: int, dry_run: bool) -> list[str]: # 
     numbers = range(_INTERVAL, upto + 1, _INTERVAL)
     lines = [f"{_segment(last)}: a damaged copy of the log, or one of an earlier format" for last in numbers
              if self._segment_lines(last) is None and self._holds(_segment(last))]
-    torn = [_columns_name(*ends) for ends in self._stretches() if self._read_columns(*ends) is None]
-    lines += [f"{name}: a damaged copy of the log, or one of an earlier format" for name in torn]
-    if lines and not dry_run:
-        self._write_segments(upto)
-        self.remove(torn)
-        self._write_columns(upto)
-    return lines
+    if lines and not dry_run: self._write_segments(upto)
+    torn = [ends for ends in self._stretches() if ends[1] <= upto and self._read_columns(*ends) is None]
+    for ends in torn if not dry_run else (): self._write_stretch(*ends)
+    return lines + [f"{_columns_name(*ends)}: a damaged copy of the log, or one of an earlier format"
+                    for ends in torn]
 
 @patch
 def _holds(self: LakeFiles, path: str) -> bool:
