@@ -337,9 +337,8 @@ def _reachable(self: LakeReader) -> Iterator[None]:
         raise PoolUnavailable(f"{self.url!r}: {said}") from cause
 
 @patch
-def _follow(self: LakeReader, entry: Entry | Commit, known: Iterable[Commit]) -> Commit:
+def _follow(self: LakeReader, entry: Entry, known: Iterable[Commit]) -> Commit:
     "Take note of an entry, or of a run of entries that only put, once; gives its commit"
-    if isinstance(entry, Commit): entry = Entry(entry)
     number = entry.commit.number
     with self._lock:
         layout = self._layout.now

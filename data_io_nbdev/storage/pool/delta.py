@@ -90,6 +90,14 @@ _FACTS = "data_io_nbdev"  # the key of our facts in `commitInfo`
 _PART = ("id", "who", "start", "zone", "offset", "length", "begin", "end", "number", "digest", "reward",
          "nbytes", "ended", "linked", "tail", "born", "version")
 
+def _seal(text: bytes) -> bytes: return b"%08x %s" % (zlib.crc32(text), text)
+
+def _unseal(content: bytes) -> bytes:
+    "What stands behind its CRC-32; raises `ValueError`"
+    crc, _, text = content.partition(b" ")
+    if crc != b"%08x" % zlib.crc32(text): raise ValueError("its checksum does not fit")
+    return text
+
 def _sealed(said: dict) -> str: # JSON behind its CRC-32
     """Returns
     -------
@@ -97,7 +105,7 @@ def _sealed(said: dict) -> str: # JSON behind its CRC-32
         JSON behind its CRC-32
     """
     text = json.dumps({k: v for k, v in said.items() if v}, separators=(",", ":"))
-    return f"{zlib.crc32(text.encode()):08x} {text}"
+    return _seal(text.encode()).decode()
 
 @patch
 def _facts_text(self: Entry,
@@ -162,10 +170,7 @@ def _as_file(values: list) -> File:
     if any(type(n) is not int or n < 0 for n in file[1:]): raise ValueError("a file in it is none")
     return file if _inside(file.path) else file
 
-def _unsealed(text: str) -> dict:
-    crc, _, body = text.partition(" ")
-    if crc != f"{zlib.crc32(body.encode()):08x}": raise ValueError("its checksum does not fit")
-    return json.loads(body)
+def _unsealed(text: str) -> dict: return json.loads(_unseal(text.encode()))
 
 # %% ../../../nbs/storage/pool/delta.ipynb #4cc0ca74
 def _parse_facts(number: int, text: str, table_id: str) -> Entry:
@@ -789,9 +794,8 @@ def _segment_lines(self: LakeHistory, last: int) -> Optional[list[bytes]]:
     "What a copy says of each entry up to a number; `None` where it is missing, damaged, or of something else"
     def most() -> "int": return 8 * sum(self.size(_entry(n)) for n in _numbers(last))
     try:
-        crc, _, text = _unzip(self.read(_segment(last)), most).partition(b" ")
-        head, *lines = text.split(b"\n")
-        whole = crc == b"%08x" % zlib.crc32(text) and len(lines) == _INTERVAL
+        head, *lines = _unseal(_unzip(self.read(_segment(last)), most)).split(b"\n")
+        whole = len(lines) == _INTERVAL
         return lines if whole and json.loads(head) == self._segment_head(last) else None
     except (OSError, EOFError, zlib.error, *_BROKEN): return None
 
@@ -810,7 +814,7 @@ def _write_segments(self: LakeHistory, upto: int) -> None:
         for number, actions in zip(_numbers(last), every):
             parse_entry(number, actions, self.table.id)  # what is damaged gets no copy
         text = "\n".join(json.dumps(what) for what in (self._segment_head(last), *map(_own, every))).encode()
-        self.write(_segment(last), gzip.compress(b"%08x %s" % (zlib.crc32(text), text)))
+        self.write(_segment(last), gzip.compress(_seal(text)))
 
 # %% ../../../nbs/storage/pool/delta.ipynb #39f8c995
 _KINDS_OF = {**dict.fromkeys(("version", "start", "offset", "length", "begin", "end", "nbytes", "born", "row",
@@ -828,17 +832,15 @@ def _as_batch(block: Block) -> Any: # A `pyarrow.RecordBatch`
     Any
         A `pyarrow.RecordBatch`
     """
-    def column(name: "str") -> "Any":
-        if name in ("place", "zone"): values = getattr(block, name)
-        else: values = block.columns[name]
+    columns = {"zone": _dictionary(block.zone), "place": pa.array(block.place.codes)}
+    columns |= {f"who{i}": _dictionary(level) for i, level in enumerate(block.who)}
+    for name, values in block.columns.items():
         kind = _KINDS_OF[name]
-        if name == "zone": return _dictionary(values)
-        if name == "place": return pa.array(values.codes)
-        if not pa.types.is_fixed_size_binary(kind): return pa.array(values, kind)
-        raw = values.astype(">u8") if name == "id" else values
-        return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(raw.tobytes())])
-    who = {f"who{i}": _dictionary(level) for i, level in enumerate(block.who)}
-    return pa.RecordBatch.from_pydict({**{name: column(name) for name in _KINDS_OF}, **who})
+        if pa.types.is_fixed_size_binary(kind):
+            raw = pa.py_buffer((values.astype(">u8") if name == "id" else values).tobytes())
+            columns[name] = pa.Array.from_buffers(kind, len(values), [None, raw])
+        else: columns[name] = pa.array(values, kind)
+    return pa.RecordBatch.from_pydict(columns)
 
 def _dictionary(coded: Coded) -> Any:
     return pa.DictionaryArray.from_arrays(pa.array(coded.codes, pa.int32()), pa.array(coded.values))
@@ -894,16 +896,14 @@ def _pack_columns(self: LakeHistory, entries: Sequence[Entry], odd: Sequence[lis
     head = dict(format=FORMAT, table=self.table.id, first=first, last=last, size=len(body), odd=numbers,
                 lines=len(lines), files=block.place.values)
     text = json.dumps(head, separators=(",", ":")).encode() + b"\n" + pa.compress(body, "zstd", asbytes=True)
-    return b"%08x %s" % (zlib.crc32(text), text)
+    return _seal(text)
 
 # %% ../../../nbs/storage/pool/delta.ipynb #02aac0b4
 @patch
 def _read_columns(self: LakeHistory, first: int, last: int) -> Optional[tuple[Block, list[Entry]]]:
     "The parts of a stretch of the log, and the entries that do more; `None` where it is missing or damaged"
     try:
-        crc, _, text = self.read(_columns_name(first, last)).partition(b" ")
-        head, _, packed = text.partition(b"\n")
-        if crc != b"%08x" % zlib.crc32(text): return None
+        head, _, packed = _unseal(self.read(_columns_name(first, last))).partition(b"\n")
         said, mine = json.loads(head), dict(format=FORMAT, table=self.table.id, first=first, last=last)
         possible = said["size"] <= 64 * len(packed) + (1 << 20)
         if not possible or mine != {name: said[name] for name in mine}: return None
@@ -933,8 +933,8 @@ def _stretches(self: LakeHistory) -> list[tuple[int, int]]: # The first and the 
 def runs(self: LakeHistory,
     after: int, # A number
     upto: int, # Another, not less
-) -> Iterator[Entry | Commit]:
-    """The entries `after < number <= upto`, in order; a commit stands for a run of entries that only put
+) -> Iterator[Entry]:
+    """The entries `after < number <= upto`, in order; one may stand for a run of those that only put
 
     Parameters
     ----------
@@ -945,7 +945,7 @@ def runs(self: LakeHistory,
 
     Yields
     ------
-    Iterator[Entry | Commit]
+    Iterator[Entry]
 
     Raises
     ------
@@ -975,13 +975,13 @@ def runs(self: LakeHistory,
 
 @patch
 def _runs_of(self: LakeHistory, block: Block, odd: Sequence[Entry], number: int,
-             last: int) -> Iterator[Entry | Commit]:
+             last: int) -> Iterator[Entry]:
     "From a number on, the runs between the entries that do more than put, and these"
     for entry in [*odd, None]:
         stop = entry.commit.number if entry else last + 1
         if number < stop:
             begin, end = np.searchsorted(block.columns["version"], (number, stop))
-            yield Commit(stop - 1, "a run", block.some(slice(begin, end)))
+            yield Entry(Commit(stop - 1, "a run", block.some(slice(begin, end))))
         if entry and number <= stop: yield self._in_order(entry)
         number = max(number, stop + 1)
 
@@ -1395,11 +1395,11 @@ def _tidy(self: Lake, entry: Entry) -> None:
     "What keeps opening fast; the commit is done, and must not fail any more"
     number = entry.commit.number
     self._loose += len(entry.commit.put)
-    if number % _INTERVAL and self._loose <= _LOOSE: return
+    due = number % _INTERVAL == 0
     try:
-        if number % _INTERVAL == 0: self._write_segments(number)
-        self._write_columns(number)
-        if number % _INTERVAL == 0: self._checkpoint(number)
+        if due: self._write_segments(number)
+        if due or self._loose > _LOOSE: self._write_columns(number)
+        if due: self._checkpoint(number)
     except BaseException as e:
         if not _failed(e): raise
         tell(f"no checkpoint at commit {number} of {safe_url(self.url)}: {self.said(e)[0]}")
