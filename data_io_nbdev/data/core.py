@@ -1926,7 +1926,7 @@ def _between(x: float, ends: tuple[Optional[float], Optional[float]]) -> bool: #
     bool
         both included; NaN never
     """
-    return ends == (None, None) or ((ends[0] is None or x >= ends[0]) and (ends[1] is None or x <= ends[1]))
+    return (ends[0] is None or x >= ends[0]) and (ends[1] is None or x <= ends[1])
 
 # %% ../../nbs/data/core.ipynb #c6cd95ef
 def _read_query(text: str) -> dict:

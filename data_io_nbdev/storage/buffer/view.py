@@ -298,11 +298,11 @@ def _difference(self: Seen,
     tuple[dict, list[Part]]
         Ids of the episodes whose rows must go, and the parts that are new
     """
-    lives, held = {parts[0].id: parts[0].life for parts in found}, self._held
+    there, held = {parts[0].id: parts for parts in found}, self._held
+    lives = {id: parts[0].life for id, parts in there.items()}
     gone = dict.fromkeys(id for id in changed if id in held and lives.get(id) != held[id][0])
     fresh: list[Part] = []
-    for parts in found:
-        id = parts[0].id
+    for id, parts in there.items():
         fresh += unseen(parts, 0 if id in gone or id not in held else held[id][1])
     return gone, fresh
 

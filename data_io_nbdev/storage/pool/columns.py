@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby
+from itertools import groupby, repeat
 from operator import add, methodcaller, setitem
 from types import SimpleNamespace
 from typing import Any, NamedTuple, Optional
@@ -18,8 +18,8 @@ from fastcore.basics import patch
 import numpy as np
 
 # %% auto #0
-__all__ = ['ALIVE', 'Part', 'part_of', 'Commit', 'in_one_step', 'Table', 'Names', 'id_numbers', 'id_texts', 'Coded', 'Block',
-           'block_of', 'Run', 'with_run', 'in_runs', 'Totals', 'Lives', 'View', 'Index', 'Parts', 'Selection',
+__all__ = ['ALIVE', 'Part', 'part_of', 'Commit', 'in_one_step', 'Table', 'Names', 'is_digits', 'id_numbers', 'id_texts', 'Coded',
+           'Block', 'block_of', 'Run', 'with_run', 'in_runs', 'Totals', 'Lives', 'View', 'Index', 'Parts', 'Selection',
            'in_runs_of']
 
 # %% ../../../nbs/storage/pool/columns.ipynb #f0f93fcd
@@ -239,8 +239,38 @@ class Names:
     def known(self, value: Any) -> int: return self._codes.get(value, -1)
     def codes(self, values: Iterable) -> np.ndarray: return np.fromiter(map(self.code, values), "int32")
 
+    def more(self, values: Sequence) -> np.ndarray: # Of any type
+        """New codes, even for values that are equal
+
+        Returns
+        -------
+        np.ndarray
+            Of any type
+        """
+        begin = len(self.values)
+        self.values.extend(values)
+        return np.arange(begin, begin + len(values), dtype="int32")
+
 # %% ../../../nbs/storage/pool/columns.ipynb #83b07ff4
-_IS_ID = re.compile("[0-9a-f]{32}").fullmatch
+_DIGITS = re.compile("[0-9a-f]*").fullmatch
+
+def is_digits(
+    text: str,
+    size: int, # Bytes
+) -> bool:
+    """Whether a text is so many bytes in hexadecimal digits
+
+    Parameters
+    ----------
+    text : str
+    size : int
+        Bytes
+
+    Returns
+    -------
+    bool
+    """
+    return len(text) == 2 * size and _DIGITS(text) is not None
 
 def _raw(digits: Sequence[str], size: int) -> bytes:
     "Digests as bytes; raises `CorruptData` for what is none"
@@ -248,7 +278,7 @@ def _raw(digits: Sequence[str], size: int) -> bytes:
     try: raw = bytes.fromhex(text)
     except (ValueError, TypeError): raw = b""
     if raw.hex() == text and set(map(len, digits)) <= {2 * size}: return raw
-    wrong = next((d for d in digits if len(d) != 2 * size or set(d) - set("0123456789abcdef")), text)
+    wrong = next((d for d in digits if not is_digits(d, size)), text)
     raise CorruptData(f"expected {2 * size} hexadecimal digits, got {wrong!r:.100}")
 
 def id_numbers(
@@ -338,50 +368,31 @@ class Block(Sequence):
     def __len__(self) -> int: return len(self.columns["row"])
 
     def __getitem__(self, i: Any) -> Any:
-        if isinstance(i, slice): return list(self.parts(np.arange(len(self))[i]))
-        return self.parts(np.array([range(len(self))[i]]))[0]
-
-    def __iter__(self) -> Iterator[Part]: return iter(self[:])
+        if isinstance(i, slice): return list(self.some(i))
+        i = range(len(self))[i]
+        return next(iter(self.some(slice(i, i + 1))))
 
     def some(self, rows: slice) -> "Block":
-        who, zone, place = ([Coded(level.codes[rows], level.values) for level in self.who],
-                            *(Coded(c.codes[rows], c.values) for c in (self.zone, self.place)))
-        return Block(who, zone, place, **{name: column[rows] for name, column in self.columns.items()})
+        def of(level: "Coded") -> "Coded": return Coded(level.codes[rows], level.values)
+        return Block([*map(of, self.who)], of(self.zone), of(self.place),
+                     **{name: column[rows] for name, column in self.columns.items()})
 
-    def parts(self,
-        rows: np.ndarray, # Which
-    ) -> list[Part]:
-        """Some of them as objects
-
-        Parameters
-        ----------
-        rows : np.ndarray
-            Which
-
-        Returns
-        -------
-        list[Part]
-        """
-        held = {name: column[rows] for name, column in self.columns.items()}
-        coded = {name: getattr(self, name).codes[rows] for name in ("zone", "place")}
-        return _as_parts(**held, **coded, zones=self.zone.values, places=self.place.values,
-                         who=[[level.values[c] for c in level.codes[rows].tolist()] for level in self.who])
+def _values(level: Coded) -> list: return [level.values[code] for code in level.codes.tolist()]
 
 # %% ../../../nbs/storage/pool/columns.ipynb #546cd124
-def _as_parts(who: Sequence[list], zones: Sequence, places: Sequence, **c: np.ndarray) -> list[Part]:
-    "Parts from columns: `who` as values of each level, zone and place as codes"
-    n, plain = len(c["start"]), {name: c[name].tolist() for name in _WHOLE}
+@patch
+def __iter__(self: Block) -> Iterator[Part]:
+    c, plain = self.columns, {name: self.columns[name].tolist() for name in _WHOLE}
     numbers = [m if known else None for m, known in zip(c["number"].tolist(), c["numbered"].tolist())]
-    where = [places[code] if row < 0 else (places[code], row)
-             for code, row in zip(c["place"].tolist(), c["row"].tolist())]
-    columns = (id_texts(c["id"]), zip(*who) if who else [()] * n, plain["start"],
-               [zones[code] for code in c["zone"].tolist()], plain["offset"], plain["length"], plain["begin"],
-               plain["end"], numbers, _texts(c["digest"], 32), c["reward"].tolist(), plain["nbytes"],
-               c["ended"].tolist(), c["linked"].tolist(), _texts(c["tail"], 8), plain["born"],
-               plain["version"], where)
-    parts = [object.__new__(Part) for _ in range(n)]  # `Part(…)` would take four times as long
-    for part, values in zip(parts, zip(*columns)): vars(part).update(zip(_FIELDS, values))
-    return parts
+    where = [place if row < 0 else (place, row) for place, row in zip(_values(self.place), c["row"].tolist())]
+    columns = (id_texts(c["id"]), zip(*map(_values, self.who)) if self.who else repeat(()), plain["start"],
+               _values(self.zone), plain["offset"], plain["length"], plain["begin"], plain["end"], numbers,
+               _texts(c["digest"], 32), c["reward"].tolist(), plain["nbytes"], c["ended"].tolist(),
+               c["linked"].tolist(), _texts(c["tail"], 8), plain["born"], plain["version"], where)
+    for values in zip(*columns):
+        part = object.__new__(Part)  # `Part(…)` would take four times as long
+        vars(part).update(zip(_FIELDS, values))
+        yield part
 
 _FIELDS = tuple(Part.__dataclass_fields__)
 
@@ -389,7 +400,7 @@ _FIELDS = tuple(Part.__dataclass_fields__)
 def block_of(
     parts: Sequence[Part], # Of one schema
 ) -> Block: # With the same parts
-    """Parts as columns; raises `CorruptData` for what no part can be
+    """Parts as columns, as they are where they are; raises `CorruptData` for what no part can be
 
     Parameters
     ----------
@@ -406,6 +417,7 @@ def block_of(
     CorruptData
         For what no part can be
     """
+    if isinstance(parts, Block): return parts
     by = {name: [getattr(part, name) for part in parts] for name in _FIELDS}
     try:
         columns = {name: np.array(by[name], "int64") for name in _WHOLE}
@@ -420,7 +432,7 @@ def block_of(
     pairs = [type(where) is tuple and len(where) == 2 and type(where[1]) is int for where in by["where"]]
     row = np.array([where[1] if pair else -1 for where, pair in zip(by["where"], pairs)], "int64")
     places = [where[0] if pair else where for where, pair in zip(by["where"], pairs)]
-    place = _coded(places) if all(pairs) else Coded(np.arange(len(places), dtype="int32"), places)
+    place = _coded(places) if all(pairs) else Coded(np.arange(len(places)), places)
     return Block(who, _coded(by["zone"]), place, row, id=id_numbers(by["id"]), **columns)
 
 def _coded(values: Sequence) -> Coded:
@@ -585,9 +597,13 @@ def _packed(place: np.ndarray, row: np.ndarray) -> np.ndarray: # One number, whi
     if (row >= _NO_ROW).any(): raise CorruptData(f"a part cannot begin at row {row.max()} of a file")
     return place.astype("int64") << 32 | np.where(row < 0, _NO_ROW, row)
 
-def _unpacked(where: np.ndarray) -> dict[str, np.ndarray]:
-    row = where & _NO_ROW
-    return dict(place=where >> 32, row=np.where(row == _NO_ROW, -1, row))
+def _unpacked(where: np.ndarray) -> tuple[np.ndarray, np.ndarray]: # Codes, and rows
+    """Returns
+    -------
+    tuple[np.ndarray, np.ndarray]
+        Codes, and rows
+    """
+    return where >> 32, np.where(where & _NO_ROW == _NO_ROW, -1, where & _NO_ROW)
 
 # %% ../../../nbs/storage/pool/columns.ipynb #51fddea0
 class View:
@@ -607,12 +623,12 @@ class View:
         "Parts as objects"
         l, life = self.l, self.p.life[rows]
         held = {name: column[rows] for name, column in vars(self.p).items() if name not in _LINKS}
-        held |= dict(id=l.id[life], start=l.start[life], **_unpacked(held.pop("where")))
-        held["born"] = np.where(held["version"] == l.born[life], 0, l.born[life])
-        who = [[names.values[c] for c in l.who[life, i].tolist()] for i, names in enumerate(self.who)]
-        return _as_parts(who=who, zones=self.zones, places=self.places, **held)
+        born, (place, row) = l.born[life], _unpacked(held.pop("where"))
+        held |= dict(id=l.id[life], start=l.start[life], born=np.where(held["version"] == born, 0, born))
+        who = [Coded(l.who[life, i], names.values) for i, names in enumerate(self.who)]
+        return list(Block(who, Coded(held.pop("zone"), self.zones), Coded(place, self.places), row, **held))
 
-    def within(self, rows: np.ndarray) -> np.ndarray:
+    def followed(self, rows: np.ndarray) -> np.ndarray:
         "The same rows, once these columns have them: a writer may have gone on in longer ones"
         self.p = self.part_table.seen()
         return rows
@@ -625,7 +641,7 @@ class View:
         np.ndarray
             `(n,)` rows
         """
-        last = self.within(self.l.last[lives])
+        last = self.followed(self.l.last[lives])
         late = np.flatnonzero(self.p.version[last] > version)
         while len(late):
             last[late] = self.p.prev[last[late]]
@@ -670,10 +686,10 @@ class Index(Lives):
             raise CorruptData(f"commit {commit.number} gives units to other fields than there are")
         if commit.units: said["before"] = (*self.before, (commit.number, self.schema))
         if commit.oldest > self.oldest: said["oldest"] = commit.oldest
-        block = commit.put if isinstance(commit.put, Block) else block_of(commit.put) if commit.put else None
+        block = block_of(commit.put) if commit.put else None
         if block: self._take_levels(len(block.who))
         view, changes = View(self), []
-        gone = view.alive(id_numbers([id for id in dict.fromkeys(commit.hide) if _IS_ID(id)]))[1]
+        gone = view.alive(id_numbers([id for id in dict.fromkeys(commit.hide) if is_digits(id, 16)]))[1]
         said["totals"] = totals = _without(self.totals, view, gone)
         if block:
             begun, more, links = self._coming(view, block, gone)
@@ -704,6 +720,19 @@ def _without(totals: Totals, view: View, lives: np.ndarray) -> Totals:
 
 # %% ../../../nbs/storage/pool/columns.ipynb #ad8d1764
 @patch
+def of(self: View, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]: # Positions among the ids, and lives
+    """Every life of these episodes
+
+    Returns
+    -------
+    tuple[np.ndarray, np.ndarray]
+        Positions among the ids, and lives
+    """
+    asked, lives = in_runs(self.runs, ids[:, 0])
+    same = (self.l.id[lives] == ids[asked]).all(axis=1)
+    return asked[same], lives[same]
+
+@patch
 def alive(self: View, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]: # Positions among the ids, and lives
     """The lives of these episodes that no commit has ended
 
@@ -712,9 +741,9 @@ def alive(self: View, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]: # Posit
     tuple[np.ndarray, np.ndarray]
         Positions among the ids, and lives
     """
-    asked, lives = in_runs(self.runs, ids[:, 0])
-    same = (self.l.id[lives] == ids[asked]).all(axis=1) & (self.l.died[lives] == ALIVE)
-    return asked[same], lives[same]
+    asked, lives = self.of(ids)
+    living = self.l.died[lives] == ALIVE
+    return asked[living], lives[living]
 
 def _episodes(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "The first row of each episode, in order, and of which episode each row is"
@@ -746,11 +775,8 @@ def _linked(view: View, of: np.ndarray, before: np.ndarray, n: int) -> tuple[dic
 @patch
 def _where_of(self: Index, put: Block) -> np.ndarray:
     "Where the steps of a block are, in the index's codes"
-    values, row = self._places.values, put.columns["row"]
-    if (row >= 0).all(): codes = self._places.codes(put.place.values)
-    else:  # each is its own
-        codes = np.arange(len(values), len(values) + len(put.place.values))
-        values.extend(put.place.values)
+    row, places = put.columns["row"], self._places
+    codes = (places.codes if (row >= 0).all() else places.more)(put.place.values)
     return _packed(codes[put.place.codes], row)
 
 # %% ../../../nbs/storage/pool/columns.ipynb #94198faa
@@ -800,9 +826,9 @@ def rows_of(self: View, parts: Block) -> tuple[np.ndarray, np.ndarray]: # Positi
     tuple[np.ndarray, np.ndarray]
         Positions among the parts, and rows
     """
-    asked, lives = in_runs(self.runs, (id := parts.columns["id"])[:, 0])
-    same = (self.l.id[lives] == id[asked]).all(axis=1) & (self.l.died[lives] > self.oldest)
-    asked, lives = asked[same], lives[same]
+    asked, lives = self.of(parts.columns["id"])
+    there = self.l.died[lives] > self.oldest
+    asked, lives = asked[there], lives[there]
     row, found = self.l.last[lives], [(asked[:0], lives[:0])]
     while len(asked):
         hit = ((self.p.offset[row] == parts.columns["offset"][asked])
@@ -816,7 +842,7 @@ def rows_of(self: View, parts: Block) -> tuple[np.ndarray, np.ndarray]: # Positi
 @patch
 def _moving(self: Index, view: View, parts: Sequence[Part]) -> list[Callable[[], None]]:
     "The changes that say where the steps of parts are now"
-    block = parts if isinstance(parts, Block) else block_of(parts)
+    block = block_of(parts)
     asked, rows = view.rows_of(block)
     return [partial(setitem, self._parts.where, rows, self._where_of(block)[asked])] if len(rows) else []
 
@@ -899,9 +925,8 @@ def _pack(self: Index) -> None:
     l.update(first=row[l["first"]], last=row[l["last"]])
     used, where = np.unique(p["where"] >> 32, return_inverse=True)
     places = [view.places[code] for code in used.tolist()]
-    paired = (p["where"] & _NO_ROW != _NO_ROW).all()
-    if paired: new["_places"].codes(places)
-    else: new["_places"].values.extend(places)
+    paired = (_unpacked(p["where"])[1] >= 0).all()
+    (new["_places"].codes if paired else new["_places"].more)(places)
     p.update(life=life[p["life"]], prev=np.where(p["prev"] < 0, -1, row[p["prev"]]),
              where=where.astype("int64") << 32 | p["where"] & _NO_ROW)
     for name, columns in (("_lives", l), ("_parts", p)): new[name].n = new[name].write(columns)
@@ -1032,7 +1057,7 @@ def there(self: View, version: int, lives: Any = None) -> np.ndarray: # `(n,)` n
     if lives is None: lives = np.flatnonzero(self.l.died[:self.n] > version)
     else: lives = lives[self.l.died[lives] > version]
     if not len(lives) or self.p.version[self.p.n - 1] <= version: return lives
-    first = self.within(self.l.first[lives])
+    first = self.followed(self.l.first[lives])
     return lives[self.p.version[first] <= version]
 
 @patch
@@ -1049,9 +1074,8 @@ def named(self: View, ids: Iterable[str]) -> np.ndarray: # In no order, and perh
     CorruptData
         Stored bytes that are damaged, cut short, or of a format this version does not know
     """
-    texts = [id for id in dict.fromkeys(ids) if isinstance(id, str) and _IS_ID(id)]
-    asked, lives = in_runs(self.runs, (numbers := id_numbers(texts))[:, 0])
-    return lives[(self.l.id[lives] == numbers[asked]).all(axis=1)]
+    texts = [id for id in dict.fromkeys(ids) if isinstance(id, str) and is_digits(id, 16)]
+    return self.of(id_numbers(texts))[1]
 
 # %% ../../../nbs/storage/pool/columns.ipynb #fe3465dd
 @patch

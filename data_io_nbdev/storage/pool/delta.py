@@ -973,6 +973,7 @@ def runs(self: LakeHistory,
             yield entry
         number = stop + 1
 
+# %% ../../../nbs/storage/pool/delta.ipynb #d73cf48d
 @patch
 def _runs_of(self: LakeHistory, block: Block, odd: Sequence[Entry], number: int,
              last: int) -> Iterator[Entry]:

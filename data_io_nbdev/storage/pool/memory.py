@@ -32,7 +32,7 @@ from ...errors import (CorruptData, DataIOError, PoolNotFound, PoolUnavailable, 
                                   SnapshotNotFound, at_the_door)
 from ...data.schema import Schema, who_value
 from ...data.core import Episode, from_us
-from .columns import Commit, Part, in_one_step
+from .columns import Commit, Part, in_one_step, is_digits
 from .pool import Pool, forkable_lock, plain_path
 
 # %% ../../../nbs/storage/pool/memory.ipynb #d6cd1fb6
@@ -171,8 +171,6 @@ def _log_json(commits: Iterable[Commit], schema: Optional[Schema], last: int, ho
                                  schema=fields(schema), commits=log, members=members)))
 
 # %% ../../../nbs/storage/pool/memory.ipynb #ea9942e2
-_DIGITS = re.compile("[0-9a-f]*").fullmatch
-
 def _possible(p: Part, schema: Schema, width: int) -> bool: # `width`: bytes of one step
     """Whether there can be such a part, by the types and sizes of what the log says of it
 
@@ -184,8 +182,8 @@ def _possible(p: Part, schema: Schema, width: int) -> bool: # `width`: bytes of 
     whole = [p.start, p.begin, p.end, p.offset, p.length, p.nbytes, p.born]
     if p.number is not None: whole.append(p.number)
     return (all(type(n) is int and abs(n) < 1 << 63 for n in whole)
-            and all(type(text) is str and _DIGITS(text) for text in (p.id, p.digest, p.tail))
-            and (len(p.id), len(p.digest), len(p.tail)) == (32, 64, 16)
+            and all(type(text) is str and is_digits(text, size)
+                    for text, size in ((p.id, 16), (p.digest, 32), (p.tail, 8)))
             and type(p.zone) is str
             and type(p.ended) is type(p.linked) is bool and type(p.reward) is float
             and p.who == tuple(who_value(*level, v) for level, v in zip(schema.identity, p.who, strict=True))

@@ -1099,7 +1099,7 @@ class _Delete:
             raise QueryError("a time range cuts episodes, and delete takes whole ones; use start=(from, to)")
 
     def __call__(self, version: int) -> Plan:
-        ids = [parts[0].id for parts in self.pool._ask((self.query, self.ids), version)[1]]
+        ids = self.pool._ask((self.query, self.ids), version)[1].ids
         return Plan([], ids, None, ids, None if self.ids else self.query)
 
 # %% ../../../nbs/storage/pool/pool.ipynb #7bfc7888
@@ -1389,10 +1389,10 @@ class PoolCopier(PoolWriter):
                 raise QueryError("a time range cuts episodes, and copy_to takes whole ones; "
                                  "use start=(from, to)")
             if found and other.schema: other.schema.check(schema)  # what is cast has another digest
-            ids = [parts[0].id for parts in found]
+            ids = found.ids
             there = other._newest(lambda version: other._stored(ids, version))
             def digests(parts: "Sequence[Part]") -> "list[str]": return [part.digest for part in parts]
-            new = [parts for parts in found if digests(parts) != digests(there.get(parts[0].id, ()))]
+            new = [parts for id, parts in zip(ids, found) if digests(parts) != digests(there.get(id, ()))]
             todo = [part for parts in new for part in parts]
             for bulk in in_bulk(zip(progress(todo), self._read(todo)), lambda pair: pair[1].nbytes, _COPIED):
                 other.extend(_under(schema, episode) for _, episode in bulk)
