@@ -900,6 +900,19 @@ def _pack_columns(self: LakeHistory, entries: Sequence[Entry], odd: Sequence[lis
 
 # %% ../../../nbs/storage/pool/delta.ipynb #02aac0b4
 @patch
+def _stretches(self: LakeHistory) -> list[tuple[int, int]]: # The first and the last number of each
+    """The stretches of the log that are there in columns
+
+    Returns
+    -------
+    list[tuple[int, int]]
+        The first and the last number of each
+    """
+    found = filter(None, map(_COLUMNS.fullmatch, self.names("_history")))
+    ends = ((int(name[1]), int(name[2])) for name in found)
+    return sorted((first, last) for first, last in ends if 0 < first <= last)
+
+@patch
 def _read_columns(self: LakeHistory, first: int, last: int) -> Optional[tuple[Block, list[Entry]]]:
     "The parts of a stretch of the log, and the entries that do more; `None` where it is missing or damaged"
     try:
@@ -916,19 +929,6 @@ def _read_columns(self: LakeHistory, first: int, last: int) -> Optional[tuple[Bl
     except (OSError, CorruptData, pa.ArrowException, *_BROKEN): return None
 
 # %% ../../../nbs/storage/pool/delta.ipynb #5b00c592
-@patch
-def _stretches(self: LakeHistory) -> list[tuple[int, int]]: # The first and the last number of each
-    """The stretches of the log that are there in columns
-
-    Returns
-    -------
-    list[tuple[int, int]]
-        The first and the last number of each
-    """
-    found = filter(None, map(_COLUMNS.fullmatch, self.names("_history")))
-    ends = ((int(name[1]), int(name[2])) for name in found)
-    return sorted((first, last) for first, last in ends if 0 < first <= last)
-
 @patch
 def runs(self: LakeHistory,
     after: int, # A number
@@ -973,7 +973,6 @@ def runs(self: LakeHistory,
             yield entry
         number = stop + 1
 
-# %% ../../../nbs/storage/pool/delta.ipynb #d73cf48d
 @patch
 def _runs_of(self: LakeHistory, block: Block, odd: Sequence[Entry], number: int,
              last: int) -> Iterator[Entry]:
