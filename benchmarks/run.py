@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -97,6 +99,17 @@ def growth(state: int, action: int, rows: int) -> float:
     return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
 
+def importing(rounds: int) -> dict[str, float]:
+    "Microseconds of a processor that a fresh process spends on importing pandas, and on what users type beyond it"
+    names = "open_pool, MemoryPool, MemoryBuffer, Episode, Record, PoolQuery, Schema, Uniform"
+    code = (f"import time; began = time.process_time(); import pandas; between = time.process_time()\n"
+            f"from data_io_nbdev import {names}\nprint(between - began, time.process_time() - between)")
+    with tempfile.TemporaryDirectory() as compiled:  # as an installed package has it
+        env = {**os.environ, "PYTHONPYCACHEPREFIX": compiled, "PYTHONDONTWRITEBYTECODE": ""}
+        times = [subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout.split() for _ in range(rounds + 1)]
+    return {name: statistics.median(map(float, took)) * 1e6 for name, took in zip(("import pandas", "import data_io_nbdev, beyond it"), zip(*times[1:]))}
+
+
 class Report:
     "Prints figures and claims as they come, and counts the targets that were missed"
     missed = 0
@@ -143,6 +156,8 @@ def main() -> int:
         ("a step in the rows, states once / packed dtype", wide.nbytes / len(wide) / dtype[600], 0.58),
         ("growth of the process / rows, state 24", growth(24, 4, 500_000) / (lean.nbytes / len(lean)), 1.15),
         ("growth of the process / rows, state 600", growth(600, 68, 100_000) / (wide.nbytes / len(wide)), 1.15)])
+    t = importing(5)
+    show("Importing", t, [("import data_io_nbdev / import pandas", t["import data_io_nbdev, beyond it"] / t["import pandas"], 0.2)])
     gc.collect()
     import catalogue
     import lake
