@@ -500,7 +500,7 @@ def test_failing_calls(pool, cache, attack, monkeypatch, scene):
         act()
         make(pool, cache, 7, cache_limit=60_000).load()
         assert not hidden(cache, theirs) and untouched()
-    attack(f"cache: a failing call, {scene}", total if scene in ("recall", "grow") else total // 2, once)
+    attack(f"cache: a failing call, {scene}", total if scene in ("recall", "grow") else total // 5, once)
 
 
 @pytest.fixture(scope="module")
@@ -739,7 +739,7 @@ def test_interrupted(attack):
 
 def test_interrupted_load(pool, cache, small, attack):
     "Ctrl-C while a buffer loads: no site stays, what was loaded stays, and the next load does all"
-    main, really = threading.main_thread().ident, lakes.read_window
+    main, really = threading.main_thread().ident, lakes.read_parts
     before = set(threading.enumerate())
     def once(rng):
         buffer, left = make(pool, cache), [int(rng.integers(8))]
@@ -750,11 +750,11 @@ def test_interrupted_load(pool, cache, small, attack):
             left[0] -= 1
             if not left[0]: signal.pthread_kill(main, signal.SIGINT)
             return really(*args)
-        lakes.read_window = read
+        lakes.read_parts = read
         caught = None
         try: buffer.load()
         except KeyboardInterrupt as e: caught = e  # whoever keeps it keeps every frame
-        finally: lakes.read_window = really
+        finally: lakes.read_parts = really
         if caught: assert not hidden(cache) and buffer._view is held, "something stays"
         end_of(before)
         del caught

@@ -148,7 +148,7 @@ def test_altered(harness, filled, attack):
         if isinstance(pool, Exception): return
         try: assert noticed(everybody(pool, right)), f"nobody noticed {what}"
         finally: pool.close()
-    attack("mongo: altered documents", 110, once)
+    attack("mongo: altered documents", 40, once)
 
 
 def swap(docs, rng):
@@ -175,7 +175,7 @@ def test_swapped(harness, filled, attack):
         said = everybody(pool, right)
         assert noticed(said) or what[:2] == ("chunks", "repeated"), f"nobody noticed {what}"  # of a chunk that no entry names nothing depends
         pool.close()
-    attack("mongo: swapped, copied, repeated documents", 30, once)
+    attack("mongo: swapped, copied, repeated documents", 12, once)
 
 
 def test_altered_format_1(harness, attack):
@@ -191,7 +191,7 @@ def test_altered_format_1(harness, attack):
         finally: pool.close()
         asked = what == "entries" and field in ("id", "vehicle", "driver", "start", "begin", "end", "seq_len", "token", "facts")
         assert noticed(said) or not asked, f"nobody noticed {done}"
-    attack("mongo: altered documents of format 1", 40, once)
+    attack("mongo: altered documents of format 1", 15, once)
 
 
 def test_a_commit_that_is_lost(harness, filled):
@@ -256,7 +256,7 @@ def test_strangers_beside(harness, filled, attack):
         said = everybody(pool, right)
         assert not [e for e in said.values() if isinstance(e, (CorruptData, SchemaError))]
         left.close(); pool.close()
-    attack("mongo: strangers' documents", 15, once)
+    attack("mongo: strangers' documents", 6, once)
 
 
 @pytest.mark.parametrize("lost", ["a number", "its tokens"])

@@ -88,8 +88,8 @@ def test_parts_in_many_pieces(tmp_path, monkeypatch, back_end, dtype):
     episodes[0] = film(300, dtype, 7, 5, who=dict(vehicle="VB7"))
     monkeypatch.setattr(parquet, "_SLICE", 1000)
     monkeypatch.setattr(parquet, "_GROUP", 800)
-    tables, whole = [], parquet.episodes_of
-    for module in (parquet, mongo): monkeypatch.setattr(module, "episodes_of", lambda table, *rest: tables.append(table) or whole(table, *rest))
+    tables, whole = [], parquet.steps_of
+    for module in (parquet, mongo): monkeypatch.setattr(module, "steps_of", lambda table, *rest: tables.append(table) or whole(table, *rest))
     pool.store(episodes[0])
     assert facts_of(pool) == facts_of(episodes[:1]) and pool.verify() == []
     assert min(column.num_chunks for column in tables[0].columns) > 3

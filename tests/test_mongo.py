@@ -547,7 +547,7 @@ def test_options_travel(harness, pool):
 
 def test_everybody_at_once(harness, pool):
     "Four writers and two readers: numbers without a gap, nothing lost, doubled or torn"
-    until = time.time() + 30
+    until = time.time() + 12
     code = """
 import pickle, sys, time
 from data_io_nbdev.testing import drive

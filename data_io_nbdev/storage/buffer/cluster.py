@@ -18,7 +18,7 @@ __all__ = ['pack', 'pick', 'Chunk', 'ChunkedRows', 'Flight', 'ClusterRows', 'Mom
 from ...data.schema import Schema
 from ...data.core import PoolQuery, steps_in
 from ..pool.columns import Part
-from ..pool.dask import read_window, windows
+from ..pool.dask import in_order, read_parts, windows
 from ..pool.delta import Lake
 from .rows import Rows, Run
 from .sampler import Draw, sampler_state
@@ -68,7 +68,7 @@ def pack(
     """
     rows, runs = Rows(some or schema, once, reserve=sum(part.length for part in parts)), []
     for window in windows(parts, schema, some):
-        for episode in read_window(lake, schema, window, some):
+        for episode in in_order(read_parts(lake, schema, window, some)):
             before, wanted = len(rows.ledger.runs), steps_in(episode.times, query)
             if wanted.start < wanted.stop: rows.append(episode[wanted])
             runs.append([rows.ledger.runs[i] for i in range(before, len(rows.ledger.runs))])

@@ -18,16 +18,17 @@ from fastcore.basics import patch
 import numpy as np
 
 # %% auto #0
-__all__ = ['in_parallel', 'MappedHome', 'LakeHome', 'ClusterHome', 'DaskBuffer']
+__all__ = ['in_parallel', 'MappedHome', 'FilledHome', 'LakeHome', 'ClusterHome', 'DaskBuffer']
 
 # %% ../../../nbs/storage/buffer/dask.ipynb #2bc9a2d3
 from ...errors import CorruptData, DataIOError, PoolUnavailable, QueryError, at_the_door, require
 from ...data.schema import Schema
 from ...data.core import Episode
-from ..pool.columns import Part
+from ..pool.columns import Block, Part, block_of
 from ..pool.pool import Pool, in_bulk
-from ..pool.dask import DaskPool, read_window, windows
-from .rows import Rows, row_dtype
+from ..pool.dask import DaskPool, by_file, in_order, read_parts, windows
+from ..pool.parquet import Steps
+from .rows import Room, Rows, row_dtype
 from .view import Home, View, keep_once
 from .buffer import Batch, Buffer
 from .mapped import Cache, cache_key, move_out, still
@@ -90,12 +91,14 @@ def _show(done: int, of: int, seconds: float) -> None:
         print(line, end="\n" * (done == of), flush=True)
 
 # %% ../../../nbs/storage/buffer/dask.ipynb #2f4d8066
-def _read(view: View, client: Any, window: Sequence[Part]) -> list[Episode]:
-    "The steps of some parts: read here, or by a worker"
-    if client is None or not isinstance(pool := view.pool, DaskPool): return list(view.read(window))
-    what = pool._lake, pool.schema, list(window), view.some
-    try: return client.submit(read_window, *what, pure=False).result()
-    except FileNotFoundError: return list(view.read(window))  # compacted meanwhile: the pool finds it
+def _read(view: View, client: Any, parts: Sequence[Part]) -> list[tuple[np.ndarray, Steps]]:
+    "What is in a lake of some parts: read here, or by a worker"
+    pool = view.pool
+    if client is not None:
+        what = pool._lake, pool.schema, list(parts), view.some
+        with suppress(FileNotFoundError):  # compacted meanwhile: the pool finds it
+            return client.submit(read_parts, *what, pure=False).result()
+    return pool._read_parts(parts, view.some)
 
 def _threads(client: Any) -> int: # That read, or wait for a cluster
     """Returns
@@ -177,10 +180,12 @@ class MappedHome(Home):
 
         Raises
         ------
+        CorruptData
+            Stored bytes that are damaged, cut short, or of a format this version does not know
         QueryError
             A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
         """
-        once, steps = keep_once(view.states, schema, parts), sum(part.length for part in parts)
+        once, steps = keep_once(view.states, schema, parts), int(block_of(parts).columns["length"].sum())
         # Rows that another process may want as well
         keeps = not (view.own or view.capacity or view.begin or view.versions)
         if not keeps or not self._is_mapped((view.capacity or steps) * row_dtype(schema, once).itemsize):
@@ -213,8 +218,42 @@ class MappedHome(Home):
     def _is_mapped(self, nbytes: int) -> bool:
         return self.resident == "mapped" or (self.resident == "auto" and nbytes > self.limit)
 
+# %% ../../../nbs/storage/buffer/dask.ipynb #5b02b81b
+class FilledHome(MappedHome):
+    """A home whose rows are filled from a lake
+
+    Parameters
+    ----------
+    buffer : Buffer
+        A `DaskBuffer`, for its options
+    """
+    def _fill(self, view: View, parts: Block) -> None:
+        "Read every part"
+        known = not (view.rows.once or view.capacity) and view.query.time == (None, None)
+        (self._in_place if known and isinstance(view.pool, DaskPool) else self._in_turn)(view, parts)
+
+    def _in_turn(self, view: View, parts: Block) -> None:
+        def read(window: "Block") -> "list[Episode]":
+            if not isinstance(view.pool, DaskPool): return list(view.read(window))
+            return in_order(_read(view, self.client, window))
+        def enter(window: "Block", episodes: "list[Episode]") -> None: Home.enter(self, view, window, episodes)
+        self._work(list(windows(parts, view.some and view.pool.schema, view.some)), read, enter)
+
+    def _in_place(self, view: View, parts: Block) -> None:
+        c, order, room = parts.columns, by_file(parts), Room(view.rows, parts.columns["length"])
+        def read(portion: "tuple") -> "list": return _read(view, self.client, portion[1])
+        def enter(portion: "tuple", found: "list[tuple[np.ndarray, Steps]]") -> None:
+            for at, steps in found: room.fill(portion[0][at], steps)
+        some = list(windows(parts.some(order), view.some and view.pool.schema, view.some))
+        self._work(list(zip(np.split(order, np.cumsum([*map(len, some)])), some)), read, enter)
+        room.register(parts.ids, np.where(c["numbered"], c["number"], c["offset"]))
+        view.note(parts)
+
+    def _work(self, portions: Sequence[Any], read: Callable, enter: Callable) -> None:
+        in_parallel(portions, read, enter, _threads(self.client), self.progress)
+
 # %% ../../../nbs/storage/buffer/dask.ipynb #0d5d100c
-class LakeHome(MappedHome):
+class LakeHome(FilledHome):
     """The home that a `DaskBuffer` gives the rows of one view
 
     Parameters
@@ -260,25 +299,21 @@ class LakeHome(MappedHome):
 
         Raises
         ------
+        CorruptData
+            Stored bytes that are damaged, cut short, or of a format this version does not know
         MissingExtra
             An optional dependency that is not installed
         """
         if view.versions: self._enter_more(view, parts, steps)
-        elif self.recalled:
-            for part in parts: view.note(part)
-        else: self._enter_first(view, parts)
+        elif self.recalled: view.note(parts)
+        elif parts: self._enter_first(view, block_of(parts))
 
-    def _enter_first(self, view: View, parts: Sequence[Part]) -> None:
-        "Read every part"
-        def enter(window: "Sequence[Part]", episodes: "Sequence[Episode]") -> None:
-            Home.enter(self, view, window, episodes)
-        read, threads = partial(_read, view, self.client), _threads(self.client)
-        portions = list(windows(parts, view.some and view.pool.schema, view.some))
-        try: in_parallel(portions, read, enter, threads, self.progress)
+    def _enter_first(self, view: View, parts: Block) -> None:
+        try: self._fill(view, parts)
         except BaseException:
-            if view.rows is not None: self.cache.drop(view.rows)
+            self.cache.drop(view.rows)
             raise
-        if self.key and parts: view.rows = self.cache.keep(self.key, view.rows)
+        if self.key: view.rows = self.cache.keep(self.key, view.rows)
 
     def _enter_more(self, view: View, parts: Sequence[Part], steps: Iterable[Any]) -> None:
         "Add to rows that are drawn from, perhaps by children, too, that were forked meanwhile"
@@ -349,6 +384,8 @@ class ClusterHome(LakeHome):
         ------
         PoolUnavailable
             A pool that cannot be reached, or written, just now
+        CorruptData
+            Stored bytes that are damaged, cut short, or of a format this version does not know
         """
         _check_client(self.client)
         once = keep_once(view.states, schema, parts)
@@ -379,19 +416,19 @@ class ClusterHome(LakeHome):
         """
         def enter(chunk: "Sequence[Part]", found: "tuple") -> None:
             view.rows.adopt(*found)
-            for part in chunk: view.note(part)
+            view.note(chunk)
         chunks, request = self._chunks(parts), partial(self._request, view)
         if not steps: return in_parallel(chunks, request, enter, _threads(self.client), self.progress)
         for chunk, found in zip(chunks, steps): enter(chunk, found)
 
     def _chunks(self, parts: Sequence[Part]) -> list[list[Part]]:
-        size = max(_CHUNK, sum(part.nbytes for part in parts) // 64)
+        size = max(_CHUNK, block_of(parts).columns["nbytes"].sum() // 64)
         return list(in_bulk(parts, lambda part: part.nbytes, size))
 
     def _request(self, view: View, chunk: Sequence[Part]) -> tuple:
         what = view.query, view.some and view.pool.schema
         try: return view.rows.request(view.pool._lake, chunk, *what)
-        except FileNotFoundError: now = [view.pool._part_now(part) for part in chunk]  # compacted meanwhile?
+        except FileNotFoundError: now = view.pool._parts_now(chunk)  # compacted meanwhile?
         try: return view.rows.request(view.pool._lake, now, *what)
         except FileNotFoundError as e: raise CorruptData(f"a file of {view.pool!r} is missing: {e}") from e
 

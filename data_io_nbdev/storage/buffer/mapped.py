@@ -33,7 +33,7 @@ __all__ = ['file_array', 'still', 'move_out', 'cache_key', 'CacheFolder', 'Cache
 from ...errors import PoolUnavailable, tell
 from ...data.schema import Schema
 from ...data.core import PoolQuery
-from ..pool.columns import Part
+from ..pool.columns import Part, block_of
 from ..pool.pool import plain_path
 from .rows import Rows, Run, row_dtype
 
@@ -167,10 +167,17 @@ def cache_key(
     Returns
     -------
     str
+
+    Raises
+    ------
+    CorruptData
+        Stored bytes that are damaged, cut short, or of a format this version does not know
     """
     layout = [_FORMAT, schema.to_json(), query.time, once, row_dtype(schema, once).str]
     about = hashlib.sha256(json.dumps(layout).encode())
-    for part in parts: about.update(f"{part.id} {part.offset} {part.digest}".encode())
+    block = block_of(parts)
+    for id, offset, digest in zip(block.ids, block.columns["offset"].tolist(), block.digests):
+        about.update(f"{id} {offset} {digest}".encode())
     return about.hexdigest()[:40]
 
 # %% ../../../nbs/storage/buffer/mapped.ipynb #95d113ec
@@ -560,8 +567,9 @@ def _opened(folder: Path, schema: Schema, once: bool) -> Rows:
         rows.data = np.asarray(np.memmap(f, rows.dtype, "c", shape=(slots,)))
     ends = np.cumsum(runs["length"])
     begins = (ends - runs["length"]).tolist()
-    for (serial, slot, step, _, episode), begin, end in zip(runs.tolist(), begins, ends.tolist()):
-        rows.register(Run(episode, serial, slot, step, times[begin:end]))
+    told = zip(runs.tolist(), begins, ends.tolist())
+    rows.register(*(Run(episode, serial, slot, step, times[begin:end])
+                    for (serial, slot, step, _, episode), begin, end in told))
     return rows
 
 # %% ../../../nbs/storage/buffer/mapped.ipynb #71a95ab1

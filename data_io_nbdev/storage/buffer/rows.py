@@ -11,7 +11,7 @@ import numpy as np
 from fastcore.basics import patch
 
 # %% auto #0
-__all__ = ['row_dtype', 'Growing', 'Line', 'Run', 'Ledger', 'RowArray', 'RowLog', 'Taken', 'RowReader', 'Rows']
+__all__ = ['row_dtype', 'Growing', 'Line', 'Run', 'Ledger', 'RowArray', 'RowLog', 'Room', 'Taken', 'RowReader', 'Rows']
 
 # %% ../../../nbs/storage/buffer/rows.ipynb #3b56103b
 from ...errors import QueryError
@@ -394,20 +394,22 @@ class RowLog(RowArray):
         self._names = self._names.drop(gone)
 
     def register(self,
-        run: Run, # Its steps are in their slots
+        *runs: Run, # One behind the other, and their steps are in their slots
     ) -> None:
-        """Count a run in
+        """Count runs in
 
         Parameters
         ----------
-        run : Run
-            Its steps are in their slots
+        *runs : Run
+            One behind the other, and their steps are in their slots
         """
-        n, name = len(run.times), hash(run.episode)
-        self._runs, self._firsts = self._runs.push(run), self._firsts.push((run.slot,))
-        self._names = self._names.push((name,))
-        if self._slots is not None: self._slots = self._slots.push(np.arange(run.slot, run.slot + n))
-        self.serial, self.slot = self.serial + n, run.slot + n + self.once
+        if not runs: return
+        self._runs, self._firsts = self._runs.push(*runs), self._firsts.push([run.slot for run in runs])
+        self._names = self._names.push([hash(run.episode) for run in runs])
+        if self._slots is not None:
+            slots = [np.arange(run.slot, run.slot + len(run.times)) for run in runs]
+            self._slots = self._slots.push(np.concatenate(slots))
+        self.serial, self.slot = runs[-1].end, runs[-1].slot + len(runs[-1].times) + self.once
         self._episodes, self.ledger = None, Ledger(self._firsts.values, self._runs)
 
 # %% ../../../nbs/storage/buffer/rows.ipynb #f2ea4cbf
@@ -436,6 +438,60 @@ def _goes_on(self: RowLog, steps: Episode) -> bool:
     return bool(same_steps(ended, steps.state[:1])[0])
 
 _HIDDEN = -1  # instead of the hash of an id; Python gives nothing that hash
+
+# %% ../../../nbs/storage/buffer/rows.ipynb #057193fb
+class Room:
+    """Room for runs behind the last row, to be filled in any order
+
+    Parameters
+    ----------
+    rows : RowLog
+        Unbounded, with each state twice
+    lengths : np.ndarray
+        `(runs,)` int64 steps of each
+    """
+    def __init__(self,
+        rows: RowLog, # Unbounded, with each state twice
+        lengths: np.ndarray, # `(runs,)` int64 steps of each
+    ):
+        self.rows, self.lengths, self.ends = rows, lengths, np.cumsum(lengths)
+        self.begins, self.times = self.ends - lengths, np.empty(self.ends[-1], "int64")
+        rows._make_room(rows.begin, rows.slot + len(self.times))
+
+    def fill(self,
+        which: np.ndarray, # `(n,)` int64 numbers of runs
+        steps: Any, # Of these runs; has `times`, `ends`, and `fill(rows, slots)`, as `Steps` of a lake
+    ) -> None:
+        """Put steps where they belong
+
+        Parameters
+        ----------
+        which : np.ndarray
+            `(n,)` int64 numbers of runs
+        steps : Any
+            Of these runs; has `times`, `ends`, and `fill(rows, slots)`, as `Steps` of a lake
+        """
+        inside = np.arange(len(steps.times))
+        at = inside + np.repeat(self.begins[which] - steps.ends[:-1], self.lengths[which])
+        self.times[at] = steps.times
+        steps.fill(self.rows.data, self.rows.slot + at)
+
+    def register(self,
+        episodes: Iterable[str], # Whose runs they are
+        steps: np.ndarray, # `(runs,)` int64 number of the first step of each
+    ) -> None:
+        """Count all runs in
+
+        Parameters
+        ----------
+        episodes : Iterable[str]
+            Whose runs they are
+        steps : np.ndarray
+            `(runs,)` int64 number of the first step of each
+        """
+        serials, slots, times = self.rows.serial + self.begins, self.rows.slot + self.begins, self.times
+        told = zip(episodes, *(a.tolist() for a in (serials, slots, steps, self.begins, self.ends)))
+        self.rows.register(*(Run(id, serial, slot, step, times[a:b]) for id, serial, slot, step, a, b in told))
 
 # %% ../../../nbs/storage/buffer/rows.ipynb #d5eb3353
 class Taken(NamedTuple):

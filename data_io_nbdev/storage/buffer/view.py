@@ -18,7 +18,7 @@ __all__ = ['unseen', 'keep_once', 'Lent', 'Home', 'Seen', 'View']
 from ...errors import SnapshotNotFound
 from ...data.schema import Schema, selection
 from ...data.core import Episode, PoolQuery, steps_in
-from ..pool.columns import Part, in_one_step
+from ..pool.columns import Part, Selection, block_of, in_one_step
 from ..pool.pool import Pool
 from ..pool.memory import episode_of, lending
 from .rows import Line, Rows, row_dtype
@@ -64,10 +64,16 @@ def keep_once(
     Returns
     -------
     bool
+
+    Raises
+    ------
+    CorruptData
+        Stored bytes that are damaged, cut short, or of a format this version does not know
     """
     if states != "auto": return states == "once"
-    width, steps = row_dtype(schema, once=False).itemsize, sum(part.length for part in parts)
-    return all(part.linked for part in parts) and (width > 1024 or width * steps > _memory() / 4)
+    told = block_of(parts).columns
+    width, steps = row_dtype(schema, once=False).itemsize, int(told["length"].sum())
+    return bool(told["linked"].all()) and (width > 1024 or width * steps > _memory() / 4)
 
 def _memory() -> float:
     "Bytes of RAM in this machine; infinite where it does not say"
@@ -147,10 +153,12 @@ class Home:
 
         Raises
         ------
+        CorruptData
+            Stored bytes that are damaged, cut short, or of a format this version does not know
         QueryError
             A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
         """
-        once, steps = keep_once(view.states, schema, parts), sum(part.length for part in parts)
+        once, steps = keep_once(view.states, schema, parts), int(block_of(parts).columns["length"].sum())
         return Rows(schema, once, view.capacity, steps, view.begin)
 
     def enter(self,
@@ -168,10 +176,14 @@ class Home:
             New ones
         steps : Iterable[Any]
             From `read`
+
+        Raises
+        ------
+        CorruptData
+            Stored bytes that are damaged, cut short, or of a format this version does not know
         """
-        for part, episode in zip(parts, steps):
-            view.append(part, episode)
-            view.note(part)
+        for part, episode in zip(parts, steps): view.append(part, episode)
+        view.note(parts)
 
 # %% ../../../nbs/storage/buffer/view.ipynb #3c74507d
 class Seen:
@@ -266,38 +278,47 @@ def append(self: Seen,
 
 @patch
 def note(self: Seen,
-    part: Part, # Of the log
+    parts: Sequence[Part], # Of the log
 ) -> None:
-    """Remember that a part has entered
+    """Remember that parts have entered, in this order
 
     Parameters
     ----------
-    part : Part
+    parts : Sequence[Part]
         Of the log
+
+    Raises
+    ------
+    CorruptData
+        Stored bytes that are damaged, cut short, or of a format this version does not know
     """
-    self.trail = hashlib.sha256(f"{self.trail} {part.id} {part.digest}".encode()).hexdigest()
-    self._news[part.id] = part.life, part.offset + part.length
+    block = block_of(parts)
+    for id, digest in zip(ids := block.ids, block.digests):
+        self.trail = hashlib.sha256(f"{self.trail} {id} {digest}".encode()).hexdigest()
+    seen = block.columns["offset"] + block.columns["length"]
+    self._news.update(zip(ids, zip(block.lives.tolist(), seen.tolist())))
 
 # %% ../../../nbs/storage/buffer/view.ipynb #95e287c5
 @patch
 def _difference(self: Seen,
     changed: Iterable[str], # Ids of episodes that changed since the last look
-    found: Sequence[Sequence[Part]], # The parts of each episode that matches now
-) -> tuple[dict, list[Part]]: # Ids of the episodes whose rows must go, and the parts that are new
+    found: Selection, # The episodes that match now
+) -> tuple[dict, Sequence[Part]]: # Ids of the episodes whose rows must go, and the parts that are new
     """What a look must change
 
     Parameters
     ----------
     changed : Iterable[str]
         Ids of episodes that changed since the last look
-    found : Sequence[Sequence[Part]]
-        The parts of each episode that matches now
+    found : Selection
+        The episodes that match now
 
     Returns
     -------
-    tuple[dict, list[Part]]
+    tuple[dict, Sequence[Part]]
         Ids of the episodes whose rows must go, and the parts that are new
     """
+    if not self._held: return {}, found.block()[0]
     there, held = {parts[0].id: parts for parts in found}, self._held
     lives = {id: parts[0].life for id, parts in there.items()}
     gone = dict.fromkeys(id for id in changed if id in held and lives.get(id) != held[id][0])

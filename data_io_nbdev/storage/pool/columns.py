@@ -372,10 +372,23 @@ class Block(Sequence):
         i = range(len(self))[i]
         return next(iter(self.some(slice(i, i + 1))))
 
-    def some(self, rows: slice) -> "Block":
+    def some(self, rows: slice | np.ndarray) -> "Block":
         def of(level: "Coded") -> "Coded": return Coded(level.codes[rows], level.values)
         return Block([*map(of, self.who)], of(self.zone), of(self.place),
                      **{name: column[rows] for name, column in self.columns.items()})
+
+    @property
+    def ids(self) -> list[str]: return id_texts(self.columns["id"])
+    @property
+    def digests(self) -> list[str]: return _texts(self.columns["digest"], 32)
+    @property
+    def lives(self) -> np.ndarray: # `(n,)`: see `Part.life`
+        """Returns
+        -------
+        np.ndarray
+            `(n,)`: see `Part.life`
+        """
+        return np.where(self.columns["born"] > 0, self.columns["born"], self.columns["version"])
 
 def _values(level: Coded) -> list: return [level.values[code] for code in level.codes.tolist()]
 
@@ -385,9 +398,9 @@ def __iter__(self: Block) -> Iterator[Part]:
     c, plain = self.columns, {name: self.columns[name].tolist() for name in _WHOLE}
     numbers = [m if known else None for m, known in zip(c["number"].tolist(), c["numbered"].tolist())]
     where = [place if row < 0 else (place, row) for place, row in zip(_values(self.place), c["row"].tolist())]
-    columns = (id_texts(c["id"]), zip(*map(_values, self.who)) if self.who else repeat(()), plain["start"],
+    columns = (self.ids, zip(*map(_values, self.who)) if self.who else repeat(()), plain["start"],
                _values(self.zone), plain["offset"], plain["length"], plain["begin"], plain["end"], numbers,
-               _texts(c["digest"], 32), c["reward"].tolist(), plain["nbytes"], c["ended"].tolist(),
+               self.digests, c["reward"].tolist(), plain["nbytes"], c["ended"].tolist(),
                c["linked"].tolist(), _texts(c["tail"], 8), plain["born"], plain["version"], where)
     for values in zip(*columns):
         part = object.__new__(Part)  # `Part(…)` would take four times as long
@@ -619,14 +632,16 @@ class View:
         table, order = known["_order"]
         self.order = order if table is self.table else order[:0]
 
-    def parts(self, rows: np.ndarray) -> list[Part]:
-        "Parts as objects"
+    def block(self, rows: np.ndarray) -> Block:
+        "Parts as columns"
         l, life = self.l, self.p.life[rows]
         held = {name: column[rows] for name, column in vars(self.p).items() if name not in _LINKS}
         born, (place, row) = l.born[life], _unpacked(held.pop("where"))
         held |= dict(id=l.id[life], start=l.start[life], born=np.where(held["version"] == born, 0, born))
         who = [Coded(l.who[life, i], names.values) for i, names in enumerate(self.who)]
-        return list(Block(who, Coded(held.pop("zone"), self.zones), Coded(place, self.places), row, **held))
+        return Block(who, Coded(held.pop("zone"), self.zones), Coded(place, self.places), row, **held)
+
+    def parts(self, rows: np.ndarray) -> list[Part]: return list(self.block(rows))
 
     def followed(self, rows: np.ndarray) -> np.ndarray:
         "The same rows, once these columns have them: a writer may have gone on in longer ones"
@@ -784,7 +799,7 @@ def _where_of(self: Index, put: Block) -> np.ndarray:
 def _coming(self: Index, view: View, put: Block, gone: np.ndarray) -> tuple[int, list, dict]:
     "How many episodes begin with a block, the changes that let it count, and the attributes that change"
     lives, parts, columns = self._lives, self._parts, dict(put.columns)
-    id, born, start, _ = map(columns.pop, ("id", "born", "start", "row"))
+    id, _, start, _ = map(columns.pop, ("id", "born", "start", "row"))
     first, of = _episodes(id)
     life = np.full(len(first), -1)
     asked, found = view.alive(id[first])
@@ -793,7 +808,7 @@ def _coming(self: Index, view: View, put: Block, gone: np.ndarray) -> tuple[int,
     new, old = life < 0, life >= 0
     head, numbers = first[new], np.arange(lives.n, lives.n + new.sum(), dtype="int32")
     life[new] = numbers
-    born = np.where(born > 0, born, columns["version"])[head]
+    born = put.lives[head]
     n = lives.write(dict(id=id[head], who=self._who_of(put, head), start=start[head], born=born,
                          died=np.full(len(head), ALIVE), first=parts.n + head, last=last[new]))
     columns["zone"] = self._zones.codes(put.zone.values)[put.zone.codes]
@@ -982,12 +997,21 @@ class Selection(Sequence):
 
     def __iter__(self) -> Iterator[list[Part]]:
         for begin in range(0, len(self), 1000):
-            some = self[begin:begin + 1000]
-            rows, owner = self._view.rows(some._lives, some._last)
-            order = np.argsort(owner, kind="stable")
-            parts = self._view.parts(rows[order])
-            ends = np.cumsum(np.bincount(owner, minlength=len(some))).tolist()
+            block, count = self[begin:begin + 1000].block()
+            parts, ends = list(block), np.cumsum(count).tolist()
             yield from (parts[a:b] for a, b in zip([0, *ends], ends))
+
+    def block(self) -> tuple[Block, np.ndarray]: # `(n,)`: how many each episode has
+        """The parts of one episode after the other
+
+        Returns
+        -------
+        tuple[Block, np.ndarray]
+            `(n,)`: how many each episode has
+        """
+        rows, owner = self._view.rows(self._lives, self._last)
+        order = np.argsort(owner, kind="stable")
+        return self._view.block(rows[order]), np.bincount(owner, minlength=len(self))
 
     @property
     def ids(self) -> list[str]: return id_texts(self._view.l.id[self._lives])

@@ -15,20 +15,21 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple, Optional
 from fastcore.basics import patch
+import numpy as np
 import pandas as pd  # type: ignore
 
 # %% auto #0
-__all__ = ['write_files', 'files_of', 'windows', 'read_window', 'LakeReader', 'LakeWriter', 'LakeCompaction', 'LakeVacuum',
-           'DaskPool']
+__all__ = ['write_files', 'files_of', 'windows', 'by_file', 'read_parts', 'in_order', 'LakeReader', 'LakeWriter',
+           'LakeCompaction', 'LakeVacuum', 'DaskPool']
 
 # %% ../../../nbs/storage/pool/dask.ipynb #f298789c
 from ...errors import (CorruptData, DataIOError, PoolNotFound, PoolUnavailable, QueryError,
                                   SchemaError, SnapshotNotFound, at_the_door)
 from ...data.schema import Schema
 from ...data.core import Episode
-from .columns import Commit, Index, Part
+from .columns import Block, Commit, Index, Part, block_of
 from .pool import Pool, in_bulk, safe_url
-from .parquet import File, Rows, parquet_bytes, read_episodes, step_bytes
+from .parquet import File, Rows, Steps, parquet_bytes, read_steps, step_bytes
 from .delta import Entry, Lake, open_lake, unreachable
 
 # %% ../../../nbs/storage/pool/dask.ipynb #9160b0f2
@@ -106,35 +107,61 @@ def files_of(
 _WINDOW = 4 << 20  # Bytes of steps that are read at once
 
 def windows(
-    parts: Iterable[Part], # In the order in which they are wanted
+    parts: Sequence[Part], # In the order in which they are wanted
     schema: Optional[Schema] = None, # Of their steps
     some: Optional[Schema] = None, # With some of the fields, where the others are not wanted
-) -> Iterator[list[Part]]:
+) -> Iterator[Block]:
     """Parts in portions that are worth a task; of a few fields there are more steps in one, up to a file's
 
     Parameters
     ----------
-    parts : Iterable[Part]
+    parts : Sequence[Part]
         In the order in which they are wanted
     schema : Optional[Schema], default None
         Of their steps
     some : Optional[Schema], default None
         With some of the fields, where the others are not wanted
 
-    Returns
-    -------
-    Iterator[list[Part]]
+    Yields
+    ------
+    Iterator[Block]
+
+    Raises
+    ------
+    CorruptData
+        Stored bytes that are damaged, cut short, or of a format this version does not know
     """
     share = step_bytes(some) / step_bytes(schema) if schema and some else 1
-    share = max(share, _WINDOW / _FILE)
-    return in_bulk(parts, lambda part: part.nbytes * share, _WINDOW)
+    block, begin = block_of(parts), 0
+    nbytes = np.cumsum([0, *block.columns["nbytes"] * max(share, _WINDOW / _FILE)])
+    while begin < len(block):
+        end = int(np.searchsorted(nbytes, nbytes[begin] + _WINDOW, "right")) - 1
+        yield block.some(slice(begin, end := max(begin + 1, end)))
+        begin = end
 
-def read_window(
+def by_file(
+    parts: Block, # With their places
+) -> np.ndarray: # `(n,)` int64: their positions
+    """The order in which parts lie in files
+
+    Parameters
+    ----------
+    parts : Block
+        With their places
+
+    Returns
+    -------
+    np.ndarray
+        `(n,)` int64: their positions
+    """
+    return np.lexsort((parts.columns["row"], parts.place.codes))
+
+def read_parts(
     lake: Lake, # Where the files are
     schema: Schema, # Of the steps in them
     parts: Sequence[Part], # In any order
     some: Optional[Schema] = None, # With some of the fields, where the others need not be read
-) -> list[Episode]: # In that order
+) -> list[tuple[np.ndarray, Steps]]: # What was read of each file, and the positions of these parts
     """The steps of some parts; raises `CorruptData`, or `FileNotFoundError` where a file is gone
 
     Parameters
@@ -150,8 +177,8 @@ def read_window(
 
     Returns
     -------
-    list[Episode]
-        In that order
+    list[tuple[np.ndarray, Steps]]
+        What was read of each file, and the positions of these parts
 
     Raises
     ------
@@ -162,40 +189,47 @@ def read_window(
     SchemaError
         Data that does not fit its schema: a role, shape, dtype, unit, identity or time stamp
     """
-    by_place = sorted(range(len(parts)), key=lambda i: (parts[i].where[0].path, parts[i].where[1]))
-    found: dict[int, Episode] = {}
-    while by_place:
-        run = _run(parts, by_place)
-        by_place = by_place[len(run):]
-        found.update(zip(run, _read_run(lake, schema, [parts[i] for i in run], some)))
-    return [found[i] for i in range(len(parts))]
+    order = by_file(block := block_of(parts))
+    files = np.split(order, np.flatnonzero(np.diff(block.place.codes[order])) + 1) if len(order) else ()
+    return [found for of_file in files for found in _read_file(lake, schema, block, of_file, some)]
 
-def _run(parts: Sequence[Part], order: Sequence[int]) -> list[int]:
-    "How far the first of these goes on without a gap in one file"
-    run = [order[0]]
-    for i in order[1:]:
-        last, (file, row) = parts[run[-1]], parts[i].where
-        if (file.path, row) != (last.where[0].path, last.where[1] + last.length): break
-        run.append(i)
-    return run
+def in_order(
+    found: Iterable[tuple[np.ndarray, Steps]], # From `read_parts`
+) -> list[Episode]:
+    """Episodes in the order in which their parts were asked for
+
+    Parameters
+    ----------
+    found : Iterable[tuple[np.ndarray, Steps]]
+        From `read_parts`
+
+    Returns
+    -------
+    list[Episode]
+    """
+    episodes = {i: episode for at, steps in found for i, episode in zip(at.tolist(), steps)}
+    return [episodes[i] for i in range(len(episodes))]
 
 # %% ../../../nbs/storage/pool/dask.ipynb #129a594d
-def _read_run(lake: Lake, schema: Schema, run: Sequence[Part], some: Optional[Schema],
-              whole: bool = False) -> list[Episode]:
-    "The steps of neighbours in a file; `whole`: fetch all of it first, in case it was the store that failed"
-    path = run[0].where[0].path
+def _read_file(lake: Lake, schema: Schema, parts: Block, at: np.ndarray, some: Optional[Schema],
+               whole: bool = False) -> list[tuple[np.ndarray, Steps]]:
+    "The steps of parts in one file; `whole`: fetch all of it first, in case it was the store that failed"
+    few = parts.some(at)
+    place = few.place.values[few.place.codes[0]]
     try:
-        file = lake.open(run[0].where[0], whole)
-        with file: return read_episodes(file, schema, [(part, part.where[1]) for part in run], some)
-    except FileNotFoundError: raise
+        file = lake.open(place, whole)
+        with file: return [(at, read_steps(file, schema, few, some))]
+    except FileNotFoundError as e:
+        raise FileNotFoundError(f"episode {few.ids[0]} cannot be read: {place.path} is missing") from e
     except Exception as e:
         if isinstance(e, PoolUnavailable): raise
         said, cause = lake.said(e)
-        wrong = f"{path} cannot be read: {said}"
+        wrong = f"{place.path} cannot be read: {said}"
         if unreachable(e): raise PoolUnavailable(f"{safe_url(lake.url)}: {wrong}") from cause
-        if not (lake.settled or whole): return _read_run(lake, schema, run, some, whole=True)
-        if len(run) > 1: return [read for part in run for read in _read_run(lake, schema, [part], some, whole)]
-        raise CorruptData(f"episode {run[0].id} cannot be read from {path}: {said}") from cause
+        if not (lake.settled or whole): return _read_file(lake, schema, parts, at, some, whole=True)
+        if len(at) == 1: raise CorruptData(f"episode {few.ids[0]} cannot be read from {place.path}: {said}") from cause
+    halves = np.array_split(at, 2)  # until it is known which is damaged
+    return [found for half in halves for found in _read_file(lake, schema, parts, half, some, whole)]
 
 # %% ../../../nbs/storage/pool/dask.ipynb #7f679ad9
 def _key(part: Part) -> tuple: return part.who, part.start, part.offset  # the order that files have
@@ -318,12 +352,8 @@ class LakeReader(Pool):
     def _read(self, parts: Sequence[Part]) -> Iterator[Episode]: return self._read_fields(parts)
 
     def _read_fields(self, parts: Sequence[Part], some: Optional[Schema] = None) -> Iterator[Episode]:
-        schema = self._index.schema
-        for window in windows(parts, schema, some):
-            with self._reachable():
-                try: episodes = read_window(self._lake, schema, window, some)
-                except FileNotFoundError: episodes = [self._reread(schema, part, some) for part in window]
-            yield from episodes
+        for window in windows(parts, self._index.schema, some):
+            yield from in_order(self._read_parts(window, some))
 
 # %% ../../../nbs/storage/pool/dask.ipynb #cd27b291
 @patch
@@ -358,20 +388,25 @@ def _index_at(self: LakeReader, number: int, known: Iterable[Commit]) -> Index:
 
 # %% ../../../nbs/storage/pool/dask.ipynb #71440a0e
 @patch
-def _reread(self: LakeReader, schema: Schema, part: Part, some: Optional[Schema]) -> Episode:
-    "A part, wherever it is now"
-    try: return read_window(self._lake, schema, [part], some)[0]
-    except FileNotFoundError: now = self._part_now(part)
-    try: return read_window(self._lake, schema, [now], some)[0]
-    except FileNotFoundError: pass
-    raise CorruptData(f"episode {part.id} cannot be read: {now.where[0].path} is missing")
+def _read_parts(self: LakeReader, parts: Sequence[Part],
+                some: Optional[Schema] = None) -> list[tuple[np.ndarray, Steps]]:
+    "What was read of each file, and the positions of these parts, wherever they are now"
+    what = self._lake, self._index.schema
+    with self._reachable():
+        try: return read_parts(*what, parts, some)
+        except FileNotFoundError: now = self._parts_now(parts)
+        try: return read_parts(*what, now, some)
+        except FileNotFoundError as e: raise CorruptData(str(e)) from e
 
 @patch
-def _part_now(self: LakeReader, part: Part) -> Part:
-    "A part where its steps are now; raises `SnapshotNotFound` where the versions that had it were given up"
-    if now := self._catch_up(self._head()).place(part): return now
-    raise SnapshotNotFound(f"episode {part.id}: the versions that had it were given up; "
-                           f"the oldest is {self._index.oldest}")
+def _parts_now(self: LakeReader, parts: Iterable[Part]) -> list[Part]:
+    "Parts where their steps are now; raises `SnapshotNotFound` where the versions that had one were given up"
+    index = self._catch_up(self._head())
+    now = [(part.id, index.place(part)) for part in parts]
+    for id, part in now:
+        if part is None: raise SnapshotNotFound(f"episode {id}: the versions that had it were given up; "
+                                                f"the oldest is {index.oldest}")
+    return [part for _, part in now]
 
 # %% ../../../nbs/storage/pool/dask.ipynb #1a0bbc5e
 def _now() -> int: return time.time_ns() // 1_000_000  # as an entry says it
@@ -772,7 +807,7 @@ def _file_damage(self: DaskPool, part: Part) -> str:
             while block := source.read(8 << 20): crc = zlib.crc32(block, crc)
     except FileNotFoundError:
         with suppress(SnapshotNotFound):
-            if self._part_now(part).where[0] == file: return f"{file.path} is missing"
+            if self._parts_now([part])[0].where[0] == file: return f"{file.path} is missing"
         return ""  # it is elsewhere by now, or given up
     except OSError as e:
         if unreachable(e) or not self._lake.settled: raise

@@ -43,7 +43,7 @@ bson = require("bson", "mongo")
 for module in ("pyarrow.ipc", "pymongo.errors", "pymongo.uri_parser", "bson.errors"): require(module, "mongo")
 
 # %% ../../../nbs/storage/pool/mongo.ipynb #865c23f1
-from .parquet import columns_of, episodes_of, to_table
+from .parquet import columns_of, steps_of, to_table
 
 # %% ../../../nbs/storage/pool/mongo.ipynb #5f1b7c02
 def seal(
@@ -912,8 +912,8 @@ def filters(
     (low, high), (least, most) = query.time, query.length
     some = {"end": _between(low, None), "begin": _between(None, high),
             "seq_len": _between(least, None if most is None else most + 1)}
-    return ({k: v for k, v in {**who, "start": _between(*query.start), **_in_shares(query)}.items() if v},
-            {k: v for k, v in some.items() if v})
+    when = {"start": span} if (span := _between(*query.start)) else {}
+    return {**who, **when, **_in_shares(query)}, {k: v for k, v in some.items() if v}
 
 def _in_shares(query: PoolQuery) -> dict:
     "Shares by id as a range of ids; entries that hide an episode have ids, too, and are asked for later"
@@ -922,7 +922,10 @@ def _in_shares(query: PoolQuery) -> dict:
     low, high = zip(*ranges)
     return {"id": {"$gte": max(low), "$lt": min(high)}, "hidden": {"$ne": True}}
 
-def _among(values: Iterable[Any]) -> dict: return {"$in": [v for v in values if _storable(v)]}
+def _among(values: Iterable[Any]) -> Any:
+    "One value, which every server looks for directly, or any of several"
+    known = [v for v in values if _storable(v)]
+    return known[0] if len(known) == 1 else {"$in": known}
 
 def _storable(value: str | int) -> bool:
     "Whether a server can be asked for it; what it cannot be asked for it does not have"
@@ -1218,7 +1221,7 @@ def _steps(schema: Schema, run: Sequence[Part], table: Any, some: Optional[Schem
     first, length = run[0], sum(part.length for part in run)
     try:
         if isinstance(table, str): raise ValueError(table)
-        return episodes_of(table.slice(first.where.row, length), schema, run, some)
+        return steps_of(table.slice(first.where.row, length), schema, run, some)
     except (ValueError, KeyError, IndexError, TypeError, OverflowError, pa.ArrowException) as e:
         if len(run) > 1: return [episode for part in run for episode in _steps(schema, [part], table, some)]
         raise CorruptData(f"episode {first.id} cannot be read: chunk {first.where.key} {e}") from e

@@ -6,19 +6,22 @@
 import zlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from typing import Any, NamedTuple, Optional
 from fastcore.basics import patch
 import numpy as np
 
 # %% auto #0
 __all__ = ['column_names', 'Column', 'columns_of', 'to_table', 'Rows', 'File', 'parquet_bytes', 'open_parquet', 'is_made_for',
-           'episodes_of', 'step_bytes', 'read_episodes', 'whole_table']
+           'Steps', 'steps_of', 'step_bytes', 'read_steps', 'whole_table']
 
 # %% ../../../nbs/storage/pool/parquet.ipynb #315bf7cc
 from ...errors import require
-from ...data.schema import FLAGS, Field, Schema
+from ...data.schema import FLAGS, Field, Schema, lazy
 from ...data.core import Episode
+from .columns import Block, block_of
 from .pool import Part, in_bulk
 from .memory import episode_of
 
@@ -470,27 +473,109 @@ def is_made_for(
     except Exception: return False
     return bool(mark) and mark[::2] == [path, table_id]
 
+# %% ../../../nbs/storage/pool/parquet.ipynb #56ba21ff
+@dataclass(frozen=True, eq=False, repr=False)
+class Steps(Sequence):
+    """The steps of some parts, one behind the other; as a sequence, an `Episode` for each part
+
+    Parameters
+    ----------
+    parts : Block
+        Whose they are
+    schema : Schema
+        Of the steps
+    times : np.ndarray
+        `(steps,)` int64 UTC microseconds
+    states : np.ndarray
+        `(steps + parts, *state)`: the states of each part, and the last `nstate`
+    own : np.ndarray
+        `(m,)` int64, rising: steps whose `nstate` is not the state of the next step
+    nstates : np.ndarray
+        `(m, *state)`: these
+    blocks : dict[str, np.ndarray]
+        The other roles, `(steps, *block)` each
+    exact : bool, default True
+        Whether all other steps are linked, as far as the fields go that were stored
+    """
+    parts: Block  # Whose they are
+    schema: Schema  # Of the steps
+    times: np.ndarray  # `(steps,)` int64 UTC microseconds
+    states: np.ndarray  # `(steps + parts, *state)`: the states of each part, and the last `nstate`
+    own: np.ndarray  # `(m,)` int64, rising: steps whose `nstate` is not the state of the next step
+    nstates: np.ndarray  # `(m, *state)`: these
+    blocks: dict[str, np.ndarray]  # The other roles, `(steps, *block)` each
+    exact: bool = True  # Whether all other steps are linked, as far as the fields go that were stored
+
+    def __len__(self) -> int: return len(self.parts)
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice): return list(self)[i]
+        return next(islice(self, range(len(self))[i], None))
+
+    @lazy
+    def ends(self) -> np.ndarray: # `(parts + 1,)`: steps before each part, and all
+        """Returns
+        -------
+        np.ndarray
+            `(parts + 1,)`: steps before each part, and all
+        """
+        return np.cumsum([0, *self.parts.columns["length"]])
+    @lazy
+    def places(self) -> np.ndarray: # `(steps,)`: of each step's state in `states`
+        """Returns
+        -------
+        np.ndarray
+            `(steps,)`: of each step's state in `states`
+        """
+        return np.arange(len(self.times)) + np.repeat(np.arange(len(self)), np.diff(self.ends))
+
+# %% ../../../nbs/storage/pool/parquet.ipynb #f047eaa4
+@patch
+def fill(self: Steps,
+    rows: np.ndarray, # Structured, with a field for each role
+    slots: np.ndarray, # `(steps,)` int64: where each step goes
+) -> None:
+    """Write the steps into rows
+
+    Parameters
+    ----------
+    rows : np.ndarray
+        Structured, with a field for each role
+    slots : np.ndarray
+        `(steps,)` int64: where each step goes
+    """
+    nstate = self.states[self.places + 1]
+    nstate[self.own] = self.nstates
+    blocks = {**self.blocks, "state": self.states[self.places], "nstate": nstate}
+    for role in rows.dtype.names: rows[role][slots] = blocks[role]
+
+@patch
+def __iter__(self: Steps) -> Iterator[Episode]:
+    ends, own = self.ends.tolist(), np.searchsorted(self.own, self.ends).tolist()
+    for k, (part, a, b, c, d) in enumerate(zip(self.parts, ends, ends[1:], own, own[1:])):
+        blocks = {role: block[a:b] for role, block in self.blocks.items()}
+        state, nstate, links = self.states[a + k:b + k], self.states[a + k + 1:b + k + 1], np.ones(b - a - 1, bool)
+        if c < d:
+            nstate, at = nstate.copy(), self.own[c:d] - a
+            nstate[at], links[at] = self.nstates[c:d], False
+        blocks = dict(blocks, state=state, nstate=nstate)
+        episode = episode_of(part, self.schema, self.times[a:b], {role: blocks[role] for role in self.schema.roles})
+        if self.exact or c == d: episode.__dict__["links"] = links  # so that states are not compared again
+        yield episode
+
 # %% ../../../nbs/storage/pool/parquet.ipynb #f48be87a
-def _state_blocks(schema: Schema, found: dict, ends: np.ndarray, null: np.ndarray) -> list[tuple]:
-    "For each part its `state`, `nstate` and, step for step, whether one is the next of the other"
+def _states(schema: Schema, found: dict, ends: np.ndarray, null: np.ndarray) -> tuple[np.ndarray, ...]:
+    "The `states`, `own` and `nstates` of steps"
     n, steps, dtype = len(ends) - 1, int(ends[-1]), schema.block("state")
-    buffer = (np.zeros if dtype.names else np.empty)((steps + n, *dtype.shape), dtype.base)
-    views, blocks = schema.split("state", buffer), []
-    there = np.flatnonzero(~null)  # rows that have a next state of their own
-    firsts = np.searchsorted(there, ends)
-    for k, (a, b, c, d) in enumerate(zip(ends, ends[1:], firsts, firsts[1:])):
-        if c == d or there[d - 1] != b - 1:
-            raise ValueError("the last step of an episode's part has no next state")
-        for name, view in views.items():
-            view[a + k:b + k] = found["state"][name][a:b]
-            view[b + k] = found["nstate"][name][d - 1]
-        state, nstate, links = buffer[a + k:b + k], buffer[a + k + 1:b + k + 1], np.ones(b - a - 1, bool)
-        if d - c > 1:
-            nstate, own = nstate.copy(), there[c:d] - a
-            for name, view in schema.split("nstate", nstate).items(): view[own] = found["nstate"][name][c:d]
-            links[own[:-1]] = False
-        blocks.append((state, nstate, links))
-    return blocks
+    there, last = np.flatnonzero(~null), ends[1:] - 1  # steps that have a next state of their own
+    if null[last].any(): raise ValueError("the last step of an episode's part has no next state")
+    make = np.zeros if dtype.names else np.empty
+    states, at_end = make((steps + n, *dtype.shape), dtype.base), np.isin(there, last)
+    nstates = make((len(there) - n, *dtype.shape), dtype.base)
+    at = np.arange(steps) + np.repeat(np.arange(n), np.diff(ends))
+    for name, view in schema.split("state", states).items():
+        view[at], view[at[last] + 1] = found["state"][name], found["nstate"][name][at_end]
+    for name, view in schema.split("nstate", nstates).items(): view[...] = found["nstate"][name][~at_end]
+    return states, there[~at_end], nstates
 
 # %% ../../../nbs/storage/pool/parquet.ipynb #8c1e4d68
 @lru_cache(16)
@@ -500,12 +585,12 @@ def _needed(schema: Schema, some: Optional[Schema] = None) -> tuple[Column, ...]
     return tuple(c for c in columns_of(schema) if c.role in (*FLAGS, "timestamp") or
                  (c.field and (c.role, c.field.name) in fields))
 
-def episodes_of(
+def steps_of(
     table: Any, # A `pyarrow.Table` of their steps, in order, and no others
     schema: Schema, # Of the steps in it
     parts: Sequence[Part], # Whose steps these are
     some: Optional[Schema] = None, # With some of the fields, where the others are not wanted
-) -> list[Episode]: # As many
+) -> Steps:
     """The steps of parts; raises `ValueError` for a table that does not hold them
 
     Parameters
@@ -521,33 +606,90 @@ def episodes_of(
 
     Returns
     -------
-    list[Episode]
-        As many
+    Steps
 
     Raises
     ------
+    CorruptData
+        Stored bytes that are damaged, cut short, or of a format this version does not know
     SchemaError
         Data that does not fit its schema: a role, shape, dtype, unit, identity or time stamp
     """
-    columns, ends = _needed(schema, some), np.cumsum([0, *(p.length for p in parts)])
+    columns, block = _needed(schema, some), block_of(parts)
+    ends = np.cumsum([0, *block.columns["length"]])
     if len(table) != ends[-1]: raise ValueError(f"it has {len(table)} rows, and {ends[-1]} are expected")
-    schema = some or schema
+    schema, exact = some or schema, some is None
     found: dict[str, dict] = {}
     for c in columns:
         found.setdefault(c.role, {})[c.field.name if c.field else ""] = c._from_arrow(table[c.name])
     null = table[next(c.name for c in columns if c.role == "nstate")].is_null().to_numpy()
     times = found.pop("timestamp")[""].view("int64")
-    states = _state_blocks(schema, found, ends, null)
+    states = _states(schema, found, ends, null)
     others = {r: v for r, v in found.items() if r not in ("state", "nstate")}
-    rest = {r: v[""] if r in FLAGS else schema.join(r, v) for r, v in others.items()}
-    episodes = []
-    for part, (state, nstate, links), a, b in zip(parts, states, ends, ends[1:]):
-        given = {"state": state, "nstate": nstate, **{r: block[a:b] for r, block in rest.items()}}
-        episode = episode_of(part, schema, times[a:b], {r: given[r] for r in schema.roles})
-        if some is None or links.all():  # known from the nulls, so that states are not compared again
-            episode.__dict__["links"] = links
-        episodes.append(episode)
-    return episodes
+    blocks = {r: v[""] if r in FLAGS else schema.join(r, v) for r, v in others.items()}
+    return Steps(block, schema, times, *states, blocks, exact)
+
+# %% ../../../nbs/storage/pool/parquet.ipynb #227d4878
+def _rows(file: Any, columns: Sequence[Column], begin: np.ndarray, end: np.ndarray, step: int) -> Any:
+    "Ranges of rows of a file, of `step` bytes a row, reading the row groups that they are in"
+    meta = file.metadata
+    sizes = np.array([meta.row_group(i).num_rows for i in range(meta.num_row_groups)], "int64")
+    ends = np.cumsum([0, *sizes])
+    if end[-1] > ends[-1]: raise ValueError(f"it has {ends[-1]} rows, and {end[-1]} are expected")
+    first, last = np.searchsorted(ends, begin, side="right") - 1, np.searchsorted(ends, end)
+    read = np.zeros(len(ends), "int64")
+    np.add.at(read, first, 1), np.add.at(read, last, -1)
+    groups = np.flatnonzero(np.cumsum(read)[:-1])
+    apart = 1 + int((begin[1:] != end[:-1]).sum())
+    _check_size(meta, groups.tolist(), columns, int(sizes[groups].sum()), step, int((end - begin).sum()), apart)
+    table = _groups(file, groups.tolist(), [c.name for c in columns])
+    before = np.zeros(len(sizes), "int64")
+    before[groups] = np.cumsum(sizes[groups]) - sizes[groups]
+    begin, length = begin - ends[first] + before[first], end - begin
+    if apart == 1: return table.slice(begin[0], length.sum())
+    skipped = np.repeat(begin - (np.cumsum(length) - length), length)
+    return table.take(pa.array(skipped + np.arange(len(skipped))))
+
+def _groups(file: Any, groups: Iterable[int], columns: list[str]) -> Any:
+    "Row groups, some at a time: unpacking takes a multiple of their size, and lists have offsets up to 2 GB"
+    size = lambda i: file.metadata.row_group(i).total_byte_size
+    some = in_bulk(groups, size, _SLICE)
+    return pa.concat_tables([file.read_row_groups(each, columns, use_threads=False) for each in some])
+
+# %% ../../../nbs/storage/pool/parquet.ipynb #16e98a66
+def _check_size(meta: Any, groups: Sequence[int], columns: Sequence[Column],
+    rows: int, # In these row groups
+    step: int, # Bytes of a row, as the log says
+    wanted: int, # How many rows are wanted
+    apart: int, # In so many ranges
+) -> None:
+    """Raise `ValueError` where row groups would unpack to more than the log says
+
+    Parameters
+    ----------
+    meta : Any
+    groups : Sequence[int]
+    columns : Sequence[Column]
+    rows : int
+        In these row groups
+    step : int
+        Bytes of a row, as the log says
+    wanted : int
+        How many rows are wanted
+    apart : int
+        In so many ranges
+    """
+    edges = 2 * min(apart, len(groups))  # of the first and the last group of a range little may be wanted
+    most = wanted * step + edges * max(_GROUP, step)
+    short = {"int8": 4, "int16": 2}  # Parquet has no shorter numbers
+    widths = {c.name: short.get(c.field.dtype if c.field else "", 1) for c in columns}
+    first = meta.row_group(groups[0])
+    names = [first.column(k).path_in_schema.partition(".")[0] for k in range(meta.num_columns)]
+    wide = [(k, widths[name]) for k, name in enumerate(names) if name in widths]
+    declared = sum(g.column(k).total_uncompressed_size // w for g in map(meta.row_group, groups) for k, w in wide)
+    if rows * step > most or declared > 2 * most + (1 << 16) * len(columns):
+        raise ValueError(f"it says that {rows} rows unpack to {declared} bytes, "
+                         f"and the log says {wanted * step} for {wanted}")
 
 # %% ../../../nbs/storage/pool/parquet.ipynb #44f4b380
 def step_bytes(
@@ -566,13 +708,13 @@ def step_bytes(
     """
     return 8 + sum(schema.block(role).itemsize for role in schema.roles)
 
-def read_episodes(
+def read_steps(
     file: Any, # A `pyarrow.parquet.ParquetFile`
     schema: Schema, # Of the steps in it
-    parts: Sequence[tuple[Part, int]], # Each with its first row in the file; rows in order, without a gap
+    parts: Sequence[Part], # Whose `where` says their first rows in the file; in that order
     some: Optional[Schema] = None, # With some of the fields, where the others need not be read
-) -> list[Episode]: # As many
-    """The steps of neighbouring parts; raises `ValueError` for a file that does not hold them
+) -> Steps:
+    """The steps of some parts of a file; raises `ValueError` for one that does not hold them
 
     Parameters
     ----------
@@ -580,26 +722,26 @@ def read_episodes(
         A `pyarrow.parquet.ParquetFile`
     schema : Schema
         Of the steps in it
-    parts : Sequence[tuple[Part, int]]
-        Each with its first row in the file; rows in order, without a gap
+    parts : Sequence[Part]
+        Whose `where` says their first rows in the file; in that order
     some : Optional[Schema], default None
         With some of the fields, where the others need not be read
 
     Returns
     -------
-    list[Episode]
-        As many
+    Steps
 
     Raises
     ------
+    CorruptData
+        Stored bytes that are damaged, cut short, or of a format this version does not know
     SchemaError
         Data that does not fit its schema: a role, shape, dtype, unit, identity or time stamp
     """
-    begin, columns = parts[0][1], _needed(schema, some)
-    length, nbytes = (sum(sizes) for sizes in zip(*((p.length, p.nbytes) for p, _ in parts)))
-    if some is not None: nbytes = length * step_bytes(some)
-    table = _rows(file, columns, begin, begin + length, nbytes)
-    return episodes_of(table, schema, [p for p, _ in parts], some)
+    block, columns = block_of(parts), _needed(schema, some)
+    step = step_bytes(some) if some else int(block.columns["nbytes"].sum() // block.columns["length"].sum())
+    begin, length = block.columns["row"], block.columns["length"]
+    return steps_of(_rows(file, columns, begin, begin + length, step), schema, block, some)
 
 def whole_table(
     file: Any, # A `pyarrow.parquet.ParquetFile`
@@ -621,50 +763,3 @@ def whole_table(
     """
     layout = _layout(columns_of(schema))
     return _groups(file, range(file.num_row_groups), layout.names).cast(layout)
-
-def _rows(file: Any, columns: Sequence[Column], begin: int, end: int, nbytes: int) -> Any:
-    "Rows of a file that are so many bytes of steps, reading the row groups that they are in"
-    meta = file.metadata
-    ends = np.cumsum([0, *(meta.row_group(i).num_rows for i in range(meta.num_row_groups))])
-    if end > ends[-1]: raise ValueError(f"it has {ends[-1]} rows, and {end} are expected")
-    first, last = np.searchsorted(ends, begin, side="right") - 1, np.searchsorted(ends, end)
-    _check_size(meta, range(first, last), columns, int(ends[last] - ends[first]), nbytes, end - begin)
-    table = _groups(file, range(first, last), [c.name for c in columns])
-    return table.slice(begin - ends[first], end - begin)
-
-def _groups(file: Any, groups: Iterable[int], columns: list[str]) -> Any:
-    "Row groups, some at a time: unpacking takes a multiple of their size, and lists have offsets up to 2 GB"
-    size = lambda i: file.metadata.row_group(i).total_byte_size
-    some = in_bulk(groups, size, _SLICE)
-    return pa.concat_tables([file.read_row_groups(each, columns, use_threads=False) for each in some])
-
-# %% ../../../nbs/storage/pool/parquet.ipynb #16e98a66
-def _check_size(meta: Any, groups: range, columns: Sequence[Column],
-    rows: int, # In these row groups
-    nbytes: int, # That the wanted rows have, as the log says
-    wanted: int, # How many rows are wanted
-) -> None:
-    """Raise `ValueError` where row groups would unpack to more than the log says
-
-    Parameters
-    ----------
-    meta : Any
-    groups : range
-    columns : Sequence[Column]
-    rows : int
-        In these row groups
-    nbytes : int
-        That the wanted rows have, as the log says
-    wanted : int
-        How many rows are wanted
-    """
-    most = nbytes + 2 * max(_GROUP, nbytes // wanted)  # of the first and the last group little may be wanted
-    short = {"int8": 4, "int16": 2}  # Parquet has no shorter numbers
-    widths = {c.name: short.get(c.field.dtype if c.field else "", 1) for c in columns}
-    first = meta.row_group(groups[0])
-    names = [first.column(k).path_in_schema.partition(".")[0] for k in range(meta.num_columns)]
-    wide = [(k, widths[name]) for k, name in enumerate(names) if name in widths]
-    declared = sum(g.column(k).total_uncompressed_size // w for g in map(meta.row_group, groups) for k, w in wide)
-    if rows * (nbytes // wanted) > most or declared > 2 * most + (1 << 16) * len(columns):
-        raise ValueError(f"it says that {rows} rows unpack to {declared} bytes, "
-                         f"and the log says {nbytes} for {wanted}")

@@ -14,6 +14,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -27,7 +28,7 @@ import pandas as pd  # type: ignore
 
 # %% auto #0
 __all__ = ['BACKENDS', 'new_steps', 'PoolBackend', 'forkable', 'forkable_lock', 'PoolHandle', 'PoolIndex', 'Found', 'PoolFinder',
-           'EpisodeFrame', 'PoolReader', 'in_bulk', 'Plan', 'PoolWriter', 'PoolCopier', 'Glance', 'Pool',
+           'EpisodeFrame', 'PoolReader', 'in_bulk', 'Plan', 'PoolWriter', 'unhashed', 'PoolCopier', 'Glance', 'Pool',
            'secret_option', 'safe_url', 'quoted', 'Backend', 'backend', 'open_pool', 'path_text', 'plain_path']
 
 # %% ../../../nbs/storage/pool/pool.ipynb #b6a8678c
@@ -1282,6 +1283,25 @@ class PoolWriter(PoolReader):
             return self._newest(self._schema)
 
 # %% ../../../nbs/storage/pool/pool.ipynb #3cfbae91
+def unhashed(
+    episode: Episode, # As it was read
+) -> Episode: # With the same arrays
+    """An episode whose digest will be worked out anew
+
+    Parameters
+    ----------
+    episode : Episode
+        As it was read
+
+    Returns
+    -------
+    Episode
+        With the same arrays
+    """
+    fresh = copy(episode)
+    vars(fresh).pop("digest", None)
+    return fresh
+
 @patch
 def _unlike(self: Part,
     episode: Episode, # As it was read
@@ -1297,7 +1317,7 @@ def _unlike(self: Part,
     -------
     str
     """
-    found = part_of(replace(episode))  # a fresh copy: its digest is worked out anew
+    found = part_of(unhashed(episode))
     said = ("id", "who", "length", "begin", "end", "number", "digest", "ended", "tail")
     odd = [name for name in said if getattr(found, name) != getattr(self, name)]
     return f"not what was stored, by its {', '.join(odd)}" if odd else ""
