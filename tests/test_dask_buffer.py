@@ -14,6 +14,7 @@ import pytest
 from data_io_nbdev import DaskPool, Episode, Episodes, MemoryBuffer, MemoryPool, PoolQuery
 from data_io_nbdev.errors import CorruptData, PoolUnavailable, QueryError
 from data_io_nbdev.storage.buffer.dask import DaskBuffer
+from data_io_nbdev.storage.pool import parquet
 from data_io_nbdev.storage.pool.delta import LocalLake
 from data_io_nbdev.testing import (BatchesOfBuffers, BufferContract, LakeHarness, Refreshing, RowsOfQueries, RowsOfSelections, SameDraws, at_once, draws,
                                    drive, python, rows, steps_of, through_json, trace)
@@ -78,6 +79,33 @@ def pool(tmp_path):
     pool.extend([drive(20, hour=h, linked=h % 3 > 0) for h in range(5)])
     pool.store(drive(30, hour=9)[:10])
     return pool
+
+
+@pytest.mark.parametrize("resident", ["memory", "mapped"])
+@pytest.mark.parametrize("seed", range(4))
+def test_files_in_any_order(tmp_path, monkeypatch, resident, seed):
+    "Rows are in the order of time, whatever order their files have, and a file is opened once; growing, deleted, compacted and unlinked episodes too"
+    monkeypatch.setattr(parquet, "_SHARED", 1500)  # some row groups a file
+    rng, lake = np.random.default_rng(seed), DaskPool(tmp_path / "lake")
+    drives = [drive(int(rng.integers(2, 9)), hour=h, linked=bool(rng.integers(4))) for h in range(40)]
+    uploads = [e[:1 + len(e) // 2] if n % 3 == 0 else e for n, e in enumerate(drives)]
+    for some in np.array_split(rng.permutation(40), 6): lake.extend([uploads[i] for i in some])
+    lake.extend([drives[i] for i in rng.permutation(40)[:25]])  # the rest of some of them
+    lake.delete([drives[i].id for i in rng.permutation(40)[:5]])
+    if seed % 2: lake.compact()
+    opened, whole = [], LocalLake.open
+    monkeypatch.setattr(LocalLake, "open", lambda self, file, *rest: opened.append(file.path) or whole(self, file, *rest))
+    mine = DaskBuffer(pool=lake, batch_size=64, seed=1, resident=resident, cache=tmp_path / "cache", states="twice", progress=False)
+    mine.load()
+    assert len(opened) == len(set(opened)) == len({part.where[0] for parts in lake._select(PoolQuery(), lake.version) for part in parts})
+    theirs = MemoryBuffer(pool=lake, batch_size=64, seed=1, states="twice")
+    theirs.load()
+    monkeypatch.undo()
+    assert rows(mine) == rows(theirs)  # and each is what the pool has
+    assert [(r.episode, r.serial, r.slot, r.step, r.times.tolist()) for r in mine._view.rows.ledger.runs] == \
+           [(r.episode, r.serial, r.slot, r.step, r.times.tolist()) for r in theirs._view.rows.ledger.runs]
+    assert mine.state_dict()["trail"] == theirs.state_dict()["trail"] and draws(mine, 3) == draws(theirs, 3)
+
 
 
 @pytest.fixture
