@@ -107,7 +107,6 @@ def test_files_in_any_order(tmp_path, monkeypatch, resident, seed):
     assert mine.state_dict()["trail"] == theirs.state_dict()["trail"] and draws(mine, 3) == draws(theirs, 3)
 
 
-
 @pytest.fixture
 def cache(tmp_path): return tmp_path / "cache"
 
