@@ -286,7 +286,7 @@ def _identities(schema: Schema, who: Any) -> dict[str, str | int]:
 def _bits(block: np.ndarray) -> list[np.ndarray]:
     "The bytes of a block as unsigned integers: `(steps, n)`, one array for each field of a structured block"
     if block.dtype.names: return [b for name in block.dtype.names for b in _bits(block[name])]
-    flat = np.ascontiguousarray(block).reshape(len(block), int(np.prod(block.shape[1:])))
+    flat = np.ascontiguousarray(block).reshape(len(block), math.prod(block.shape[1:]))
     return [flat.view(f"u{min(flat.dtype.itemsize, 8)}")]
 
 # %% ../../nbs/data/core.ipynb #f8ce2636

@@ -1068,8 +1068,9 @@ def total(self: Selection,
     rows, owner = self._view.rows(self._lives, self._last)
     values = vars(self._view.p)[name][rows]
     if len(rows) == len(self): return values
-    with np.errstate(all="ignore"): sums = np.bincount(owner, values, len(self))
-    return sums.astype(values.dtype)
+    sums = np.zeros(len(self), values.dtype)  # `bincount` would sum whole numbers as floats
+    with np.errstate(all="ignore"): np.add.at(sums, owner, values)
+    return sums
 
 # %% ../../../nbs/storage/pool/columns.ipynb #45c37731
 def _within(values: np.ndarray, low: Any, high: Any, closed: bool = False) -> np.ndarray:
