@@ -20,11 +20,13 @@ import zipfile
 
 import numpy as np
 import pytest
+from numpy.lib.recfunctions import repack_fields
 
 from data_io_nbdev import MemoryBuffer, MemoryPool, PoolQuery
 from data_io_nbdev.data.core import Episode
 from data_io_nbdev.errors import CorruptData, DataIOError, PoolUnavailable
 from data_io_nbdev.storage.pool import memory
+from data_io_nbdev.storage.pool.memory import FORMAT
 from data_io_nbdev.testing import drive, facts_of, schemas
 from test_memory_file import everything, fill, others, sample
 
@@ -72,7 +74,7 @@ def read(path, data, right):
     return "equal"
 
 
-@pytest.fixture(params=[1, 2])
+@pytest.fixture(params=[1, 3, 4])
 def saved(request): return sample(request.param).read_bytes(), everything(MemoryPool(sample(request.param), "r"))
 
 
@@ -85,13 +87,14 @@ class TestBytes:
         def once(rng):
             at = int(rng.integers(len(data)))
             read(path, data[:at] + bytes([data[at] ^ (1 << int(rng.integers(8)))]) + data[at + 1:], right)
-        attack(f"file: a bit turns over, {request.node.callspec.id}", 200, once)
+        attack(f"file: a bit turns over, {request.node.callspec.id}", 130, once)
 
     def test_places(self, attack, path, saved, request):
         "Members are exchanged, repeated, left out, renamed, cut, or come from another file; a sealed log notices all of it at once"
         data, right = saved
+        mine, format = members(data), json.loads(members(data)["log.json"])["format"]
         other = MemoryPool(); fill(other); other.store(drive(6, hour=1, driver="bo")); other.save(path.with_name("other.npz"))
-        mine, theirs, format = members(data), members(path.with_name("other.npz").read_bytes()), json.loads(members(data)["log.json"])["format"]
+        theirs = members(path.with_name("other.npz").read_bytes() if format == FORMAT else sample({1: 3, 3: 2}[format]).read_bytes())
         def once(rng):
             a, b = rng.choice(sorted(mine), 2, replace=False)
             change = rng.choice(["exchanged", "repeated", "twice", "missing", "renamed", "cut", "another's", "a new one"])
@@ -107,7 +110,7 @@ class TestBytes:
             if new == mine and not more: return
             outcome = read(path, zipped([*new.items(), *more]), right)
             assert outcome == "refused" or format == 1 and a != "log.json", f"{a} was {change}, and opened"
-        attack(f"file: members in other places, {request.node.callspec.id}", 120, once)
+        attack(f"file: members in other places, {request.node.callspec.id}", 80, once)
 
     @pytest.mark.parametrize("role, dtype", [("state", ">f4"), ("state", "<i4"), ("state", "<u4"), ("times", ">i8"), ("times", "<u8"), ("times", "<M8[us]"),
                                              ("terminated", "|u1"), ("reward", "<i4"), ("action", ">f4")])
@@ -157,7 +160,81 @@ class TestBytes:
             use(pool), pool.verify()
             pool.save(path.with_name("again.npz"), overwrite=True)
             assert MemoryPool(path.with_name("again.npz"), "r").version == pool.version
-        attack(f"file: entries of the log, {request.node.callspec.id}", 250, once)
+        attack(f"file: entries of the log, {request.node.callspec.id}", 120, once)
+
+    def test_parts(self, attack, path):
+        "Each value of each part is something else, under right checksums; a pool that opens nevertheless can be asked everything, and saved"
+        new, refused, opened = members(sample(FORMAT).read_bytes()), set(), 0
+        rows = parts_in(new)
+        def once(rng):
+            nonlocal opened
+            forged = rows.copy()
+            for _ in range(int(rng.integers(1, 3))):
+                name, i = str(rng.choice(rows.dtype.names)), int(rng.integers(len(rows)))
+                forge(forged, name, i, rng)
+            if forged.tobytes() == rows.tobytes(): return
+            with_parts(path, new, forged)
+            try: pool = MemoryPool(path, "r")
+            except CorruptData: return refused.add(name)
+            opened += 1
+            for part in pool._index.every_part(): assert part.length > 0 and isinstance(part.ended, bool)
+            use(pool), pool.verify()
+            pool.save(path.with_name("again.npz"), overwrite=True)
+            assert MemoryPool(path.with_name("again.npz"), "r").version == pool.version
+        attack("file: what parts say", 150, once)
+        assert opened and refused >= {"who", "zone", "offset", "length", "begin", "end", "nbytes", "born", "version"}, (opened, refused)
+
+    @pytest.mark.parametrize("name, value", [
+        ("length", 0), ("length", -1), ("length", 2**63 - 1), ("length", 2**62), ("offset", 1), ("offset", -1), ("offset", 2**63 - 1), ("nbytes", 0), ("nbytes", 2**63 - 1),
+        ("nbytes", -2**63), ("start", -2**63), ("start", 2**63 - 1), ("begin", -2**63), ("begin", 0), ("end", 2**63 - 1), ("end", -2**63), ("number", 5), ("number", -2**63), ("born", -1),
+        ("born", 1), ("born", 99), ("version", 0), ("version", -1), ("version", 2), ("version", 99), ("who", -1), ("who", 99), ("who", -2**31), ("zone", -1), ("zone", 99)])
+    def test_a_value(self, path, name, value):
+        "What the first part cannot say is refused, and not found out later"
+        new = members(sample(FORMAT).read_bytes())
+        rows = parts_in(new)
+        assert not rows["numbered"][0] and (rows["offset"][0], rows["born"][0], rows["version"][0]) == (0, 0, 1)
+        rows[name][0] = value
+        with_parts(path, new, rows)
+        with pytest.raises(CorruptData): MemoryPool(path, "r")
+
+    @pytest.mark.parametrize("name", ["numbered", "ended", "linked"])
+    @pytest.mark.parametrize("value", [2, 255])
+    def test_flags(self, path, name, value):
+        "So is a flag that is neither set nor clear"
+        new = members(sample(FORMAT).read_bytes())
+        rows = parts_in(new)
+        rows[name].view("u1")[0] = value
+        with_parts(path, new, rows)
+        with pytest.raises(CorruptData, match="flags"): MemoryPool(path, "r")
+
+    @pytest.mark.parametrize("change", [
+        lambda rows: rows[::-1], lambda rows: rows[:-1], lambda rows: np.concatenate([rows, rows[-1:]]), lambda rows: np.concatenate([rows, rows]), lambda rows: rows[:0],
+        lambda rows: rows[[1, 0, *range(2, len(rows))]], lambda rows: rows.astype([(name, kind.newbyteorder(">")) for name, (kind, _) in rows.dtype.fields.items()]),
+        lambda rows: repack_fields(rows[[*reversed(rows.dtype.names)]]), lambda rows: repack_fields(rows[[*rows.dtype.names[:-1]]]), lambda rows: rows.reshape(1, -1)],
+        ids=["backwards", "one less", "the last twice", "twice", "none", "exchanged", "big-endian", "fields backwards", "a field less", "another shape"])
+    @pytest.mark.parametrize("counted", [False, True])
+    def test_tables(self, path, change, counted):
+        "Rows in another order or number, and other columns"
+        new = members(sample(FORMAT).read_bytes())
+        with_parts(path, new, change(parts_in(new)), counted)
+        with pytest.raises(CorruptData): MemoryPool(path, "r")
+
+    def test_lengths_that_overflow(self, path):
+        "Lengths of which the sum is no longer a number of 64 bits"
+        new = members(sample(FORMAT).read_bytes())
+        rows = parts_in(new)
+        width = rows["nbytes"][0] // rows["length"][0]
+        most = (2**63 - 1) // width
+        for length in (most, most // 2, 2**62):
+            rows["length"][-width:], rows["nbytes"][-width:] = length, (np.full(1, length) * width)[0]
+            with_parts(path, new, rows)
+            with pytest.raises(CorruptData): MemoryPool(path, "r")
+        rows["length"], rows["nbytes"] = most, most * width
+        rows = np.concatenate([rows[:1]] * (2 * width + 2))  # the sum is about what it was
+        rows["id"] = np.arange(2 * len(rows), dtype=">u8").view("V16")  # of episodes of their own
+        rows["version"] = 1
+        with_parts(path, new, rows, counted=True, hide=False)
+        with pytest.raises(CorruptData, match="more steps than can be counted"): MemoryPool(path, "r")
 
     @pytest.mark.parametrize("text", [
         "", "null", "7", "[]", "{}", '{"format": 1}', '{"format": 1, "commits": []}', '{"format": 1' + ', "a": {' * 10_000, '{"format": 1, "a": ' + "[" * 100_000,
@@ -190,6 +267,32 @@ def paths_in(value, path=()):
 def get(value, path):
     for key in path: value = value[key]
     return value
+
+
+EDGES = (0, 1, -1, 2, 5, 99, 2**31 - 1, -2**31, 2**62, 2**63 - 1, -2**63, -2**63 + 1)
+
+
+def parts_in(new): return np.lib.format.read_array(io.BytesIO(new["parts.npy"])).copy()
+
+
+def forge(rows, name, i, rng):
+    "One value of a part: another part's, one more or less, any bytes, or one at the edge of what there is"
+    field, how = rows[name], rng.integers(4)
+    if how == 0: field[i] = field[int(rng.integers(len(rows)))]
+    elif how == 1 and field.dtype.kind in "if": field[i] += rng.choice([-1, 1])
+    elif how == 2 and field.dtype.kind in "if": field[i] = np.array(EDGES[int(rng.integers(len(EDGES)))]).astype(field.dtype)
+    else: field[i] = np.frombuffer(rng.bytes(field[i].nbytes), field.dtype).reshape(field[i].shape)
+
+
+def with_parts(path, new, rows, counted=False, hide=True):
+    "A file with other parts, and right checksums; the log counts them, and hides none, where it is told to"
+    out = io.BytesIO()
+    out.write(memory._npy_header(rows.dtype, rows.shape) + rows.tobytes())
+    new, log = {**new, "parts.npy": out.getvalue()}, json.loads(new["log.json"])
+    if counted: log["parts"] = rows.size
+    if not hide: log["commits"] = [{**commit, "hide": []} for commit in log["commits"]]
+    new["log.json"] = reseal({**new, "log.json": json.dumps(log)})
+    path.write_bytes(zipped([*new.items()]))
 
 
 def reseal(new):
@@ -263,7 +366,8 @@ print(most() - before)
 class TestBombs:
     "Opening takes a small multiple of the file's size, whatever is in it"
 
-    @pytest.mark.parametrize("bomb", ["packed", "packed log", "declared", "declared by the log", "overlapping", "brackets", "nested", "objects", "directory"])
+    @pytest.mark.parametrize("bomb", ["packed", "packed log", "declared", "declared by the log", "overlapping", "brackets", "nested", "objects", "directory",
+                                      "parts declared", "parts", "zones"])
     def test_memory(self, path, bomb):
         "Measured by the process that opens it"
         log = json.loads(members(sample(1).read_bytes())["log.json"])
@@ -300,7 +404,23 @@ class TestBombs:
         elif bomb == "brackets": path.write_bytes(zipped([("log.json", head + "[]," * 1_000_000 + "[]]}")]))
         elif bomb == "nested": path.write_bytes(zipped([("log.json", head + ("[" * 900 + "]" * 900 + ",") * 1000 + "[]]}")]))
         elif bomb == "objects": path.write_bytes(zipped([("log.json", head + '{"a":0},' * 500_000 + "{}]}")]))
-        else: path.write_bytes(zipped([("log.json", head + "]}"), *((f"{n}", b"") for n in range(40_000))]))
+        elif bomb == "directory": path.write_bytes(zipped([("log.json", head + "]}"), *((f"{n}", b"") for n in range(40_000))]))
+        else:
+            new = members(sample(FORMAT).read_bytes())
+            rows = parts_in(new)
+            log = json.loads(new["log.json"])
+            if bomb == "parts declared":  # a hundred million
+                new["parts.npy"] = memory._npy_header(rows.dtype, (100_000_000,)) + rows.tobytes()
+                log["parts"] = 100_000_000
+                path.write_bytes(zipped([*{**new, "log.json": reseal({**new, "log.json": json.dumps(log)})}.items()]))
+            elif bomb == "parts":
+                log["last"], log["commits"] = 1, log["commits"][:1]
+                rows = np.repeat(rows[:1], 100_000)
+                rows["id"] = np.arange(2 * len(rows), dtype=">u8").view("V16")  # nothing is wrong with them but that there are no steps
+                with_parts(path, {**new, "log.json": json.dumps(log)}, rows, counted=True)
+            else:
+                log["zones"] = [f"Mars/{n}" for n in range(300_000)]
+                path.write_bytes(zipped([*{**new, "log.json": reseal({**new, "log.json": json.dumps(log)})}.items()]))
         done = subprocess.run([sys.executable, "-W", "ignore", "-c", OPEN, str(path), str(sample(2))], capture_output=True, text=True)
         assert not done.stderr and len(done.stdout.split()) == 1, done.stderr  # refused, by its type
         took, size = int(done.stdout), path.stat().st_size

@@ -8,6 +8,7 @@ import pytest
 
 import data_io_nbdev.errors as errors
 from data_io_nbdev import Episode, Episodes, MemoryBuffer, MemoryPool, PoolQuery, Record, Schema, open_pool
+from data_io_nbdev.storage.pool.memory import FORMAT
 from data_io_nbdev.testing import BAD_FRAMES, drive, facts_of, rows, steps_of
 
 
@@ -29,7 +30,7 @@ class World:
         (folder / "text.npz").write_text("this is no pool")
         (folder / "nothing.npz").write_bytes(b"")
         with zipfile.ZipFile(self.path) as old, zipfile.ZipFile(folder / "newer.npz", "w") as new:
-            for name in old.namelist(): new.writestr(name, old.read(name).replace(b'"format": 2', b'"format": 4', 1))
+            for name in old.namelist(): new.writestr(name, old.read(name).replace(b'"format": %d' % FORMAT, b'"format": %d' % (FORMAT + 1), 1))
 
     def look(self):
         "Everything there is, in values that compare"

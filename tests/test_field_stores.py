@@ -33,7 +33,7 @@ from data_io_nbdev.errors import (DataIOError, EpisodeConflict, EpisodeNotFound,
 from data_io_nbdev.storage.buffer.dask import DaskBuffer
 from data_io_nbdev.storage.buffer.memory import MemoryBuffer
 from data_io_nbdev.storage.buffer.mongo import MongoBuffer
-from data_io_nbdev.storage.pool import delta, memory, mongo, parquet
+from data_io_nbdev.storage.pool import delta, mongo, parquet
 from data_io_nbdev.storage.pool.dask import DaskPool
 from data_io_nbdev.storage.pool.memory import MemoryPool
 from data_io_nbdev.storage.pool.mongo import MongoPool
@@ -597,18 +597,17 @@ def test_units_go_where_the_episodes_go(harness, tmp_path):
 
 
 def test_units_are_of_the_newest_format(tmp_path, monkeypatch):
-    "A log without them is as it was; one that gives some is refused by name where it cannot be understood"
+    "A log without them is as it was; one that gives some is refused by name where it cannot be understood. A `MemoryPool` writes one format, which knows them"
     from data_io_nbdev.errors import CorruptData
-    for harness in (HARNESSES[name](tmp_path / name) for name in sorted(HARNESSES) if (tmp_path / name).mkdir() is None):
+    for harness in (HARNESSES[name](tmp_path / name) for name in sorted({*HARNESSES} - {"memory"}) if (tmp_path / name).mkdir() is None):
         pool = harness.open()
         pool.store(unitless())
-        module = {MemoryPool: memory, DaskPool: delta, MongoPool: mongo}[type(pool)]
+        module = {DaskPool: delta, MongoPool: mongo}[type(pool)]
         with monkeypatch.context() as older:
             older.setattr(module, "NEWEST", module.FORMAT)
             assert len(again(harness, pool)) == 1
         pool.set_units({"velocity": "m/s"})
         pool.store(unitless(1))
-        if type(pool) is MemoryPool: pool.save()
         pool.close()
         with monkeypatch.context() as older:
             older.setattr(module, "NEWEST", module.FORMAT)

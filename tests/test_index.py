@@ -218,6 +218,15 @@ def test_nothing():
     assert index.find(0).total("reward").tolist() == index.find(0).start.tolist() == index.find(0).ids == []
 
 
+def test_whole_numbers_are_summed_exactly():
+    "Also those that a float does not hold"
+    world, index = plain_world(), Index()
+    parts = world.placed([first := world.part(IDS[0], Look(nbytes=2**53), 1), second := world.part(IDS[0], Look(nbytes=1), 1, first),
+                          world.part(IDS[0], Look(nbytes=1), 1, second)])
+    index.apply(Commit(1, "", parts, schema=world.schemas[0]))
+    assert index.find(1).total("nbytes").tolist() == [2**53 + 2] == [index.totals.nbytes]
+
+
 def test_ids_that_begin_alike():
     "Ids whose first 64 bits are the same are different episodes: one is hidden, stored anew and moved without the others"
     world = plain_world()

@@ -1,7 +1,8 @@
 """The file of a `MemoryPool`: replaced in one step or not at all, and never read wrongly.
 
 The stored samples in tests/data were each written once by `python tests/test_memory_file.py`, with the version that introduced their
-format, and hold the same. They are never written again: what was saved then must open for ever."""
+format, and hold the same, or from format 3 on the same with units. They are never written again: what was saved then must open for ever."""
+import io
 import json
 import multiprocessing
 import os
@@ -19,12 +20,12 @@ import pytest
 
 from data_io_nbdev import MemoryPool, open_pool
 from data_io_nbdev.errors import CorruptData, DataIOError, PoolUnavailable, ReadOnly
-from data_io_nbdev.storage.pool.memory import FORMAT, NEWEST
+from data_io_nbdev.storage.pool.memory import FORMAT
 from data_io_nbdev.testing import drive, facts_of, python
 
 DATA = Path(__file__).parent / "data"
-EXPECTED = DATA / "pool-format-1.json"
 def sample(format): return DATA / f"pool-format-{format}.npz"
+def held(format): return json.loads((DATA / f"pool-format-{1 if format < 3 else 3}.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture
@@ -39,6 +40,13 @@ def fill(pool):
     pool.store(drive(5, hour=3, driver="Ünïcödé 温", linked=False))
     pool.delete(drive(hour=1).id)
     pool.store(drive(2, hour=0, step=7, driver=""))
+    return pool
+
+
+def measured(pool):
+    "The same, and fields are given units"
+    fill(pool).set_units({f.name: "m" for f in pool.schema.fields if f.unit is None and f.role == "state"})
+    pool.store(drive(hour=9))
     return pool
 
 
@@ -205,6 +213,20 @@ class TestTwoHandles:
         assert text.strip() == "PoolNotFound"
 
 
+def replaced(members, name, old, new):
+    "Change a text in a member"
+    assert old in members[name]
+    members[name] = members[name].replace(old, new, 1)
+
+
+def said(members, name, value):
+    "Change what the first part says of itself"
+    rows = np.load(io.BytesIO(members["parts.npy"]), allow_pickle=False)
+    rows[name][0] = value
+    head = len(members["parts.npy"]) - rows.nbytes
+    members["parts.npy"] = members["parts.npy"][:head] + rows.tobytes()
+
+
 class TestDamage:
     "What was damaged is refused or does not matter; nothing is ever read wrongly"
 
@@ -240,22 +262,26 @@ class TestDamage:
             self.unharmed(path, right)
 
     def rewrite(self, path, change):
-        "The saved pool with its members changed, and right checksums"
+        "The saved pool with its members changed, and right checksums of the zip"
         with zipfile.ZipFile(path) as old: members = {n: old.read(n) for n in old.namelist()}
         change(members)
         with zipfile.ZipFile(path, "w") as new:
             for name, text in members.items(): new.writestr(name, text)
 
+    @pytest.mark.parametrize("format", [1, FORMAT])
     @pytest.mark.parametrize("change", [
         lambda m: m.pop("log.json"), lambda m: m.pop("times.npy"), lambda m: m.pop("state.npy"), lambda m: m.update({"log.json": b"{}"}),
         lambda m: m.update({"log.json": b"[1"}), lambda m: m.update({"times.npy": m["times.npy"][:-8]}),
         lambda m: m.update({"state.npy": m["nstate.npy"]}), lambda m: m.update({"reward.npy": m["action.npy"]}),
-        lambda m: m.update({"log.json": m["log.json"].replace(b'"length": 2', b'"length": 3', 1)}),
-        lambda m: m.update({"log.json": m["log.json"].replace(b'"anna"', b'"emma"', 1)}),
-    ], ids=["no log", "no times", "no states", "empty log", "half a log", "short times", "states exchanged", "another shape", "a length", "an identity"])
-    def test_members(self, path, change):
+        lambda m: replaced(m, "log.json", b'"length": 2', b'"length": 3') if "parts.npy" not in m else said(m, "length", 3),
+        lambda m: replaced(m, "log.json", b'"anna"', b'"emma"'),
+        lambda m: m.pop("parts.npy", None) or m.pop("action.npy"), lambda m: said(m, "who", 1) if "parts.npy" in m else m.update({"parts.npy": m["times.npy"]}),
+        lambda m: m.update({"parts.npy": m.get("parts.npy", m["times.npy"])[:-100]}),
+    ], ids=["no log", "no times", "no states", "empty log", "half a log", "short times", "states exchanged", "another shape", "a length", "an identity",
+            "no parts", "another code", "short parts"])
+    def test_members(self, path, change, format):
         "Damage that the zip's checksums don't show: opening notices it, or `verify`"
-        fill(MemoryPool(path)).close()
+        shutil.copy(sample(format), path)
         self.rewrite(path, change)
         try: pool = MemoryPool(path, "r")
         except CorruptData: return
@@ -267,7 +293,6 @@ class TestDamage:
         class Evil:
             def __reduce__(self): return (os.mkdir, (str(path.parent / "owned"),))
         def change(members):
-            import io
             f = io.BytesIO(); np.save(f, np.array([Evil()], object), allow_pickle=True)
             members["reward.npy"] = f.getvalue()
         self.rewrite(path, change)
@@ -277,10 +302,10 @@ class TestDamage:
     def test_newer_format(self, path):
         "A format of the future is refused by name, and left alone"
         fill(MemoryPool(path)).close()
-        self.rewrite(path, lambda m: m.update({"log.json": m["log.json"].replace(b'"format": %d' % FORMAT, b'"format": %d' % (NEWEST + 1), 1)}))
+        self.rewrite(path, lambda m: m.update({"log.json": m["log.json"].replace(b'"format": %d' % FORMAT, b'"format": %d' % (FORMAT + 1), 1)}))
         before = path.read_bytes()
         for mode in "ra":
-            with pytest.raises(CorruptData, match=f"format {NEWEST + 1}"): MemoryPool(path, mode)
+            with pytest.raises(CorruptData, match=f"format {FORMAT + 1}"): MemoryPool(path, mode)
         with pytest.raises(DataIOError): fill(MemoryPool()).save(path)
         assert path.read_bytes() == before
 
@@ -305,12 +330,15 @@ class TestFormat:
         with MemoryPool(path) as pool: pool.extend([drive(3, hour=2), drive(2, hour=1)]); pool.store(drive(5, hour=1))
         with zipfile.ZipFile(path) as file:
             assert {i.compress_type for i in file.infolist()} == {zipfile.ZIP_STORED}
-            assert set(file.namelist()) == {"log.json", *(f"{n}.npy" for n in ("times", *drive().schema.roles))}
+            assert set(file.namelist()) == {"log.json", *(f"{n}.npy" for n in ("times", "parts", *drive().schema.roles))}
             log = json.loads(file.read("log.json"))
-        parts = [p for c in log["commits"] for p in c["put"]]
-        assert (log["format"], log["last"], [c["number"] for c in log["commits"]]) == (FORMAT, 2, [1, 2])
-        assert [p["length"] for p in parts] == [3, 2, 3] and {"id", "who", "start", "zone", "offset", "digest", "return"} <= set(parts[0])
+        assert (log["format"], log["last"], log["parts"], [c["number"] for c in log["commits"]]) == (FORMAT, 2, 3, [1, 2])
         arrays = np.load(path, allow_pickle=False)
+        parts = arrays["parts"]
+        assert parts["length"].tolist() == [3, 2, 3] and parts["version"].tolist() == [1, 1, 2] and parts["offset"].tolist() == [0, 0, 2]
+        assert [id.tobytes().hex() for id in parts["id"]] == [drive(hour=h).id for h in (2, 1, 1)]
+        assert [tuple(log["who"][i][code] for i, code in enumerate(who)) for who in parts["who"].tolist()] == [tuple(drive().who.values())] * 3
+        assert parts["digest"][0].tobytes().hex() == drive(3, hour=2).digest and parts["reward"][0] == drive(3, hour=2).reward.sum(dtype="f8")
         both = (drive(3, hour=2), drive(5, hour=1))
         np.testing.assert_array_equal(arrays["times"], np.concatenate([e.times for e in both]))
         np.testing.assert_array_equal(arrays["state"], np.concatenate([e.state for e in both]))
@@ -318,14 +346,14 @@ class TestFormat:
     @pytest.mark.parametrize("format", range(1, FORMAT + 1))
     def test_stored_sample(self, tmp_path, format):
         "A pool that was saved when its format was new opens as it did then, and takes new episodes"
-        expected = json.loads(EXPECTED.read_text(encoding="utf-8"))
+        expected = held(format)
         assert everything(MemoryPool(sample(format), "r")) == expected
         assert MemoryPool(sample(format), "r").verify() == []
         shutil.copy(sample(format), tmp_path / "copy.npz")
-        with MemoryPool(tmp_path / "copy.npz") as pool: pool.store(drive(hour=9))
+        with MemoryPool(tmp_path / "copy.npz") as pool: pool.store(drive(hour=8))
         assert everything(MemoryPool(tmp_path / "copy.npz", "r").snapshot(expected["version"])) == expected
 
 
 if __name__ == "__main__":
-    with MemoryPool(sample(FORMAT)) as made: fill(made)
-    assert everything(made.load() or made) == json.loads(EXPECTED.read_text(encoding="utf-8"))
+    with MemoryPool(sample(FORMAT)) as made: measured(made)
+    assert everything(made.load() or made) == held(FORMAT)

@@ -190,8 +190,8 @@ def _exact(times: Any, error: type[DataIOError]) -> tuple[np.ndarray, pd.Datetim
         raise error(f"expected times with a zone, got the naive {index[:1].astype(str).tolist()}; "
                     "say where its clock hangs: tz_localize('UTC'), or 'Z' at the end of a text")
     _check_calendar(index.asi8, index.unit, error)
-    us = index.as_unit("us")
-    if (finer := us != index).any():
+    us = index if index.unit == "us" else index.as_unit("us")
+    if index.unit == "ns" and (finer := index.asi8 % 1000 > 0).any():
         raise error(f"digits below a microsecond in {index[finer][0].isoformat()}; "
                     "choose how to drop them: floor('us') or round('us')")
     return us.asi8, index
@@ -238,6 +238,8 @@ def one_us(
     int
         Microseconds since 1970-01-01T00:00Z
     """
+    if isinstance(time, pd.Timestamp) and time.tzinfo and not time.nanosecond and _is_near(time):
+        return int(time.as_unit("us").asm8.view("int64"))  # needs no index: each step that is stored alone has one
     us, _ = _exact(time, error)
     if len(us) != 1: raise error(f"expected one time, got {len(us)}: {brief(time)}")
     return int(us[0])

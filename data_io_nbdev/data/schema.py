@@ -553,7 +553,7 @@ def _block(role: str, fields: Sequence[Field]) -> np.dtype:
     if len(fields) == 1 and (len(first.shape) > 1 or (role == "reward" and not first.shape)):
         return np.dtype((first.dtype, first.shape))
     if len(dtypes) == 1 and all(len(f.shape) < 2 for f in fields):
-        return np.dtype((first.dtype, (sum(int(np.prod(f.shape)) for f in fields),)))
+        return np.dtype((first.dtype, (sum(math.prod(f.shape) for f in fields),)))
     # a space where there is no name: numpy would call the field f0
     return np.dtype([(f.name or " ", f.dtype, f.shape) for f in fields], align=True)
 
@@ -695,7 +695,7 @@ class SchemaBlocks(SchemaFields):
         fields, dtype = self.of(role), self.block(role)
         if dtype.names: return {f.name: block[name] for f, name in zip(fields, dtype.names)}
         if dtype.shape == fields[0].shape: return {fields[0].name: block}
-        lead, sizes = block.shape[:-1], [int(np.prod(f.shape)) for f in fields]
+        lead, sizes = block.shape[:-1], [math.prod(f.shape) for f in fields]
         places = zip(fields, sizes, np.cumsum(sizes))
         return {f.name: block[..., end - n:end].reshape((*lead, *f.shape)) for f, n, end in places}
 

@@ -111,16 +111,17 @@ class _SavedFile:
             self.log = json.loads(file.read("log.json"))
             names = [n for n in file.namelist() if n.endswith(".npy")]
             self.arrays = {n[:-4]: np.load(io.BytesIO(file.read(n)), allow_pickle=False) for n in names}
-        parts = [(c["number"], p) for c in self.log["commits"] for p in c["put"]]
-        ends = np.cumsum([0, *(p["length"] for _, p in parts)]).tolist()
-        self.parts = [(number, p, a, b) for (number, p), a, b in zip(parts, ends, ends[1:])]  # rows a to b
+        parts = self.arrays.pop("parts", ())
+        ends = np.cumsum([0, *(part["length"] for part in parts)]).tolist()
+        self.parts = [(int(part["version"]), part["id"].tobytes().hex(), int(part["offset"]), a, b)
+                      for part, a, b in zip(parts, ends, ends[1:])]  # its steps are the rows a to b
 
     def steps(self) -> dict[str, dict[str, np.ndarray]]:
         "Every living step"
         hidden = {id: c["number"] for c in self.log["commits"] for id in c["hide"]}  # the last that hid it
         live: dict[str, list] = {}
-        for number, p, a, b in self.parts:
-            if number >= hidden.get(p["id"], 0): live.setdefault(p["id"], []).append((p["offset"], a, b))
+        for number, id, *rows in self.parts:
+            if number >= hidden.get(id, 0): live.setdefault(id, []).append(rows)
         whole = lambda x, rows: np.concatenate([x[a:b] for _, a, b in sorted(rows)])
         return {id: {name: whole(x, rows) for name, x in self.arrays.items()} for id, rows in live.items()}
 
@@ -223,7 +224,7 @@ class MemoryHarness(Harness):
         assert type(pool)._put(pool, Commit(pool._head() + 1, secrets.token_hex(16)))
 
     def raw_damage(self, pool: Pool, id: str) -> None:
-        row = next(a for _, p, a, _ in _SavedFile(self.path).parts if p["id"] == id)
+        row = next(a for _, part, _, a, _ in _SavedFile(self.path).parts if part == id)
         with zipfile.ZipFile(self.path) as file:
             info, stored = file.getinfo("times.npy"), file.read("times.npy")
         data, head = bytearray(self.path.read_bytes()), len(stored) - np.load(io.BytesIO(stored)).nbytes

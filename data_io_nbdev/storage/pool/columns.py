@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby, repeat
-from operator import add, methodcaller, setitem
+from operator import add, attrgetter, methodcaller, setitem
 from types import SimpleNamespace
 from typing import Any, NamedTuple, Optional
 from fastcore.basics import patch
@@ -19,8 +19,8 @@ import numpy as np
 
 # %% auto #0
 __all__ = ['ALIVE', 'Part', 'part_of', 'Commit', 'in_one_step', 'Table', 'Names', 'is_digits', 'id_numbers', 'id_texts', 'Coded',
-           'Block', 'block_of', 'Run', 'with_run', 'in_runs', 'Totals', 'Lives', 'View', 'Index', 'Parts', 'Selection',
-           'in_runs_of']
+           'Block', 'block_of', 'Run', 'with_run', 'in_runs', 'Totals', 'Lives', 'View', 'Index', 'bare', 'Parts',
+           'Selection', 'in_runs_of']
 
 # %% ../../../nbs/storage/pool/columns.ipynb #f0f93fcd
 from ...errors import CorruptData
@@ -408,6 +408,7 @@ def __iter__(self: Block) -> Iterator[Part]:
         yield part
 
 _FIELDS = tuple(Part.__dataclass_fields__)
+_facts = attrgetter(*_FIELDS)
 
 # %% ../../../nbs/storage/pool/columns.ipynb #ce822a8a
 def block_of(
@@ -431,22 +432,37 @@ def block_of(
         For what no part can be
     """
     if isinstance(parts, Block): return parts
-    by = {name: [getattr(part, name) for part in parts] for name in _FIELDS}
+    by = dict(zip(_FIELDS, zip(*map(_facts, parts)))) if parts else dict.fromkeys(_FIELDS, ())
+    by["numbered"] = [n is not None for n in by["number"]]
+    by["number"] = [0 if n is None else n for n in by["number"]]
     try:
-        columns = {name: np.array(by[name], "int64") for name in _WHOLE}
-        columns["number"] = np.array([n or 0 for n in by["number"]], "int64")
-        columns["numbered"] = np.array([n is not None for n in by["number"]], bool)
-        columns["reward"] = np.array(by["reward"], "float64")
-        for name in ("ended", "linked"): columns[name] = np.array(by[name], bool)
+        columns = {name: _column(by[name], kind) for name, kind in _KINDS.items()}
         for name, size in (("digest", 32), ("tail", 8)):
             columns[name] = np.frombuffer(_raw(by[name], size), f"V{size}")
         who = [_coded(values) for values in zip(*by["who"], strict=True)]
+        zone = _coded(by["zone"])
     except (OverflowError, ValueError, TypeError) as e: raise CorruptData(f"what is no part: {e}") from e
     pairs = [type(where) is tuple and len(where) == 2 and type(where[1]) is int for where in by["where"]]
     row = np.array([where[1] if pair else -1 for where, pair in zip(by["where"], pairs)], "int64")
     places = [where[0] if pair else where for where, pair in zip(by["where"], pairs)]
     place = _coded(places) if all(pairs) else Coded(np.arange(len(places)), places)
-    return Block(who, _coded(by["zone"]), place, row, id=id_numbers(by["id"]), **columns)
+    return Block(who, zone, place, row, id=id_numbers(by["id"]), **columns)
+
+_KINDS = {"reward": np.float64, **dict.fromkeys((*_WHOLE, "number"), np.int64),
+          **dict.fromkeys(("numbered", "ended", "linked"), np.bool_)}
+_PLAIN = {np.float64: float, np.int64: int, np.bool_: bool}
+
+def _column(values: Sequence, kind: type) -> np.ndarray: # `kind`: of numpy
+    """Values of one kind as an array; raises `TypeError` for others, which numpy would convert in silence
+
+    Returns
+    -------
+    np.ndarray
+        `kind`: of numpy
+    """
+    if {*map(type, values)} <= {kind, _PLAIN[kind]}: return np.array(values, kind)
+    odd = next(value for value in values if type(value) not in (kind, _PLAIN[kind]))
+    raise TypeError(f"expected {_PLAIN[kind].__name__}, got {odd!r:.100}")
 
 def _coded(values: Sequence) -> Coded:
     names = Names()
@@ -515,9 +531,13 @@ def in_runs(
     """
     asked, found = [np.empty(0, "int64")], [np.empty(0, "int32")]
     for run in runs:
-        begin = np.searchsorted(run.keys, low)
-        count = np.searchsorted(run.keys, low if high is None else high, "right") - begin
-        some = np.flatnonzero(count)
+        begin = run.keys.searchsorted(low)
+        count = run.keys.searchsorted(low if high is None else high, "right") - begin
+        some = count.nonzero()[0]
+        if len(some) == count.sum():  # as mostly: none has several lives
+            asked.append(some)
+            found.append(run.lives[begin[some]])
+            continue
         asked.append(np.repeat(some, count[some]))
         first = np.repeat(begin[some] - (np.cumsum(count[some]) - count[some]), count[some])
         found.append(run.lives[first + np.arange(len(first))])
@@ -632,16 +652,16 @@ class View:
         table, order = known["_order"]
         self.order = order if table is self.table else order[:0]
 
-    def block(self, rows: np.ndarray) -> Block:
-        "Parts as columns"
+    def block(self, rows: np.ndarray | slice) -> Block:
+        "Parts in columns"
         l, life = self.l, self.p.life[rows]
         held = {name: column[rows] for name, column in vars(self.p).items() if name not in _LINKS}
-        born, (place, row) = l.born[life], _unpacked(held.pop("where"))
+        born, (place, row) = l.born[life], _unpacked(np.array(held.pop("where")))  # which may change
         held |= dict(id=l.id[life], start=l.start[life], born=np.where(held["version"] == born, 0, born))
         who = [Coded(l.who[life, i], names.values) for i, names in enumerate(self.who)]
         return Block(who, Coded(held.pop("zone"), self.zones), Coded(place, self.places), row, **held)
 
-    def parts(self, rows: np.ndarray) -> list[Part]: return list(self.block(rows))
+    def parts(self, rows: np.ndarray | slice) -> list[Part]: return list(self.block(rows)) # As objects
 
     def followed(self, rows: np.ndarray) -> np.ndarray:
         "The same rows, once these columns have them: a writer may have gone on in longer ones"
@@ -697,14 +717,15 @@ class Index(Lives):
             Stored bytes that are damaged, cut short, or of a format this version does not know
         """
         said = dict(number=commit.number, schema=commit.units or self.schema or commit.schema)
-        if commit.units and _bare(commit.units) != _bare(self.schema):
+        if commit.units and bare(commit.units) != bare(self.schema):
             raise CorruptData(f"commit {commit.number} gives units to other fields than there are")
         if commit.units: said["before"] = (*self.before, (commit.number, self.schema))
         if commit.oldest > self.oldest: said["oldest"] = commit.oldest
         block = block_of(commit.put) if commit.put else None
         if block: self._take_levels(len(block.who))
         view, changes = View(self), []
-        gone = view.alive(id_numbers([id for id in dict.fromkeys(commit.hide) if is_digits(id, 16)]))[1]
+        ids = [id for id in dict.fromkeys(commit.hide) if is_digits(id, 16)]
+        gone = view.alive(id_numbers(ids))[1] if ids else _NONE
         said["totals"] = totals = _without(self.totals, view, gone)
         if block:
             begun, more, links = self._coming(view, block, gone)
@@ -723,7 +744,9 @@ class Index(Lives):
         if self._lives.n: raise CorruptData(f"expected {len(self._who)} identity values, got {levels}")
         vars(self).update(_empty(levels))
 
-def _bare(schema: Optional[Schema]) -> Any:
+_NONE = np.empty(0, "int32")
+
+def bare(schema: Optional[Schema]) -> Any:
     "A schema without its units"
     return schema and (schema.identity, [replace(f, unit=None) for f in schema.fields])
 
@@ -760,8 +783,11 @@ def alive(self: View, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]: # Posit
     living = self.l.died[lives] == ALIVE
     return asked[living], lives[living]
 
+_ONE = np.zeros(1, "int64")
+
 def _episodes(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "The first row of each episode, in order, and of which episode each row is"
+    if len(ids) == 1: return _ONE, _ONE  # as in a step that is stored alone
     by = np.lexsort(ids.T[::-1])
     new = (np.diff(ids[by], axis=0, prepend=~ids[by[:1]]) != 0).any(axis=1)
     of = np.empty(len(ids), "int64")
@@ -775,12 +801,14 @@ def _episodes(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 # %% ../../../nbs/storage/pool/columns.ipynb #aa2715d3
 def _linked(view: View, of: np.ndarray, before: np.ndarray, n: int) -> tuple[dict, np.ndarray]:
     "What links new rows from `n` on to those before them, and the last row of each episode"
-    by, rows = np.argsort(of, kind="stable"), np.arange(n, n + len(of))
-    begin = np.flatnonzero(np.diff(of[by], prepend=-1))
-    count, old = np.diff(begin, append=len(of)), before >= 0
+    rows, old = np.arange(n, n + len(of)), (before >= 0).nonzero()[0]
     known, held = np.full(len(before), -1), np.zeros(len(before), "int64")
     known[old] = view.l.last[before[old]]
     held[old] = view.p.nth[known[old]] + 1
+    if len(before) == len(of): return dict(prev=known, nth=held), rows  # one part of each
+    by = np.argsort(of, kind="stable")
+    begin = np.flatnonzero(np.diff(of[by], prepend=-1))
+    count = np.diff(begin, append=len(of))
     prev, nth = np.empty((2, len(of)), "int64")
     prev[by[1:]] = rows[by[:-1]]
     prev[by[begin]] = known
@@ -803,18 +831,20 @@ def _coming(self: Index, view: View, put: Block, gone: np.ndarray) -> tuple[int,
     first, of = _episodes(id)
     life = np.full(len(first), -1)
     asked, found = view.alive(id[first])
-    life[asked] = np.where(np.isin(found, gone), -1, found)
+    life[asked] = np.where(np.isin(found, gone), -1, found) if len(gone) else found
     links, last = _linked(view, of, life, parts.n)
-    new, old = life < 0, life >= 0
-    head, numbers = first[new], np.arange(lives.n, lives.n + new.sum(), dtype="int32")
-    life[new] = numbers
-    born = put.lives[head]
-    n = lives.write(dict(id=id[head], who=self._who_of(put, head), start=start[head], born=born,
-                         died=np.full(len(head), ALIVE), first=parts.n + head, last=last[new]))
+    new, old = (life < 0).nonzero()[0], (life >= 0).nonzero()[0]
+    numbers, head = np.arange(lives.n, lives.n + len(new), dtype="int32"), first[new]
+    life[new], changes = numbers, []
+    if len(new):
+        begun = put.lives[head]
+        n = lives.write(dict(id=id[head], who=self._who_of(put, head), start=start[head], born=begun,
+                             died=np.full(len(head), ALIVE), first=parts.n + head, last=last[new]))
+        changes.append(partial(dict.update, vars(lives), n=n))
+    if len(old): changes.append(partial(setitem, lives.last, life[old], last[old]))  # of the table as it is now
     columns["zone"] = self._zones.codes(put.zone.values)[put.zone.codes]
     m = parts.write(dict(columns, **links, life=life[of], where=self._where_of(put)))
-    changes = [partial(setitem, lives.last, life[old], last[old])] if old.any() else []
-    changes += [partial(dict.update, vars(table), n=count) for table, count in ((lives, n), (parts, m))]
+    changes.append(partial(dict.update, vars(parts), n=m))
     return len(head), changes, {"_runs": with_run(self._runs, id[head, 0], numbers)}
 
 @patch
@@ -963,7 +993,7 @@ class Parts(Sequence):
         if (i := range(len(self))[i]) in self._made: return self._made[i]
         row = self._last if i else self._first
         for _ in range(len(self) - 1 - i if i else 0): row = self._view.p.prev[row]
-        part, = self._view.parts(np.array([row]))
+        part, = self._view.parts(slice(row, row + 1))
         if i in (0, len(self) - 1): self._made[i] = part
         return part
 
@@ -1060,8 +1090,9 @@ def total(self: Selection,
     rows, owner = self._view.rows(self._lives, self._last)
     values = vars(self._view.p)[name][rows]
     if len(rows) == len(self): return values
-    with np.errstate(all="ignore"): sums = np.bincount(owner, values, len(self))
-    return sums.astype(values.dtype)
+    sums = np.zeros(len(self), values.dtype)  # `bincount` would sum whole numbers as floats
+    with np.errstate(all="ignore"): np.add.at(sums, owner, values)
+    return sums
 
 # %% ../../../nbs/storage/pool/columns.ipynb #45c37731
 def _within(values: np.ndarray, low: Any, high: Any, closed: bool = False) -> np.ndarray:

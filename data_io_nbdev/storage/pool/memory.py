@@ -15,24 +15,25 @@ import time
 import weakref
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import replace
+from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import count
+from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar, Optional
 from fastcore.basics import patch
 import numpy as np
 
 # %% auto #0
-__all__ = ['FORMAT', 'NEWEST', 'Kept', 'LogInMemory', 'lending', 'episode_of', 'sync_folder', 'replace_file', 'MemoryPool']
+__all__ = ['FORMAT', 'Kept', 'LogInMemory', 'lending', 'Cut', 'Arrays', 'episode_of', 'sync_folder', 'replace_file', 'MemoryPool',
+           'Stretch']
 
 # %% ../../../nbs/storage/pool/memory.ipynb #890a161c
 from ...errors import (CorruptData, DataIOError, PoolNotFound, PoolUnavailable, ReadOnly,
                                   SnapshotNotFound, at_the_door)
 from ...data.schema import Schema, who_value
 from ...data.core import Episode, from_us
-from .columns import Commit, Part, in_one_step, is_digits
+from .columns import (Block, Coded, Commit, Part, View, bare, block_of,
+                                                id_numbers, in_one_step)
 from .pool import Pool, forkable_lock, plain_path
 
 # %% ../../../nbs/storage/pool/memory.ipynb #d6cd1fb6
@@ -143,128 +144,219 @@ def _forgetting(self: LogInMemory, # Its lock is held until the changes were mad
     return [*changes, *index.forgetting(parts)]
 
 # %% ../../../nbs/storage/pool/memory.ipynb #989210b7
-FORMAT, NEWEST = 2, 3  # the newest is a log in which fields are given units
-_SAYS = ("id", "who", "start", "zone", "offset", "length", "begin", "end", "number", "digest", "reward",
-         "nbytes", "ended", "linked", "tail", "born")  # of a part: its place and its commit are known
-_WORDS = {"reward": "return", "nbytes": "bytes"}  # attributes that the log calls something else
-_NAMES = {name: _WORDS.get(name, name) for name in _SAYS}
+FORMAT = 4  # up to 3 the log listed the parts; 3 said that fields were given units, 1 had no checksums
 
+def _row(levels: int) -> np.dtype:
+    "What `parts.npy` says of a part, with so many identity levels"
+    return np.dtype([("id", "V16"), ("who", "<i4", (levels,)), ("zone", "<i4"), ("start", "<i8"),
+                     ("offset", "<i8"), ("length", "<i8"), ("begin", "<i8"), ("end", "<i8"),
+                     ("number", "<i8"), ("numbered", "?"), ("digest", "V32"), ("reward", "<f8"),
+                     ("nbytes", "<i8"), ("ended", "?"), ("linked", "?"), ("tail", "V8"),
+                     ("born", "<i8"), ("version", "<i8")])
+
+def _used(level: Coded) -> Coded:
+    "The same with only the values that occur"
+    used, codes = np.unique(level.codes, return_inverse=True)
+    return Coded(codes, [level.values[code] for code in used.tolist()])
+
+def _as_rows(block: Block) -> tuple[np.ndarray, dict[str, list]]: # And the values behind the codes
+    """Parts as `parts.npy` has them
+
+    Returns
+    -------
+    tuple[np.ndarray, dict[str, list]]
+        And the values behind the codes
+    """
+    rows, who, zone = np.empty(len(block), _row(len(block.who))), [*map(_used, block.who)], _used(block.zone)
+    id = block.columns["id"].astype(">u8").view("V16")[:, 0]
+    for name, column in {**block.columns, "id": id, "zone": zone.codes}.items():
+        if name != "row": rows[name] = column
+    for i, level in enumerate(who): rows["who"][:, i] = level.codes
+    return rows, dict(who=[level.values for level in who], zones=zone.values)
+
+# %% ../../../nbs/storage/pool/memory.ipynb #fbc5e385
 def _seal(text: str) -> str:
     "A JSON object with the SHA-256 of its text as the last entry"
     return f'{text[:-1]}, "sha256": "{hashlib.sha256(text.encode()).hexdigest()}"}}'
 
-def _log_json(commits: Iterable[Commit], schema: Optional[Schema], last: int, horizon: int, token: str,
-              members: dict[str, int]) -> str: # `members`: the CRC of each array's file
+def _log_json(commits: Iterable[Commit], schema: Optional[Schema], members: dict[str, int],
+              **more: Any) -> str: # `members`: the CRC of each array's file; `more`: what else it says
     """The log as JSON, sealed
 
     Returns
     -------
     str
-        `members`: the CRC of each array's file
+        `members`: the CRC of each array's file; `more`: what else it says
     """
-    def plain(p: "Part") -> "dict": return {word: getattr(p, name) for name, word in _NAMES.items()}
     def fields(schema: "Optional[Schema]") -> "Optional[dict]": return schema and json.loads(schema.to_json())
-    log = [dict(number=c.number, token=c.token, hide=c.hide, put=[plain(p) for p in c.put],
+    log = [dict(number=c.number, token=c.token, hide=c.hide,
                 **({"units": fields(c.units)} if c.units else {})) for c in commits]
-    format = NEWEST if any("units" in c for c in log) else FORMAT
-    return _seal(json.dumps(dict(format=format, token=token, last=last, horizon=horizon,
-                                 schema=fields(schema), commits=log, members=members)))
+    return _seal(json.dumps(dict(format=FORMAT, **more, schema=fields(schema), commits=log, members=members)))
 
 # %% ../../../nbs/storage/pool/memory.ipynb #ea9942e2
-def _possible(p: Part, schema: Schema, width: int) -> bool: # `width`: bytes of one step
-    """Whether there can be such a part, by the types and sizes of what the log says of it
+_MOST = 2**63 - 1
+
+def _possible(block: Block, width: int) -> np.ndarray: # `(n,)` bool; `width`: bytes of one step
+    """Whether there can be such parts, by the sizes of what is said of each
 
     Returns
     -------
-    bool
-        `width`: bytes of one step
+    np.ndarray
+        `(n,)` bool; `width`: bytes of one step
     """
-    whole = [p.start, p.begin, p.end, p.offset, p.length, p.nbytes, p.born]
-    if p.number is not None: whole.append(p.number)
-    return (all(type(n) is int and abs(n) < 1 << 63 for n in whole)
-            and all(type(text) is str and is_digits(text, size)
-                    for text, size in ((p.id, 16), (p.digest, 32), (p.tail, 8)))
-            and type(p.zone) is str
-            and type(p.ended) is type(p.linked) is bool and type(p.reward) is float
-            and p.who == tuple(who_value(*level, v) for level, v in zip(schema.identity, p.who, strict=True))
-            and p.length > 0 and p.nbytes == p.length * width
-            and p.begin <= p.end and 0 <= p.born <= p.version
-            and p.offset >= 0 and max(p.offset, p.number or 0) + p.length < 1 << 63)
+    c = block.columns
+    room = _MOST - c["length"]
+    return ((c["length"] > 0) & (c["nbytes"] % width == 0) & (c["nbytes"] // width == c["length"])
+            & (np.minimum(c["start"], c["begin"]) >= -_MOST) & (c["begin"] <= c["end"])
+            & (c["born"] >= 0) & (c["born"] <= c["version"]) & (c["offset"] >= 0) & (c["offset"] <= room)
+            & (c["number"] >= -_MOST) & (c["number"] <= room) & (c["numbered"] | (c["number"] == 0)))
 
-def _follows(p: Part, before: Optional[Part], gaps: bool) -> bool: # `gaps`: a ring has forgotten some
-    """Whether a part can begin its episode, or stand behind the part before it
-
-    Returns
-    -------
-    bool
-        `gaps`: a ring has forgotten some
-    """
-    if before is None: return gaps or not (p.offset or p.born)
-    due = before.offset + before.length
-    return ((p.offset == due or (gaps and p.offset > due)) and p.begin > before.end and not before.ended
-            and (p.life, p.who, p.start) == (before.life, before.who, before.start))
+def _check_parts(block: Block, schema: Schema) -> None:
+    "Raise, one way or another, unless there can be such parts, and all times can be shown in their zones"
+    c, zone = block.columns, block.zone
+    for level, said in zip(schema.identity, block.who, strict=True):
+        odd = [v for v in said.values if type(plain := who_value(*level, v)) is not type(v) or plain != v]
+        if odd: raise CorruptData(f"its parts are of {level[0]} {odd[0]!r:.40}")
+    width = 8 + sum(schema.block(role).itemsize for role in schema.roles)
+    for i in np.flatnonzero(~_possible(block, width))[:1]:
+        raise CorruptData(f"it puts what is no part: {block[i]!r:.300}")
+    low, high = np.full((2, len(zone.values)), [[_MOST], [-_MOST]])
+    np.minimum.at(low, zone.codes, np.minimum(c["start"], c["begin"]))
+    np.maximum.at(high, zone.codes, np.maximum(c["start"], c["end"]))
+    for name, *us in zip(zone.values, low.tolist(), high.tolist()):
+        if type(name) is not str: raise CorruptData(f"its parts are in zone {name!r:.40}")
+        if us[0] <= us[1]: [from_us(t, name).isoformat() for t in us]
 
 # %% ../../../nbs/storage/pool/memory.ipynb #3c2e66a3
-def _check_order(commits: Iterable[Commit], last: int, horizon: int) -> None:
-    "Raise `CorruptData` unless each commit can follow those before it"
-    numbers, alive = [c.number for c in commits], {}  # `alive`: the last part of each episode
+def _before(block: Block, ends: Sequence[tuple[str, int]]) -> tuple[np.ndarray, np.ndarray]:
+    "The part before each part in its life, -1 where there is none; and before each end, an id and a commit"
+    n, version = len(block), block.columns["version"]
+    ids = np.concatenate([block.columns["id"], id_numbers([id for id, _ in ends])])
+    at = np.searchsorted(version, np.array([number for _, number in ends], "int64"))
+    by = np.lexsort((np.concatenate([2 * np.arange(n) + 1, 2 * at]), ids[:, 1], ids[:, 0]))
+    same = (np.diff(ids[by], axis=0) == 0).all(axis=1)
+    before = np.full(len(by), -1)
+    before[by[1:]] = np.where(same & (by[:-1] < n), by[:-1], -1)
+    return before[:n], before[n:]
+
+def _follows(block: Block, before: np.ndarray, gaps: bool) -> np.ndarray: # `gaps`: a ring has forgotten some
+    """Whether parts can begin their episodes, or stand behind the parts before them
+
+    Returns
+    -------
+    np.ndarray
+        `gaps`: a ring has forgotten some
+    """
+    c, new = block.columns, before < 0
+    life, due = np.where(c["born"] > 0, c["born"], c["version"]), (c["offset"] + c["length"])[before]
+    stay = [c["start"], life, *(level.codes for level in block.who)]
+    same = np.all([column == column[before] for column in stay], axis=0)
+    behind = (c["offset"] >= due if gaps else c["offset"] == due) & (c["begin"] > c["end"][before])
+    return np.where(new, gaps | ((c["offset"] == 0) & (c["born"] == 0)), same & behind & ~c["ended"][before])
+
+def _check_order(commits: Sequence[Commit], block: Block, last: int, horizon: int) -> None: # Without `put`
+    """Raise `CorruptData` unless each commit can follow those before it, and puts the parts of its version
+
+    Returns
+    -------
+    None
+        Without `put`
+    """
+    numbers, version = [c.number for c in commits], block.columns["version"]
     rising = all(a < b for a, b in zip([0, *numbers], [*numbers, last + 1]))
     if not rising or not (horizon or len(numbers) == last):
         raise CorruptData(f"it counts {len(numbers)} commits up to number {last}, "
                           f"and numbers them {numbers[:9]} …")
-    for c in commits:
-        if lost := [id for id in c.hide if alive.pop(id, None) is None and not horizon]:
-            raise CorruptData(f"its commit {c.number} ends episode {lost[0]}, which was not there")
-        for p in c.put:
-            if not _follows(p, alive.get(p.id), horizon > 0):
-                raise CorruptData(f"its commit {c.number} puts steps {p.offset} ff. of episode {p.id} "
-                                  "where they cannot stand")
-            alive[p.id] = p
-
-def _check_zones(parts: Iterable[Part]) -> None:
-    "Raise, one way or another, unless all times can be shown in their zones"
-    times: dict[str, list[int]] = {}
-    for p in parts: times.setdefault(p.zone, []).extend((p.start, p.begin, p.end))
-    for zone, us in times.items(): from_us(min(us), zone).isoformat(), from_us(max(us), zone).isoformat()
+    if not np.isin(version, numbers).all() or (version[1:] < version[:-1]).any():
+        raise CorruptData("its parts are of other versions than its commits, or in another order")
+    ends = [(id, c.number) for c in commits for id in c.hide]
+    before, ended = _before(block, ends)
+    for i in np.flatnonzero(ended < 0)[:1] if not horizon else ():
+        raise CorruptData(f"its commit {ends[i][1]} ends episode {ends[i][0]}, which was not there")
+    for i in np.flatnonzero(~_follows(block, before, horizon > 0))[:1]:
+        part = block[i]
+        raise CorruptData(f"its commit {part.version} puts steps {part.offset} ff. of episode {part.id} "
+                          "where they cannot stand")
 
 # %% ../../../nbs/storage/pool/memory.ipynb #e7b22ab8
-def _parse_log(text: str) -> tuple[dict[int, Commit], Optional[Schema], dict]:
-    "The commits by number, the schema, and the log as it stands; raises `CorruptData`"
-    format = int(found[1]) if (found := re.match(r'\{"format": (\d{1,9})\b', text)) else 0
-    if format > NEWEST:
-        raise CorruptData(f"it has format {format}, which needs a newer data_io_nbdev; "
-                          f"this one reads up to {NEWEST}")
-    if not format: raise CorruptData("its log does not begin with its format")
-    if format > 1 and text != _seal(text[:-len(_seal("}"))] + "}"):
-        raise CorruptData("its log is not what was written, by its sha256")
-    try: return _as_commits(json.loads(text))
+@contextmanager
+def _believing() -> Iterator[None]:
+    "`CorruptData` for whatever is raised where a log is not of its shape"
+    try: yield
     except (CorruptData, MemoryError): raise
     except Exception as e:
         raise CorruptData(f"its log says what none says: {type(e).__name__}: {e!s:.200}") from e
 
-def _as_commits(d: dict) -> tuple[dict[int, Commit], Optional[Schema], dict]:
-    "What a log says, checked; what is not even of its shape raises whatever it raises"
-    last, horizon = d["last"], d["horizon"]
-    whole = type(last) is type(horizon) is int and 0 <= horizon <= last < 1 << 63
-    if not (whole and type(d["token"]) is str):
-        raise CorruptData(f"it ends at version {last!r:.40}, begins at {horizon!r:.40} "
-                          f"and has the token {d['token']!r:.40}")
-    def fields(said: "Optional[dict]") -> "Optional[Schema]":
-        return None if said is None else Schema.from_json(json.dumps(said))
-    schema = fields(d["schema"])
-    width, place = 8 + sum(schema.block(role).itemsize for role in schema.roles) if schema else 0, count()
+def _parse_log(text: str) -> dict[str, Any]:
+    "What a log says; raises `CorruptData` for one that was not written so"
+    format = int(found[1]) if (found := re.match(r'\{"format": (\d{1,9})\b', text)) else 0
+    if format > FORMAT:
+        raise CorruptData(f"it has format {format}, which needs a newer data_io_nbdev; "
+                          f"this one reads up to {FORMAT}")
+    if not format: raise CorruptData("its log does not begin with its format")
+    if format > 1 and text != _seal(text[:-len(_seal("}"))] + "}"):
+        raise CorruptData("its log is not what was written, by its sha256")
+    with _believing():
+        said = json.loads(text)
+        parts = said.setdefault("parts", 0)
+        if type(parts) is not int or parts < 0: raise CorruptData(f"it counts {parts!r:.40} parts")
+        return {**said, "format": format, "schema": _fields(said["schema"])}
+
+def _fields(said: Optional[dict]) -> Optional[Schema]: return said and Schema.from_json(json.dumps(said))
+
+# %% ../../../nbs/storage/pool/memory.ipynb #77a58234
+_SAYS = ("id", "who", "start", "zone", "offset", "length", "begin", "end", "number", "digest", "reward",
+         "nbytes", "ended", "linked", "tail", "born")  # of a part, in the log of an older format
+_NAMES = {name: {"reward": "return", "nbytes": "bytes"}.get(name, name) for name in _SAYS}
+
+def _listed(log: dict) -> Block:
+    "The parts that a log of an older format lists"
     def part(said: "dict", version: "int") -> "Part":
+        if len(said) != len(_NAMES):
+            raise CorruptData(f"its commit {version} puts what is no part: {said!r:.300}")
         facts = {name: said[word] for name, word in _NAMES.items()}
-        p = Part(**{**facts, "who": tuple(facts["who"])}, version=version, where=next(place))
-        if schema and len(said) == len(_NAMES) and _possible(p, schema, width): return p
-        raise CorruptData(f"its commit {version} puts what is no part: {said!r:.300}")
-    commits = [Commit(c["number"], c["token"], tuple(part(said, c["number"]) for said in c["put"]),
-                      tuple(c["hide"]), units=fields(c.get("units"))) for c in d["commits"]]
+        return Part(**{**facts, "who": tuple(facts["who"])}, version=version)
+    return block_of([part(said, commit["number"]) for commit in log["commits"] for said in commit["put"]])
+
+def _as_block(rows: np.ndarray, who: Sequence[list], zones: list) -> Block:
+    "The parts in `parts.npy`"
+    if any(type(values) is not list for values in (who, *who, zones)):
+        raise CorruptData("its log has no lists of what codes stand for")
+    c = {name: np.ascontiguousarray(rows[name]) for name in rows.dtype.names}
+    c["id"] = c["id"].view(">u8").astype("uint64").reshape(-1, 2)
+    coded = [*(Coded(*level) for level in zip(c.pop("who").T, who, strict=True)), Coded(c.pop("zone"), zones)]
+    if any(len(codes) and not 0 <= codes.min() <= codes.max() < len(values) for codes, values in coded):
+        raise CorruptData("parts.npy has codes that stand for nothing")
+    if max(c[name].view("u1").max(initial=0) for name in ("numbered", "ended", "linked")) > 1:
+        raise CorruptData("parts.npy has flags that are neither set nor clear")
+    *levels, zone = coded
+    return Block(levels, zone, Coded(np.zeros(len(rows), "int32"), [None]), np.full(len(rows), -1), **c)
+
+# %% ../../../nbs/storage/pool/memory.ipynb #d271fe60
+def _as_commits(log: dict, rows: Optional[np.ndarray]) -> tuple[list[Commit], Block]: # Commits without `put`
+    """What a log says, checked; what is not even of its shape raises whatever it raises
+
+    Returns
+    -------
+    tuple[list[Commit], Block]
+        Commits without `put`
+    """
+    last, horizon, schema = log["last"], log["horizon"], log["schema"]
+    whole = type(last) is type(horizon) is int and 0 <= horizon <= last < 1 << 63
+    if not (whole and type(log["token"]) is str):
+        raise CorruptData(f"it ends at version {last!r:.40}, begins at {horizon!r:.40} "
+                          f"and has the token {log['token']!r:.40}")
+    commits = [Commit(c["number"], c["token"], hide=tuple(c["hide"]), units=_fields(c.get("units")))
+               for c in log["commits"]]
     if not all(type(c.number) is int and all(type(t) is str for t in (c.token, *c.hide)) for c in commits):
         raise CorruptData("its commits are not numbered, or have no token, or end what is no episode")
-    _check_order(commits, last, horizon)
-    _check_zones(p for c in commits for p in c.put)
-    return {c.number: c for c in commits}, schema, d
+    if any(bare(c.units) != bare(schema) for c in commits if c.units):
+        raise CorruptData("it gives units to other fields than there are")
+    block = _listed(log) if rows is None else _as_block(rows, log["who"], log["zones"])
+    if len(block) and not schema: raise CorruptData("it has parts, and no schema")
+    if len(block): _check_parts(block, schema)
+    _check_order(commits, block, last, horizon)
+    return commits, block
 
 # %% ../../../nbs/storage/pool/memory.ipynb #e724f57d
 def _npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
@@ -274,18 +366,74 @@ def _npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
     head += b" " * (-(len(head) + 13) % 64) + b"\n"
     return np.lib.format.magic(3, 0) + len(head).to_bytes(4, "little") + head
 
+# %% ../../../nbs/storage/pool/memory.ipynb #5a8d873f
+class Cut:
+    "Reads the steps of one part out of the arrays of all parts"
+    __slots__ = ("arrays", "i")
+    def __init__(self, arrays: "Arrays", i: int): self.arrays, self.i = arrays, i
+    def __call__(self) -> Episode: return self.arrays.episode(self.i)
+    def array(self, name: str) -> np.ndarray: return self.arrays.of(name, self.i)
+
+class Arrays:
+    """The steps of several parts, end to end
+
+    Parameters
+    ----------
+    schema : Schema
+    parts : Block
+    arrays : dict[str, np.ndarray]
+        `times`, `(steps,)` UTC microseconds; role to `(steps, *block)`
+    """
+    def __init__(self,
+        schema: Schema,
+        parts: Block,
+        arrays: dict[str, np.ndarray], # `times`, `(steps,)` UTC microseconds; role to `(steps, *block)`
+    ):
+        self.schema, self.parts, self.arrays = schema, parts, arrays
+        self.ends = np.cumsum(parts.columns["length"]).tolist()
+
+    def of(self, name: str, i: int) -> np.ndarray:
+        return self.arrays[name][self.ends[i - 1] if i else 0:self.ends[i]]
+
+    def episode(self, i: int) -> Episode:
+        "The steps of part `i`"
+        names = ("start", "offset", "number", "numbered")
+        start, offset, number, numbered = (self.parts.columns[name][i].item() for name in names)
+        who = [level.values[level.codes[i]] for level in self.parts.who]
+        return Episode(schema=self.schema, who=dict(zip(self.schema.levels, who)), start=start,
+                       zone=self.parts.zone.values[self.parts.zone.codes[i]], times=self.of("times", i),
+                       blocks={role: self.of(role, i) for role in self.schema.roles},
+                       first=number if numbered else None, offset=offset)
+
 # %% ../../../nbs/storage/pool/memory.ipynb #3b661be6
-def _write_steps(file: zipfile.ZipFile, schema: Schema, parts: Sequence[Part],
-                 read: Callable[[Part], Episode]) -> None:
-    "One `.npy` member for the times and for each role"
-    steps = sum(p.length for p in parts)
+def _write_array(file: zipfile.ZipFile, name: str, dtype: np.dtype, n: int,
+                 pieces: Iterable[np.ndarray]) -> None:
+    "A `.npy` member of `n` elements, from its pieces"
+    with file.open(f"{name}.npy", "w", force_zip64=True) as out:
+        out.write(_npy_header(dtype.base, (n, *dtype.shape)))
+        for piece in pieces: out.write(np.ascontiguousarray(piece).reshape(-1).view("u1"))
+
+def _array(box: Kept, name: str) -> np.ndarray: # `name`: `times`, or a role
+    """One array of a part's steps
+
+    Returns
+    -------
+    np.ndarray
+        `name`: `times`, or a role
+    """
+    if isinstance(box.steps, Cut): return box.steps.array(name)  # without making an episode
+    steps = box.read()
+    return steps.times if name == "times" else steps.blocks[name]
+
+def _write_steps(file: zipfile.ZipFile, schema: Schema, sizes: np.ndarray, boxes: Sequence[Kept]) -> None:
+    "One member for the times and for each role; `sizes`: `(2, n)`, the steps and bytes of each part"
+    steps, nbytes = sizes
+    cuts = [0, *np.flatnonzero(np.diff(np.cumsum(nbytes) >> 20)) + 1, len(boxes)]
+    bulks = [boxes[a:b] for a, b in zip(cuts, cuts[1:]) if a < b]
     for name in ("times", *schema.roles):
         dtype = np.dtype("int64") if name == "times" else schema.block(name)
-        with file.open(f"{name}.npy", "w", force_zip64=True) as out:
-            out.write(_npy_header(dtype.base, (steps, *dtype.shape)))
-            for episode in map(read, parts):
-                block = episode.times if name == "times" else episode.blocks[name]
-                out.write(np.ascontiguousarray(block).tobytes())
+        pieces = (np.concatenate([_array(box, name) for box in bulk]) for bulk in bulks)
+        _write_array(file, name, dtype, int(steps.sum()), pieces)
 
 # %% ../../../nbs/storage/pool/memory.ipynb #d04bd87f
 def episode_of(
@@ -330,18 +478,18 @@ def _check_members(file: zipfile.ZipFile, size: int) -> None: # `size`: bytes of
         raise CorruptData("its members claim to be larger than the file")
 
 def _read_array(file: zipfile.ZipFile, name: str, dtype: np.dtype,
-                steps: int) -> np.ndarray: # `(steps, *dtype.shape)`
-    """A member as it was written, for so many steps; raises `CorruptData` for any other before it takes room
+                n: int) -> np.ndarray: # `(n, *dtype.shape)`
+    """A member as it was written, of so many elements; raises `CorruptData` for any other before it takes room
 
     Returns
     -------
     np.ndarray
-        `(steps, *dtype.shape)`
+        `(n, *dtype.shape)`
     """
-    head, size = _npy_header(dtype.base, shape := (steps, *dtype.shape)), file.getinfo(name).file_size
-    if size != len(head) + steps * dtype.itemsize:
-        raise CorruptData(f"{name} has {size} bytes, and another number of steps than the log, "
-                          f"which counts {steps}")
+    head, size = _npy_header(dtype.base, shape := (n, *dtype.shape)), file.getinfo(name).file_size
+    if size != len(head) + n * dtype.itemsize:
+        raise CorruptData(f"{name} has {size} bytes, and another number of elements than the log, "
+                          f"which counts {n}")
     with file.open(name) as member:
         if (found := member.read(len(head))) != head:
             raise CorruptData(f"{name} should hold {dtype.base} of shape {shape} in C order, "
@@ -355,23 +503,22 @@ def _read_array(file: zipfile.ZipFile, name: str, dtype: np.dtype,
     return array
 
 # %% ../../../nbs/storage/pool/memory.ipynb #1c4d3582
-def _read_steps(file: zipfile.ZipFile, schema: Schema, parts: Sequence[Part]) -> dict[int, Episode]:
-    "Every part's episode by its `where`, as views of one array for each role"
-    ends = np.cumsum([0, *(p.length for p in parts)])
-    steps = int(ends[-1])
+def _read_steps(file: zipfile.ZipFile, schema: Schema, parts: Block) -> Arrays:
+    "The steps of all parts"
+    ends = np.cumsum(parts.columns["length"])
+    if (ends[1:] <= ends[:-1]).any(): raise CorruptData("its parts have more steps than can be counted")
+    steps = int(ends[-1]) if len(ends) else 0
     times = _read_array(file, "times.npy", np.dtype("int64"), steps)
-    blocks, episodes = {r: _read_array(file, f"{r}.npy", schema.block(r), steps) for r in schema.roles}, {}
+    blocks = {role: _read_array(file, f"{role}.npy", schema.block(role), steps) for role in schema.roles}
     _check_times(times, parts, ends)
-    for p, a, b in zip(parts, ends, ends[1:]):
-        episodes[p.where] = episode_of(p, schema, times[a:b], {r: block[a:b] for r, block in blocks.items()})
-    return episodes
+    return Arrays(schema, parts, {"times": times, **blocks})
 
-def _check_times(times: np.ndarray, parts: Sequence[Part], ends: np.ndarray) -> None:
+def _check_times(times: np.ndarray, parts: Block, ends: np.ndarray) -> None:
     "Raise `CorruptData` unless the times of each part increase, from its `begin` to its `end`"
-    onward = times[1:] > times[:-1]
-    onward[ends[1:-1] - 1] = True  # between two parts
-    said = np.array([[p.begin for p in parts], [p.end for p in parts]], "int64")
-    if not onward.all() or not np.array_equal([times[ends[:-1]], times[ends[1:] - 1]], said):
+    onward, c = times[1:] > times[:-1], parts.columns
+    onward[ends[:-1] - 1] = True  # between two parts
+    said = times[ends - c["length"]], times[ends - 1]
+    if not onward.all() or not np.array_equal(said, [c["begin"], c["end"]]):
         raise CorruptData("times.npy has other times than the log, or some that don't increase")
 
 # %% ../../../nbs/storage/pool/memory.ipynb #23ac4b07
@@ -501,7 +648,7 @@ def _there(path: Path) -> Optional[os.stat_result]:
 @patch
 def _while_lent(self: LogInMemory, work: Callable[[], Any], held: tuple = ()) -> Any:
     "Do some work while the locks of all lent rows are held"
-    steps = (part.where.steps for commit in list(self._log.values()) for part in commit.put)
+    steps = (box.steps for commit in list(self._log.values()) for box in _boxes(commit.put))
     locks = (getattr(lent, "lock", None) for lent in steps if callable(lent))
     lock = next((lock for lock in locks if lock is not None and lock not in held), None)
     if lock is None: return work()
@@ -517,32 +664,44 @@ def _write_to(self: LogInMemory, f: Any, token: str) -> int: # `f`: an open bina
         `f`: an open binary file
     """
     with self._lock:
-        last, horizon = self._head(), self._oldest()
-        commits, schema = list(self._changes(0, last)), self._catch_up(last).schema_at(0)
+        said = dict(last=self._head(), horizon=self._oldest())
+        commits, index = [self._log[n] for n in sorted(self._log)], self._catch_up(said["last"])
+        schema, view = index.schema_at(0), View(index)
+        parts = view.block(view.kept())
+        boxes = [parts.place.values[code] for code in parts.place.codes.tolist()]
+    rows, values = _as_rows(parts)
     file = zipfile.ZipFile(f, "w", zipfile.ZIP_STORED)
     try:
-        if schema: _write_steps(file, schema, [p for c in commits for p in c.put], self._read_one)
-        log = _log_json(commits, schema, last, horizon, token, {m.filename: m.CRC for m in file.infolist()})
+        if schema:
+            _write_steps(file, schema, np.array([parts.columns["length"], parts.columns["nbytes"]]), boxes)
+            _write_array(file, "parts", rows.dtype, len(rows), [rows])
+        crcs = {m.filename: m.CRC for m in file.infolist()}
+        log = _log_json(commits, schema, crcs, token=token, **said, parts=len(rows), **values)
         file.writestr(zipfile.ZipInfo("log.json"), log)  # without a date: a clock at 1970 could not give one
         file.close()
     except BaseException:
         file.fp = None  # half a file needs no end, and an error in writing one would hide this error
         raise
-    return last
+    return said["last"]
 
 # %% ../../../nbs/storage/pool/memory.ipynb #5297aafb
-def _read_pool(f: Any) -> tuple[dict[int, Commit], Optional[Schema], dict, dict[int, Episode]]:
-    "The commits, the schema, the log and the steps that an open binary file holds"
+def _read_pool(f: Any) -> tuple[dict, list[Commit], Block, Optional[Arrays]]:
+    "The log, its commits, the parts and the steps that an open binary file holds"
     with _unzip(f) as file:
         _check_members(file, os.fstat(f.fileno()).st_size)
-        commits, schema, log = _parse_log(file.read("log.json").decode())
-        arrays = {m.filename: m.CRC for m in file.infolist() if m.filename != "log.json"}
-        if arrays.keys() != ({f"{name}.npy" for name in ("times", *schema.roles)} if schema else set()):
-            raise CorruptData(f"it has the members {', '.join(arrays)}, which are not those of its schema")
-        if odd := [name for name, crc in arrays.items() if crc != log.get("members", arrays)[name]]:
-            raise CorruptData(f"{', '.join(odd)} belongs to another save, or to another name")
-        parts = [p for c in commits.values() for p in c.put]
-        return commits, schema, log, _read_steps(file, schema, parts) if schema else {}
+        log = _parse_log(file.read("log.json").decode())
+        format, schema = log["format"], log["schema"]
+        crcs = {m.filename: m.CRC for m in file.infolist() if m.filename != "log.json"}
+        due = ["times", *schema.roles, *(["parts"] if format > 3 else [])] if schema else []
+        if crcs.keys() != {f"{name}.npy" for name in due}:
+            raise CorruptData(f"it has the members {', '.join(crcs)}, which are not those of its schema")
+        with _believing():
+            odd = [name for name, crc in crcs.items() if crc != (log["members"] if format > 1 else crcs)[name]]
+        if odd: raise CorruptData(f"{', '.join(odd)} belongs to another save, or to another name")
+        rows = None if format < 4 else np.empty(0, _row(0))
+        if "parts" in due: rows = _read_array(file, "parts.npy", _row(len(schema.levels)), log["parts"])
+        with _believing(): commits, parts = _as_commits(log, rows)
+        return log, commits, parts, _read_steps(file, schema, parts) if schema else None
 
 # %% ../../../nbs/storage/pool/memory.ipynb #0bfae235
 _NAMED: "weakref.WeakValueDictionary[str, MemoryPool]" = weakref.WeakValueDictionary()
@@ -612,8 +771,6 @@ class MemoryPool(LogInMemory):
             A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
         SnapshotNotFound
             A version that the pool never had, or no longer holds
-        CorruptData
-            Stored bytes that are damaged, cut short, or of a format this version does not know
         """
         with at_the_door:
             path = self.path if path is None else Path(plain_path(path)).absolute()
@@ -631,13 +788,56 @@ class MemoryPool(LogInMemory):
 
     def _forked(self) -> None: self._shared["saved"] = self._shared["last"]  # the parent saves that
 
+# %% ../../../nbs/storage/pool/memory.ipynb #5a2b4aba
+class Stretch(Sequence):
+    "Neighbouring parts of a file"
+    def __init__(self, parts: Block, boxes: Sequence[Kept], begin: int, end: int):
+        self._parts, self._boxes, self._begin, self._end = parts, boxes, begin, end
+
+    def __len__(self) -> int: return self._end - self._begin
+    def __getitem__(self, i: Any) -> Any: return self.block()[i]
+    def __iter__(self) -> Iterator[Part]: return iter(self.block())
+
+    @property
+    def boxes(self) -> Sequence[Kept]: return self._boxes[self._begin:self._end]
+
+    def upto(self, last: "Stretch") -> "Stretch": # Of the same file
+        """Returns
+        -------
+        Stretch
+            Of the same file
+        """
+        return Stretch(self._parts, self._boxes, self._begin, last._end)
+
+    def block(self) -> Block:
+        "The same in columns"
+        some = self._parts.some(slice(self._begin, self._end))
+        some.place = Coded(np.arange(len(self)), self.boxes)
+        return some
+
+def _boxes(put: Sequence[Part]) -> Iterable[Kept]:
+    "Where the steps are that a commit puts"
+    return put.boxes if isinstance(put, Stretch) else (part.where for part in put)
+
+# %% ../../../nbs/storage/pool/memory.ipynb #6e0565ea
+def _in_blocks(commits: Iterable[Commit]) -> Iterator[Commit]:
+    "The same, with neighbours that put stretches of a file, and do nothing else, as one"
+    def plain(commit: "Commit") -> "bool": return not (commit.hide or commit.units)
+    for saved, some in groupby(commits, lambda commit: isinstance(commit.put, Stretch)):
+        for alone, run in groupby(some, lambda commit: not (saved and plain(commit))):
+            if alone: yield from (c._replace(put=c.put.block()) if saved else c for c in run)
+            else:
+                first, *rest = run
+                last = rest[-1] if rest else first
+                yield last._replace(put=first.put.upto(last.put).block())
+
 # %% ../../../nbs/storage/pool/memory.ipynb #c5c3f22a
 @patch
 def _take_in(self: MemoryPool) -> None:
     "What the pool's file holds; where there is none, only a reader minds"
     try:
         _there(target := _target(self.path))  # opening a pipe would wait for ever
-        with open(target, "rb") as f: commits, schema, log, steps = _read_pool(f)
+        with open(target, "rb") as f: log, commits, parts, arrays = _read_pool(f)
     except (FileNotFoundError, NotADirectoryError):
         if self.mode == "a": return
         raise PoolNotFound(f"no pool at {self.url!r}; mode='a' creates one") from None
@@ -648,12 +848,17 @@ def _take_in(self: MemoryPool) -> None:
             room = "there is no room for it in memory"
             raise PoolUnavailable(f"{self.url!r} cannot be read now: {e or room}") from e
         raise CorruptData(f"{self.url!r} is no pool that MemoryPool saved, or is damaged: {e}") from e
-    def kept(parts: "Sequence[Part]") -> "tuple[Part, ...]":
-        return tuple(part.at(Kept(steps[part.where])) for part in parts)
-    self._log = {n: c._replace(put=kept(c.put)) for n, c in commits.items()}
-    self._index.schema = schema
+    boxes, numbers = [Kept(Cut(arrays, i)) for i in range(len(parts))], [c.number for c in commits]
+    ends = [0, *np.searchsorted(parts.columns["version"], numbers, "right").tolist()]
+    stretches = (Stretch(parts, boxes, a, b) if a < b else () for a, b in zip(ends, ends[1:]))
+    self._log = {c.number: c._replace(put=put) for c, put in zip(commits, stretches)}
+    self._index.schema = log["schema"]
     tokens = {target: (log["token"],)}
     self._shared.update(last=log["last"], oldest=log["horizon"], saved=log["last"], tokens=tokens)
+
+@patch
+def _changes(self: MemoryPool, after: int, upto: int) -> Iterable[Commit]:
+    return _in_blocks(super(MemoryPool, self)._changes(after, upto))
 
 # %% ../../../nbs/storage/pool/memory.ipynb #7f9552c6
 @patch

@@ -504,8 +504,15 @@ def _as_query(query: Any) -> tuple[PoolQuery, Sequence[str]]:
     if isinstance(query, PoolQuery): return query, ()
     ids = (query,) if isinstance(query, str) else listed(query)
     if ids is None or not all(isinstance(id, str) for id in ids):
-        raise QueryError(f"expected a PoolQuery, an episode's id or ids, got {brief(query)}")
+        raise QueryError(f"expected a PoolQuery, an episode's id or ids, got {brief(query)}"
+                         + _remedy(query, ids))
     return (asked := PoolQuery(ids=ids)), asked.ids
+
+def _remedy(query: Any, ids: Optional[Sequence]) -> str:
+    "What to do with an array that holds one id, and with ids of which some are missing"
+    if isinstance(query, np.ndarray) and not query.ndim: return "; an array of no axes holds one id: ids.item()"
+    missing = any(pd.isna(id) is True for id in ids or ())
+    return "; some ids are missing: ids.dropna() leaves them out" if missing else ""
 
 # %% ../../../nbs/storage/pool/pool.ipynb #193f2723
 _BEGINNING = re.compile("[0-9a-f]{8,31}")
