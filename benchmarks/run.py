@@ -162,6 +162,9 @@ def main() -> int:
     import catalogue
     import lake
     import mongo
+    import tables
+    tables.show_all(show, rounds)
+    gc.collect()
     lake.show_all(show, rounds)
     gc.collect()
     mongo.show_all(show, rounds)

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 _HOME = {name: module for module, names in {
     "data.schema": ("Field", "Schema"),
     "data.core": ("Episode", "PoolQuery", "Record"),
+    "data.layout": ("Layout",),
+    "data.signals": ("resample",),
     "storage.pool.pool": ("Pool", "open_pool"),
     "storage.pool.memory": ("MemoryPool",),
     "storage.buffer.sampler": ("Episodes", "Sampler", "Uniform"),
@@ -52,7 +54,9 @@ def __dir__(): return sorted([*globals(), *_HOME])
 # %% ../nbs/names.ipynb #2547f0f8
 if TYPE_CHECKING:
     from data_io_nbdev.data.core import Episode, PoolQuery, Record
+    from data_io_nbdev.data.layout import Layout
     from data_io_nbdev.data.schema import Field, Schema
+    from data_io_nbdev.data.signals import resample
     from data_io_nbdev.storage.buffer.buffer import Batch, Buffer
     from data_io_nbdev.storage.buffer.dask import DaskBuffer
     from data_io_nbdev.storage.buffer.memory import MemoryBuffer

@@ -749,6 +749,15 @@ def _element(label: Any) -> Optional[int]: # `None` where it is no number
     if isinstance(label, str) and label.isascii() and label.isdecimal(): label = int(label[:20])
     return whole(label, 0)
 
+# %% ../../nbs/data/schema.ipynb #d336062b
+def _layout_hint(frame: pd.DataFrame) -> str:
+    "How to store a table without roles"
+    from data_io_nbdev.data.guess import guess_parts, layout_code
+    if frame.columns.nlevels > 1 or not all(map(is_text, frame.columns)): return ""
+    code = layout_code(guess_parts(dict(zip(frame.columns, frame.dtypes))))
+    dots = ", with your columns in place of the dots" * ("..." in code)
+    return f". For a plain table say which column is what{dots}, and store its episodes: pool.extend({code}.episodes(table))"
+
 # %% ../../nbs/data/schema.ipynb #20d6f49b
 def columns_of(
     frame: pd.DataFrame, # Columns of two or three levels: role, name and element number
@@ -772,7 +781,7 @@ def columns_of(
     """
     if frame.columns.nlevels not in (2, 3):
         raise SchemaError("expected columns of two or three levels (role, name, element), "
-                          f"got {frame.columns.nlevels}")
+                          f"got {frame.columns.nlevels}{_layout_hint(frame)}")
     found: dict[tuple[str, str], dict[int, int]] = {}  # (role, name) to element number to column position
     for i, (role, name, *element) in enumerate(frame.columns):
         number = _element(element[0]) if element else 0
