@@ -27,6 +27,7 @@ from ...data.schema import Schema, brief, is_whole, offered, selection, short_na
 from ...data.core import Episode, ItemT, PoolQuery, as_episode
 from ..pool.pool import Pool, forkable, forkable_lock, safe_url
 from ..pool.memory import MemoryPool
+from ..pool.writer import Writer
 from .rows import Rows
 from .sampler import Draw, Sampler, Uniform, sampler_state
 from .view import Home, View
@@ -389,6 +390,7 @@ def _set_up(self: BufferHandle) -> None:
     self._lock = forkable_lock()  # held while rows change or are drawn
     self._moving = forkable_lock()  # held while the view moves on; always taken before the other
     self._view, self._astray = self._new_view(), False
+    self._writers, self._taken = None, 0  # a weak set, once there are some; steps of theirs that were looked for
     self._acquire()
     forkable(self)
     if self._own: self._load()
@@ -563,6 +565,7 @@ class BufferRows(BufferHandle[ItemT]):
             Use of a pool or buffer after it was closed
         """
         with at_the_door, self._moving:
+            if self._writers is not None: self._heed_writers()
             if not self._view.versions: return len(self._loaded())
             return self._view.look(self.pool.version)
 
@@ -577,8 +580,67 @@ class BufferRows(BufferHandle[ItemT]):
         """
         return self._view.rows.nbytes if self._view else 0
 
-    def __len__(self) -> int: return len(self._loaded())  # rows that can be drawn
+    def __len__(self) -> int: # Rows that can be drawn
+        """Returns
+        -------
+        int
+            Rows that can be drawn
+        """
+        if self._writers is not None: self._take_in()
+        return len(self._loaded())
     def __bool__(self) -> bool: return True  # an empty buffer is still a buffer
+
+# %% ../../../nbs/storage/buffer/buffer.ipynb #2d5b124d
+@patch
+def writer(self: BufferRows,
+    who: Any = None, # Identity, `{"vehicle": "VB7"}`; for environments side by side a list with one each
+    **options: Any, # As of `Pool.writer`
+) -> Writer: # A context manager
+    """Takes steps one at a time, and commits them together; the next `sample` knows them
+
+    Parameters
+    ----------
+    who : Any, default None
+        Identity, `{"vehicle": "VB7"}`; for environments side by side a list with one each
+    **options : Any
+        As of `Pool.writer`
+
+    Returns
+    -------
+    Writer
+        A context manager
+
+    Raises
+    ------
+    ClosedError
+        Use of a pool or buffer after it was closed
+    """
+    with at_the_door:
+        self._check_open()
+        writer = self.pool.writer(who, **options)
+        self._writers = weakref.WeakSet() if self._writers is None else self._writers
+        self._writers.add(writer)
+        return writer
+
+@patch
+def _heed_writers(self: BufferRows) -> int: # Steps that they stored
+    """Have what waits for a pool of the buffer's own stored
+
+    Returns
+    -------
+    int
+        Steps that they stored
+    """
+    writers = list(self._writers)
+    for writer in writers if self._own else (): writer.flush()
+    return sum(writer.acknowledged for writer in writers)
+
+@patch
+def _take_in(self: BufferRows) -> None:
+    "Have rows for what writers stored since"
+    if (stored := self._heed_writers()) == self._taken or not self._has_loaded(): return
+    self.refresh()
+    self._taken = stored
 
 # %% ../../../nbs/storage/buffer/buffer.ipynb #2d4033fe
 class BufferDraws(BufferRows[ItemT]):
@@ -607,6 +669,7 @@ class BufferDraws(BufferRows[ItemT]):
         "A batch of `n` items, by default `batch_size`; raises `NotEnoughData` where there is no row"
         if n is None: n = self.batch_size
         else: _positive("n", n)
+        if self._writers is not None: self._take_in()
         view = self._view
         if not view.versions: view = self._loaded()
         with self._lock:

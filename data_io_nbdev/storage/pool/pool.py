@@ -38,6 +38,7 @@ from ...errors import (ClosedError, CorruptData, DataIOError, EpisodeConflict, E
 from ...data.schema import Schema, brief, listed, offered, selection
 from ...data.core import (RESET, Episode, PoolQuery, as_episode, concat, from_us, narrowed,
                                      same_steps, state_digest, steps_in)
+from .writer import Writer
 from .columns import (Coded, Commit, Index, Part, Selection, in_one_step, in_runs_of,
                                               part_of)
 
@@ -232,6 +233,7 @@ class PoolHandle(PoolBackend):
         self._left = False  # whether all of them were done once
         self._index, self._lock = Index(), forkable_lock()
         self._turn: tuple[float, Optional[int]] = (0, None)  # when it may commit again; its last commit
+        self._writers: weakref.WeakSet[Writer] = weakref.WeakSet()
         forkable(self)
 
     @property
@@ -265,6 +267,7 @@ class PoolHandle(PoolBackend):
 
     def close(self) -> None:
         "Let go of files and connections; closing twice is harmless"
+        for writer in list(self._writers): writer.close()
         if not self._closed and self._parent is None: self._close()  # where this fails the pool stays open
         vars(self).update(_closed=True, _idle=False)
 
@@ -1564,6 +1567,37 @@ class Pool(PoolCopier):
         Whether what `store` acknowledged survives a crash
     """
     durable: ClassVar[bool] = False  # Whether what `store` acknowledged survives a crash
+
+    def writer(self,
+        who: Any = None, # Identity, `{"vehicle": "VB7"}`; for environments side by side a list with one each
+        **options: Any, # Of `Writer`: `steps=`, `seconds=`, `start=`, `schema=`, `most=`
+    ) -> Writer: # A context manager
+        """What takes steps one at a time, and commits them together
+
+        Parameters
+        ----------
+        who : Any, default None
+            Identity, `{"vehicle": "VB7"}`; for environments side by side a list with one each
+        **options : Any
+            Of `Writer`: `steps=`, `seconds=`, `start=`, `schema=`, `most=`
+
+        Returns
+        -------
+        Writer
+            A context manager
+
+        Raises
+        ------
+        QueryError
+            A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
+        EpisodeConflict
+            Steps that contradict what is stored under the same episode, or leave a gap in it
+        SchemaError
+            Data that does not fit its schema: a role, shape, dtype, unit, identity or time stamp
+        """
+        with at_the_door: writer = Writer(self, who, **options)
+        self._writers.add(writer)
+        return writer
 
     @classmethod
     def _from_url(cls, url: str, mode: str = "a", **options: Any) -> "Pool":
