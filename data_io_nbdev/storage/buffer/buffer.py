@@ -449,6 +449,7 @@ def _has_loaded(self: BufferHandle) -> bool: return hasattr(self, "_view") and b
 @patch
 def _loaded(self: BufferHandle) -> View:
     "What the buffer has seen, loaded if need be"
+    if self._writers is not None: self._take_in()
     with self._moving:
         if not self._view.versions:
             self._check_open()
@@ -580,14 +581,7 @@ class BufferRows(BufferHandle[ItemT]):
         """
         return self._view.rows.nbytes if self._view else 0
 
-    def __len__(self) -> int: # Rows that can be drawn
-        """Returns
-        -------
-        int
-            Rows that can be drawn
-        """
-        if self._writers is not None: self._take_in()
-        return len(self._loaded())
+    def __len__(self) -> int: return len(self._loaded())  # rows that can be drawn
     def __bool__(self) -> bool: return True  # an empty buffer is still a buffer
 
 # %% ../../../nbs/storage/buffer/buffer.ipynb #2d5b124d

@@ -231,9 +231,8 @@ class PoolHandle(PoolBackend):
         self._closed, self._idle = False, False  # idle: closed because its last buffer was done
         self._holders, self._guests = set(), set()  # buffers here, and on snapshots
         self._left = False  # whether all of them were done once
-        self._index, self._lock = Index(), forkable_lock()
+        self._index, self._lock, self._writers = Index(), forkable_lock(), weakref.WeakSet()
         self._turn: tuple[float, Optional[int]] = (0, None)  # when it may commit again; its last commit
-        self._writers: weakref.WeakSet[Writer] = weakref.WeakSet()
         forkable(self)
 
     @property

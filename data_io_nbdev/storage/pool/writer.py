@@ -19,13 +19,30 @@ import pandas as pd  # type: ignore
 __all__ = ['Going', 'Sheet', 'Desk', 'Writer']
 
 # %% ../../../nbs/storage/pool/writer.ipynb #ccd65009
-from ...errors import ClosedError, DataIOError, EpisodeConflict, PoolUnavailable, QueryError, SchemaError, at_the_door, tell
+from ...errors import (ClosedError, EpisodeConflict, PoolUnavailable, QueryError, SchemaError,
+                                  at_the_door, tell)
 from ...data.schema import FLAGS, Schema, brief, is_whole
 from ...data.core import Episode, Record, episode_id, from_us, one_us, utc_us
 from ...data.core import _array_block, _by_level, _flag, _identities, _lift
 from .columns import in_one_step
 
 # %% ../../../nbs/storage/pool/writer.ipynb #8aa7c6b7
+class Going(NamedTuple):
+    """An episode that goes on
+
+    Parameters
+    ----------
+    start : int
+        When it began, UTC microseconds
+    steps : int, default 0
+        That are in it already
+    number : Optional[int], default 0
+        Of the next step, where they are numbered
+    """
+    start: int  # When it began, UTC microseconds
+    steps: int = 0  # That are in it already
+    number: Optional[int] = 0  # Of the next step, where they are numbered
+
 _EPOCH, _US = datetime(1970, 1, 1, tzinfo=timezone.utc), timedelta(microseconds=1)
 
 def _when(timestamp: Any) -> int | np.ndarray:
@@ -36,22 +53,6 @@ def _when(timestamp: Any) -> int | np.ndarray:
     return int(us[0]) if len(us) == 1 else us
 
 # %% ../../../nbs/storage/pool/writer.ipynb #50d1ad7e
-class Going(NamedTuple):
-    """An episode that goes on
-
-    Parameters
-    ----------
-    start : int
-        When it began, UTC microseconds
-    steps : int, default 0
-        That were cut from it already
-    number : Optional[int], default 0
-        Of the next step, where they are numbered
-    """
-    start: int  # When it began, UTC microseconds
-    steps: int = 0  # That were cut from it already
-    number: Optional[int] = 0  # Of the next step, where they are numbered
-
 class Sheet:
     """Steps of some environments, side by side, that are in no episode yet
 
@@ -128,16 +129,17 @@ class Sheet:
         terminated, truncated = fit["terminated"], fit["truncated"]
         return np.any((terminated | truncated) & where) if self.many else bool(terminated or truncated)
 
+# %% ../../../nbs/storage/pool/writer.ipynb #8628322d
 def _late(times: Any, last: np.ndarray) -> SchemaError:
     was, came = from_us(last.max()).isoformat(), from_us(np.max(times)).isoformat()
     return SchemaError(f"timestamp: expected a time behind the last step's, {was}, got {came}; "
                        "was the clock set back? Without timestamp= each step gets the time at which it comes")
 
-# %% ../../../nbs/storage/pool/writer.ipynb #8628322d
 @patch
 def _fit(self: Sheet, role: str, value: Any) -> Any:
     "A value as the block of a role takes it; raises `SchemaError`"
-    if type(value) is np.ndarray and value.dtype == self.dtypes[role] and value.shape == self.shapes[role]: return value
+    dtype, shape = self.dtypes[role], self.shapes[role]
+    if type(value) is np.ndarray and value.dtype == dtype and value.shape == shape: return value
     if role in FLAGS:
         if value is False or value is True: return value
         return _flag(value, role, len(self.who)) if self.many else _flag([value], role, 1)[0]
@@ -283,7 +285,7 @@ def _at_last(desk: Desk) -> None:
     try: desk.close()
     except Exception as e: tell(f"{desk.pending} steps that were appended are not stored: {e}")
 
-# %% ../../../nbs/storage/pool/writer.ipynb #248b5b2a
+# %% ../../../nbs/storage/pool/writer.ipynb #d97b5f7a
 class Writer:
     """Takes steps one at a time, or of many environments at once, and commits them together
 
@@ -292,7 +294,7 @@ class Writer:
     pool : Any
         A `Pool`
     who : Any, default None
-        Identity, `{"vehicle": "VB7"}`; for environments side by side one each
+        Identity, `{"vehicle": "VB7"}`; for environments side by side a list with one each
     steps : int, default 1000
         Commit at the latest after so many steps of an environment
     seconds : float, default 10.0
@@ -306,7 +308,7 @@ class Writer:
     """
     def __init__(self,
         pool: Any, # A `Pool`
-        who: Any = None, # Identity, `{"vehicle": "VB7"}`; for environments side by side one each
+        who: Any = None, # Identity, `{"vehicle": "VB7"}`; for environments side by side a list with one each
         steps: int = 1000, # Commit at the latest after so many steps of an environment
         seconds: float = 10.0, # Commit at the latest after so many seconds, where the pool outlives the process
         start: Any = None, # When an episode began that goes on; for environments side by side one each, or `None`
@@ -314,148 +316,25 @@ class Writer:
         most: int = 1_000_000, # Steps that may wait while the pool cannot be reached
     ):
         with at_the_door:
+            pool._check_writable()
             self.many = isinstance(who, Sequence) and not isinstance(who, str)
             self.who = [_by_level(each, QueryError) for each in (who if self.many else [who])]
-            if not self.who: raise QueryError("who: expected one identity for each environment, got none")
-            for name, n in (("steps", steps), ("most", most)):
-                if not is_whole(n, 1): raise QueryError(f"{name}: expected a whole number from 1, got {brief(n)}")
-            if not seconds > 0: raise QueryError(f"seconds: expected more than 0, got {brief(seconds)}")
             starts = start if self.many and start is not None else [start] * len(self.who)
-            if len(starts) != len(self.who): raise QueryError(f"start: expected {len(self.who)}, got {brief(start)}")
-            pool._check_writable()
             self.steps, self.most, self._inline = steps, most, not pool.durable
+            self._check_options(seconds, starts)
             self._desk, self._schema = Desk(pool, seconds), schema or pool.schema
-            self._going = [None if t is None else self._resumed(i, one_us(t, QueryError)) for i, t in enumerate(starts)]
-        self._finalizer = weakref.finalize(self, _at_last, self._desk)
+            times = [None if time is None else one_us(time, QueryError) for time in starts]
+            self._going = [None if us is None else self._resumed(i, us) for i, us in enumerate(times)]
+            self._finalizer = weakref.finalize(self, _at_last, self._desk)
 
-    def append(self,
-        state: Any, # `(*state)`, or field name to value; with a leading axis where environments are side by side
-        action: Any, # Likewise
-        reward: Any, # A number
-        nstate: Any, # `(*state)`: the state that followed
-        terminated: Any = False, # The task came to its end: the next step begins another episode
-        truncated: Any = False, # The recording stopped before; likewise
-        timestamp: Any = None, # When it was, timezone-aware; by default now
-        info: Any = None, # Anything else to keep
-        where: Any = None, # `(environments,)` bool: those that took a step; by default all
-    ) -> None:
-        """Take a step: all of it or, where something is wrong with it, nothing
+    def _check_options(self, seconds: Any, starts: Sequence) -> None:
+        if not self.who: raise QueryError("who: expected one identity for each environment, got none")
+        for name, n in (("steps", self.steps), ("most", self.most)):
+            if not is_whole(n, 1): raise QueryError(f"{name}: expected a whole number from 1, got {brief(n)}")
+        if not seconds > 0: raise QueryError(f"seconds: expected more than 0, got {brief(seconds)}")
+        if len(starts) != len(self.who): raise QueryError(f"start: expected {len(self.who)}, got {brief(starts)}")
 
-        Parameters
-        ----------
-        state : Any
-            `(*state)`, or field name to value; with a leading axis where environments are side by side
-        action : Any
-            Likewise
-        reward : Any
-            A number
-        nstate : Any
-            `(*state)`: the state that followed
-        terminated : Any, default False
-            The task came to its end: the next step begins another episode
-        truncated : Any, default False
-            The recording stopped before; likewise
-        timestamp : Any, default None
-            When it was, timezone-aware; by default now
-        info : Any, default None
-            Anything else to keep
-        where : Any, default None
-            `(environments,)` bool: those that took a step; by default all
-
-        Raises
-        ------
-        ClosedError
-            Use of a pool or buffer after it was closed
-        PoolUnavailable
-            A pool that cannot be reached, or written, just now
-        SchemaError
-            Data that does not fit its schema: a role, shape, dtype, unit, identity or time stamp
-        """
-        desk = self._desk
-        values = dict(state=state, action=action, reward=reward, nstate=nstate, terminated=terminated,
-                      truncated=truncated, info=info)
-        with at_the_door, desk.lock:
-            if desk.closed or desk.trouble or desk.process != os.getpid(): self._check(desk)
-            if (sheet := desk.sheet) is None: sheet = self._begin(values, timestamp)
-            if sheet.n == sheet.size: desk.cut()
-            times = _when(timestamp)
-            if timestamp is None and times <= (last := int(sheet.last.max() if self.many else sheet.last.item())):
-                times = last + 1  # the clock is coarse, or was set back
-            ended = sheet.write(values, times, True if where is None else np.asarray(where, bool))
-            if sheet.n == sheet.size: desk.cut()
-            elif ended: desk.cut(sheet.ended())
-            else: ended = False
-            full = sheet.n == 0
-        if ended or full: self._due()
-        elif desk.thread is None and not self._inline: desk.wake()
-
-    def flush(self) -> None:
-        """Commit every step that was appended; when this returns, they are stored
-
-        Raises
-        ------
-        ClosedError
-            Use of a pool or buffer after it was closed
-        """
-        with at_the_door:
-            self._check_own()
-            self._desk.cut()
-            self._desk.commit()
-
-    def close(self) -> None:
-        "Commit what is left; an episode that did not end can go on later, with `start=`"
-        with at_the_door:
-            if not self._desk.closed: self._desk.close()
-
-# %% ../../../nbs/storage/pool/writer.ipynb #9bd16314
-@patch
-def _check_own(self: Writer) -> None:
-    if self._desk.process != os.getpid(): raise ClosedError("this writer is the parent's; make one in this process")
-
-@patch
-def _check(self: Writer, desk: Desk) -> None:
-    "Raise where no step can be taken"
-    self._check_own()
-    if desk.closed: raise ClosedError("this writer is closed; pool.writer() makes another")
-    n = desk.pending
-    if not isinstance(desk.trouble, PoolUnavailable):
-        raise type(desk.trouble)(f"{n} steps that were appended cannot be stored: {desk.trouble}") from desk.trouble
-    if n >= self.most:
-        raise PoolUnavailable(f"{n} steps wait, and most={self.most}: {desk.trouble}") from desk.trouble
-
-@patch
-def _due(self: Writer) -> None:
-    "Have what was cut committed"
-    if not self._inline: self._desk.wake()
-    else:
-        with at_the_door: self._desk.commit()
-
-def _one(value: Any) -> Any:
-    "What the first of environments side by side has"
-    if isinstance(value, Mapping): return {k: _one(v) for k, v in value.items()}
-    if isinstance(value, tuple): return tuple(map(_one, value))
-    return value if value is None or isinstance(value, bool) else np.asarray(value)[0]
-
-@patch
-def _begin(self: Writer, values: dict[str, Any], timestamp: Any) -> Sheet:
-    "A sheet for steps like the first one"
-    desk, pool = self._desk, self._desk.pool
-    with at_the_door:
-        first = {role: _one(value) for role, value in values.items()} if self.many else values
-        zone = "UTC" if timestamp is None else utc_us(timestamp)[1]
-        now = from_us(_when(None))
-        record = Record(**first, timestamp=now, episodestart=now, who=self.who[0])
-        schema = record.to_episode(self._schema or pool.schema).schema
-        who = [_identities(schema, each) for each in self.who]
-        if len({tuple(each.values()) for each in who}) < len(who):
-            raise SchemaError(f"who: expected another identity for each environment, got {brief(self.who)}; "
-                              "a level such as {'environment': 3} tells them apart")
-        sheet = Sheet(schema, who, self.steps, self.many, zone)
-        for i, going in enumerate(self._going):
-            if going is not None: sheet.open[i], sheet.before[i] = going
-        desk.sheet = sheet
-        return sheet
-
+# %% ../../../nbs/storage/pool/writer.ipynb #b6542541
 @patch
 def _resumed(self: Writer, i: int, start: int) -> tuple[Going, int]:
     "An episode that goes on, and when its last step was"
@@ -465,17 +344,138 @@ def _resumed(self: Writer, i: int, start: int) -> tuple[Going, int]:
     parts = pool._newest(lambda version: pool._stored([id], version)).get(id, ())
     if not parts: return Going(start), start - 1
     last = parts[-1]
-    if last.ended: raise EpisodeConflict(f"the episode of {who} that began at {from_us(start).isoformat()} has ended; "
-                                         "without start= the first step begins another")
+    if last.ended:
+        raise EpisodeConflict(f"the episode of {who} that began at {from_us(start).isoformat()} has ended; "
+                              "without start= the first step begins another")
     self._desk.ends[i] = last.end
     number = None if last.number is None else last.number + last.length
     return Going(start, last.offset + last.length, number), last.end
 
-# %% ../../../nbs/storage/pool/writer.ipynb #6cb3c690
+# %% ../../../nbs/storage/pool/writer.ipynb #5c517656
+@patch
+def _begin(self: Writer, values: dict[str, Any], timestamp: Any) -> Sheet:
+    "A sheet for steps like the first one"
+    desk, now = self._desk, from_us(_when(None))
+    first = {role: _one(value) for role, value in values.items()} if self.many else values
+    record = Record(**first, timestamp=now, episodestart=now, who=self.who[0])
+    schema = record.to_episode(self._schema or desk.pool.schema).schema
+    who = [_identities(schema, each) for each in self.who]
+    if len({tuple(each.values()) for each in who}) < len(who):
+        raise SchemaError(f"who: expected another identity for each environment, got {brief(self.who)}; "
+                          "a level such as {'environment': 3} tells them apart")
+    zone = "UTC" if timestamp is None else utc_us(timestamp)[1]
+    sheet = Sheet(schema, who, self.steps, self.many, zone)
+    for i, going in enumerate(self._going):
+        if going is not None: sheet.open[i], sheet.before[i] = going
+    return sheet
+
+def _one(value: Any) -> Any:
+    "What the first of environments side by side has"
+    if isinstance(value, Mapping): return {k: _one(v) for k, v in value.items()}
+    if isinstance(value, tuple): return tuple(map(_one, value))
+    return value if value is None or isinstance(value, bool) else np.asarray(value)[0]
+
+# %% ../../../nbs/storage/pool/writer.ipynb #b597d04e
+@patch
+def append(self: Writer,
+    state: Any, # `(*state)`, or field name to value; with a leading axis where environments are side by side
+    action: Any, # Likewise
+    reward: Any, # A number
+    nstate: Any, # `(*state)`: the state that followed
+    terminated: Any = False, # The task came to its end: the next step begins another episode
+    truncated: Any = False, # The recording stopped before; likewise
+    timestamp: Any = None, # When it was, timezone-aware; by default now
+    info: Any = None, # Anything else to keep
+    where: Any = None, # `(environments,)` bool: those that took a step; by default all
+) -> None:
+    """Take a step: all of it or, where something is wrong with it, nothing
+
+    Parameters
+    ----------
+    state : Any
+        `(*state)`, or field name to value; with a leading axis where environments are side by side
+    action : Any
+        Likewise
+    reward : Any
+        A number
+    nstate : Any
+        `(*state)`: the state that followed
+    terminated : Any, default False
+        The task came to its end: the next step begins another episode
+    truncated : Any, default False
+        The recording stopped before; likewise
+    timestamp : Any, default None
+        When it was, timezone-aware; by default now
+    info : Any, default None
+        Anything else to keep
+    where : Any, default None
+        `(environments,)` bool: those that took a step; by default all
+
+    Raises
+    ------
+    ClosedError
+        Use of a pool or buffer after it was closed
+    PoolUnavailable
+        A pool that cannot be reached, or written, just now
+    SchemaError
+        Data that does not fit its schema: a role, shape, dtype, unit, identity or time stamp
+    """
+    desk = self._desk
+    values = dict(state=state, action=action, reward=reward, nstate=nstate, terminated=terminated,
+                  truncated=truncated, info=info)
+    with at_the_door, desk.lock:
+        if desk.closed or desk.trouble or desk.process != os.getpid(): self._check()
+        if (sheet := desk.sheet) is None: sheet = desk.sheet = self._begin(values, timestamp)
+        if sheet.n == sheet.size: desk.cut()
+        times = _when(timestamp)
+        if timestamp is None and times <= (last := int(sheet.last.max() if self.many else sheet.last.item())):
+            times = last + 1  # the clock is coarse, or was set back
+        ended = sheet.write(values, times, True if where is None else np.asarray(where, bool))
+        if full := sheet.n == sheet.size: desk.cut()
+        elif ended: desk.cut(sheet.ended())
+    if full or ended: self._due()
+    elif desk.thread is None and not self._inline: desk.wake()
+
+@patch
+def _due(self: Writer) -> None:
+    "Have what was cut committed"
+    if not self._inline: return self._desk.wake()
+    with at_the_door: self._desk.commit()
+
+# %% ../../../nbs/storage/pool/writer.ipynb #ce9bcfda
+@patch
+def flush(self: Writer) -> None:
+    """Commit every step that was appended; when this returns, they are stored
+
+    Raises
+    ------
+    ClosedError
+        Use of a pool or buffer after it was closed
+    """
+    with at_the_door:
+        self._check_own()
+        self._desk.cut()
+        self._desk.commit()
+
+@patch
+def close(self: Writer) -> None:
+    "Commit what is left; an episode that did not end can go on later, with `start=`"
+    with at_the_door: self._desk.close()
+
+@patch
+def __enter__(self: Writer) -> Writer: return self
+@patch
+def __exit__(self: Writer, kind: Any, error: Any, trace: Any) -> None:
+    try: self.close()
+    except Exception as e:
+        if error is None: raise
+        tell(f"{self.pending} steps that were appended are not stored: {e}")
+
 @patch(as_prop=True)
 def acknowledged(self: Writer) -> int: return self._desk.acknowledged # steps that are stored
 @patch(as_prop=True)
 def pending(self: Writer) -> int: return self._desk.pending # steps that were appended and are not stored yet
+
 @patch(as_prop=True)
 def last(self: Writer) -> Any: # For environments side by side one each
     """When the last stored step was, behind which an interrupted machine goes on; `None` where none is stored
@@ -490,15 +490,22 @@ def last(self: Writer) -> Any: # For environments side by side one each
     return times if self.many else times[0]
 
 @patch
-def __enter__(self: Writer) -> Writer: return self
-@patch
-def __exit__(self: Writer, kind: Any, error: Any, trace: Any) -> None:
-    "Commit what is left, also where the loop broke off; its error comes first"
-    try: self.close()
-    except Exception as e:
-        if error is None: raise
-        tell(f"{self.pending} steps that were appended are not stored: {e}")
-@patch
 def __repr__(self: Writer) -> str:
     n = f"{len(self.who)} environments, " * self.many
     return f"Writer({self._desk.pool!r}, {n}{self.acknowledged:,} steps stored, {self.pending:,} pending)"
+
+# %% ../../../nbs/storage/pool/writer.ipynb #750f6aa2
+@patch
+def _check_own(self: Writer) -> None:
+    if self._desk.process != os.getpid(): raise ClosedError("this writer is the parent's; make one in this process")
+
+@patch
+def _check(self: Writer) -> None:
+    "Raise where no step can be taken"
+    self._check_own()
+    desk, n = self._desk, self.pending
+    if desk.closed: raise ClosedError("this writer is closed; pool.writer() makes another")
+    if not isinstance(desk.trouble, PoolUnavailable):
+        raise type(desk.trouble)(f"{n} steps that were appended cannot be stored: {desk.trouble}") from desk.trouble
+    if n >= self.most:
+        raise PoolUnavailable(f"{n} steps wait, and most={self.most}: {desk.trouble}") from desk.trouble
