@@ -390,20 +390,19 @@ class Arrays:
         arrays: dict[str, np.ndarray], # `times`, `(steps,)` UTC microseconds; role to `(steps, *block)`
     ):
         self.schema, self.parts, self.arrays = schema, parts, arrays
-        self.ends = np.cumsum(parts.columns["length"]).tolist()
+        self.ends = [0, *np.cumsum(parts.columns["length"]).tolist()]
 
-    def of(self, name: str, i: int) -> np.ndarray:
-        return self.arrays[name][self.ends[i - 1] if i else 0:self.ends[i]]
+    def of(self, name: str, i: int) -> np.ndarray: return self.arrays[name][self.ends[i]:self.ends[i + 1]]
 
     def episode(self, i: int) -> Episode:
         "The steps of part `i`"
-        names = ("start", "offset", "number", "numbered")
-        start, offset, number, numbered = (self.parts.columns[name][i].item() for name in names)
-        who = [level.values[level.codes[i]] for level in self.parts.who]
-        return Episode(schema=self.schema, who=dict(zip(self.schema.levels, who)), start=start,
-                       zone=self.parts.zone.values[self.parts.zone.codes[i]], times=self.of("times", i),
-                       blocks={role: self.of(role, i) for role in self.schema.roles},
-                       first=number if numbered else None, offset=offset)
+        cut, zone, said = slice(self.ends[i], self.ends[i + 1]), self.parts.zone, self.parts.columns
+        who = [level.values[level.codes.item(i)] for level in self.parts.who]
+        blocks = {name: array[cut] for name, array in self.arrays.items()}
+        return Episode(schema=self.schema, who=dict(zip(self.schema.levels, who)), start=said["start"].item(i),
+                       zone=zone.values[zone.codes.item(i)], times=blocks.pop("times"), blocks=blocks,
+                       first=said["number"].item(i) if said["numbered"].item(i) else None,
+                       offset=said["offset"].item(i))
 
 # %% ../../../nbs/storage/pool/memory.ipynb #3b661be6
 def _write_array(file: zipfile.ZipFile, name: str, dtype: np.dtype, n: int,
