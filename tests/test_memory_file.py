@@ -156,7 +156,9 @@ class TestSaving:
             child = context.Process(target=work)
             child.start()
             least = known + rng.randrange(4)
-            while acknowledged.value < least: time.sleep(0.001)
+            while acknowledged.value < least:
+                assert child.is_alive(), "the child ended by itself"
+                time.sleep(0.001)
             time.sleep(rng.uniform(0, 0.01))
             os.kill(child.pid, signal.SIGKILL); child.join()
             pool = MemoryPool(path, "r")
