@@ -44,7 +44,7 @@ values = st.floats(-100, 100, width=16) | st.just(math.nan)
 samples = st.lists(st.tuples(st.integers(0, 400), values), max_size=8, unique_by=lambda s: s[0]).map(sorted)
 
 
-@examples(400)
+@examples(300)
 @given(st.dictionaries(st.sampled_from("abc"), samples, min_size=1), st.integers(1, 90), st.booleans(), st.data())
 def test_signals_are_what_a_slow_reading_gives(signals, step, own_clock, data):
     how = {name: data.draw(st.sampled_from(["hold", "linear", "nearest", "mean"])) for name in signals}
