@@ -289,7 +289,7 @@ def test_every_kind_of_table_gives_the_same(log, tmp_path, rows):
     arrow = pa.Table.from_pandas(log)
     kinds = [arrow, pl.from_pandas(log), arrow.to_reader(4), tmp_path / "log.parquet", [log[:13], arrow.slice(13)],
              iter([log[:1], log[1:]]), log.astype({"vehicle": "category", "gear": "Int8", "done": "boolean", "speed": "float64[pyarrow]"}),
-             arrow.to_pandas(types_mapper=pd.ArrowDtype)]
+             arrow.to_pandas(types_mapper=pd.ArrowDtype), log.set_index("t"), log.set_index(["vehicle", "trip", "t"])]
     for table in kinds: assert list(FULL.episodes(table, rows=rows)) == expected, table
     with_dtype = replace(FULL, dtype={"gear": "int8"})
     assert list(with_dtype.episodes(str(tmp_path / "log.csv"), rows=rows)) == expected
@@ -357,6 +357,12 @@ def test_a_table_of_no_rows_has_no_episodes(log):
     assert list(FULL.episodes(log[:0])) == list(FULL.episodes([])) == list(FULL.episodes([log[:0], log[:0]])) == []
     found = FULL.episodes([log[:0], log[:7], log[7:7], log[7:], log[:0]])  # an episode comes when it is complete
     assert sorted(found, key=lambda e: e.start) == list(FULL.episodes(log))
+
+
+def test_columns_without_names_are_refused():
+    with pytest.raises(SchemaError, match="no column 't'"): list(BASE.episodes(pd.DataFrame(np.ones((2, 3)))))
+    with pytest.raises(SchemaError, match="missing: reward"): replace(BASE, reward=...)
+    assert "episodes" in dir(BASE) and not any(name.startswith("_") for name in dir(BASE))
 
 
 def test_episodes_of_one_row_are_told(log):

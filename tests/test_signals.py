@@ -121,7 +121,7 @@ def test_a_layout_parts_what_is_beyond_the_limit():
     a = series([(t * 100_000, t) for t in range(40) if not 10 <= t < 25])
     table = resample({"a": a, "b": a * 2}, every="100ms", limit="200ms", flags=True)
     layout = Layout(state=["a"], action="b", reward="b", info=["a_filled"], time="timestamp", gap="1s", missing="drop")
-    first, second = layout.episodes(table.reset_index())
+    first, second = layout.episodes(table)
     assert (len(first), len(second)) == (11, 14) and first.info.ravel().tolist() == [False] * 10 + [True]
     frame = pd.DataFrame({"a": a, "b": a * 2})
     assert resample(frame, every="100ms", limit="200ms", flags=True).equals(table)
