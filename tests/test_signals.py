@@ -44,7 +44,7 @@ values = st.floats(-100, 100, width=16) | st.just(math.nan)
 samples = st.lists(st.tuples(st.integers(0, 400), values), max_size=8, unique_by=lambda s: s[0]).map(sorted)
 
 
-@examples(400)
+@examples(300)
 @given(st.dictionaries(st.sampled_from("abc"), samples, min_size=1), st.integers(1, 90), st.booleans(), st.data())
 def test_signals_are_what_a_slow_reading_gives(signals, step, own_clock, data):
     how = {name: data.draw(st.sampled_from(["hold", "linear", "nearest", "mean"])) for name in signals}
@@ -121,7 +121,7 @@ def test_a_layout_parts_what_is_beyond_the_limit():
     a = series([(t * 100_000, t) for t in range(40) if not 10 <= t < 25])
     table = resample({"a": a, "b": a * 2}, every="100ms", limit="200ms", flags=True)
     layout = Layout(state=["a"], action="b", reward="b", info=["a_filled"], time="timestamp", gap="1s", missing="drop")
-    first, second = layout.episodes(table.reset_index())
+    first, second = layout.episodes(table)
     assert (len(first), len(second)) == (11, 14) and first.info.ravel().tolist() == [False] * 10 + [True]
     frame = pd.DataFrame({"a": a, "b": a * 2})
     assert resample(frame, every="100ms", limit="200ms", flags=True).equals(table)
