@@ -20,7 +20,7 @@ from data_io_nbdev.testing import drive
 EVIL = "<script>alert('&')</script>"
 OFFERED = {"state", "action", "reward", "nstate", "terminated", "truncated", "mask", "weight", "episode", "step", "timestamp", "index",
            "fields", "frames"}
-USERS = {"pool", "batch_size", "query", "select", "sampler", "seed", "capacity", "states", "load", "close", "store", "find", "save", "sample", "refresh",
+USERS = {"pool", "batch_size", "query", "select", "sampler", "seed", "capacity", "states", "load", "close", "store", "writer", "find", "save", "sample", "refresh",
          "state_dict", "load_state_dict", "nbytes"}
 
 
