@@ -330,6 +330,7 @@ class LakeReader(Pool):
         with at_the_door:
             self._lake, self.grace = open_lake(url, storage_options), pd.Timedelta(grace).total_seconds()
             self._layout = SimpleNamespace(now=_Layout())  # shared with snapshots
+            self._made: Optional[Entry] = None  # the last that this handle put into the log
             super().__init__(safe_url(self._lake.url), mode)
             with self._reachable():
                 if not self._lake.check() and mode == "r":
@@ -344,7 +345,9 @@ class LakeReader(Pool):
         if after > self._layout.now.number: self._catch_up(after)
         known: deque[Commit] = deque()  # what the index has not taken in yet
         with self._reachable():
-            for entry in self._lake.runs(after, upto):
+            made = self._made  # the newest of our own need not be read
+            mine = made is not None and after + 1 == made.commit.number == upto
+            for entry in [made] if mine else self._lake.runs(after, upto):
                 known.append(self._follow(entry, known))
                 yield known[-1]
                 while known and known[0].number <= self._index.number: known.popleft()
@@ -466,7 +469,10 @@ class LakeWriter(LakeReader):
                 if lake.age(file.path) > self.grace / 2:
                     raise PoolUnavailable(f"{self!r}: steps waited longer than half of grace={self.grace:g} "
                                           "s for their commit; store them again")
-            try: return lake.put(entry, commit.schema or self._index.schema)
+            try:
+                done = lake.put(entry, commit.schema or self._index.schema)
+                if done: self._made = entry
+                return done
             except BaseException:  # what surely is in no log is taken back; else it is for `repair` to judge
                 with suppress(DataIOError, OSError):
                     if lake.settled and lake.head() < commit.number: lake.remove(f.path for f in entry.files)

@@ -954,7 +954,8 @@ def runs(self: LakeHistory,
     CorruptData
         Stored bytes that are damaged, cut short, or of a format this version does not know
     """
-    there = self._stretches() if upto - after > 20 and self.table.format > 1 else []
+    many = upto - after > 20 or (not after and upto > 1)  # so many that a look at what there is in columns is worth it
+    there = self._stretches() if many and self.table.format > 1 else []
     number = after + 1
     while number <= upto:
         some = [(first, last) for first, last in there if first <= number <= last <= upto]
