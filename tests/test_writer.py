@@ -199,14 +199,18 @@ def test_seconds(tmp_path):
 
 def test_nobody_holds_it(tmp_path):
     "A writer that is let go of, or whose pool is closed, stores what is left"
-    for end in ("del", "pool"):
+    for end in ("del", "pool"):  # the second is looked at further
         pool = DaskPool(tmp_path / end)
         writer = pool.writer({"car": "A"})
         writer.append(**step(0), timestamp=at(0))
         if end == "pool": pool.close()
         else: del writer; gc.collect()
         assert sum(map(len, DaskPool(tmp_path / end))) == 1
-    with pytest.raises(ClosedError, match="writer is closed"): writer.append(**step(1), timestamp=at(1))
+    pool.load()
+    writer.append(**step(1), timestamp=at(1))
+    writer.close()
+    assert sum(map(len, pool)) == 1 + (end == "pool")
+    with pytest.raises(ClosedError, match="writer is closed"): writer.append(**step(2), timestamp=at(2))
 
 
 def test_at_the_end_of_a_process(tmp_path):

@@ -266,7 +266,7 @@ class PoolHandle(PoolBackend):
 
     def close(self) -> None:
         "Let go of files and connections; closing twice is harmless"
-        for writer in list(self._writers): writer.close()
+        for writer in list(self._writers): writer._settle()
         if not self._closed and self._parent is None: self._close()  # where this fails the pool stays open
         vars(self).update(_closed=True, _idle=False)
 

@@ -218,6 +218,7 @@ class Desk:
 
     @property
     def pending(self) -> int:
+        if self.process != os.getpid(): return 0  # a thread of the parent may have held the lock
         with self.lock:
             sheet = self.sheet
             open = 0 if sheet is None else sum(int(sheet.there[d:sheet.n, i].sum()) for i, d in enumerate(sheet.done))
@@ -423,8 +424,10 @@ def append(self: Writer,
     desk = self._desk
     values = dict(state=state, action=action, reward=reward, nstate=nstate, terminated=terminated,
                   truncated=truncated, info=info)
+    with at_the_door:
+        if desk.process != os.getpid(): self._check_own()
     with at_the_door, desk.lock:
-        if desk.closed or desk.trouble or desk.process != os.getpid(): self._check()
+        if desk.closed or desk.trouble: self._check()
         if (sheet := desk.sheet) is None: sheet = desk.sheet = self._begin(values, timestamp)
         if sheet.n == sheet.size: desk.cut()
         times = _when(timestamp)
@@ -456,6 +459,11 @@ def flush(self: Writer) -> None:
         self._check_own()
         self._desk.cut()
         self._desk.commit()
+
+@patch
+def _settle(self: Writer) -> None:
+    "Commit what is left, because the pool closes"
+    if self._desk.process == os.getpid() and self.pending: self.flush()
 
 @patch
 def close(self: Writer) -> None:
@@ -502,7 +510,6 @@ def _check_own(self: Writer) -> None:
 @patch
 def _check(self: Writer) -> None:
     "Raise where no step can be taken"
-    self._check_own()
     desk, n = self._desk, self.pending
     if desk.closed: raise ClosedError("this writer is closed; pool.writer() makes another")
     if not isinstance(desk.trouble, PoolUnavailable):
