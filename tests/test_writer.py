@@ -40,15 +40,16 @@ def obvious(lanes):
 
 class TestOracle:
     @settings(max_examples=60, deadline=None)
-    @given(ends=st.lists(st.sampled_from("....tc"), min_size=1, max_size=40), size=st.integers(1, 12), flush=st.sets(st.integers(0, 40), max_size=4))
+    @given(ends=st.lists(st.sampled_from("....tcr"), min_size=1, max_size=40), size=st.integers(1, 12), flush=st.sets(st.integers(0, 40), max_size=4))
     def test_one(self, ends, size, flush):
-        "Steps of one machine, with ends of both kinds, in portions of any size"
+        "Steps of one machine, with ends of both kinds and resets, in portions of any size"
         pool, episodes = MemoryPool(), [[]]
         with pool.writer({"car": "A"}, steps=size) as writer:
             for i, end in enumerate(ends):
                 writer.append(**step(i), terminated=end == "t", truncated=end == "c", timestamp=at(i))
                 episodes[-1].append((i, end == "t", end == "c"))
                 if end != ".": episodes.append([])
+                if end == "r": writer.reset()
                 if i in flush:
                     writer.flush()
                     assert writer.acknowledged == i + 1 and writer.pending == 0
@@ -58,11 +59,11 @@ class TestOracle:
     @settings(max_examples=60, deadline=None)
     @given(data=st.data(), n=st.integers(1, 5), rows=st.integers(1, 25), size=st.integers(1, 9))
     def test_many(self, data, n, rows, size):
-        "Environments side by side, each with ends of its own; some take no step now and then"
+        "Environments side by side, each with ends and resets of its own; some take no step now and then"
         pool, lanes = MemoryPool(), [({"env": lane}, [[]]) for lane in range(n)]
         writer = pool.writer([who for who, _ in lanes], steps=size)
         for i in range(rows):
-            kinds = data.draw(st.lists(st.sampled_from("....tc-"), min_size=n, max_size=n))
+            kinds = data.draw(st.lists(st.sampled_from("....tcr-"), min_size=n, max_size=n))
             if i == 0: kinds = [k.replace("-", ".") for k in kinds]  # the schema comes from a step
             flags = [np.array([k == kind for k in kinds]) for kind in "tc"]
             told = [step(i, lane) for lane in range(n)]
@@ -72,6 +73,7 @@ class TestOracle:
                 if kind == "-": continue
                 episodes[-1].append((i, kind == "t", kind == "c"))
                 if kind != ".": episodes.append([])
+            if "r" in kinds: writer.reset(np.array([k == "r" for k in kinds]))
         writer.close()
         assert facts_of(pool) == obvious([(who, [e for e in episodes if e]) for who, episodes in lanes])
 
@@ -110,6 +112,18 @@ def test_who():
     writer = MemoryPool().writer([{"env": 1}, {"env": 1}])
     with pytest.raises(SchemaError, match="another identity for each"): writer.append(np.zeros((2, 1)), np.zeros((2, 1)), np.zeros(2), np.zeros((2, 1)))
     with pytest.raises(ReadOnly): MemoryPool().snapshot().writer()
+
+
+def test_reset():
+    "It needs no step, forgets an episode that was to go on, names what is wrong, and is refused where no step is taken"
+    pool = MemoryPool()
+    with pool.writer({"car": "A"}) as writer: writer.append(**step(0), timestamp=at(0))
+    with pool.writer({"car": "A"}, start=at(0)) as writer:
+        writer.reset()
+        writer.append(**step(1), timestamp=at(1))
+    assert facts_of(pool) == obvious([({"car": "A"}, [[(0, False, False)], [(1, False, False)]])])
+    with pytest.raises(ClosedError): writer.reset()
+    with pytest.raises(QueryError, match="where: expected one for each of 2"): MemoryPool().writer([{"env": 0}, {"env": 1}]).reset([True] * 3)
 
 
 class Outage:

@@ -86,6 +86,7 @@ class Sheet:
         self.n, self.done = 0, [0] * len(who)  # rows, and those that are in episodes
         self.open: list[Optional[Going]] = [None] * len(who)  # the episodes that go on
         self.before = np.full(len(who), np.iinfo("int64").min)  # times of the last steps before these rows
+        self.newest = int(self.before[0])  # the last time of any environment
 
     @property
     def last(self) -> np.ndarray: return self.times[self.n - 1] if self.n else self.before
@@ -116,18 +117,21 @@ class Sheet:
         SchemaError
             For values that do not fit, and then takes none
         """
-        n, last = self.n, self.last
+        n = self.n
         if values["info"] is not None and "info" not in self.blocks:
             raise SchemaError("got info, which the schema does not have")
         fit = {role: self._fit(role, values[role]) for role in self.blocks}
-        late = (np.asarray(times) <= last) & where if self.many else times <= last.item()
-        if np.any(late) if self.many else late: raise _late(times, last)
+        least = times if type(times) is int else int(times.min())
+        if least <= self.newest and np.any((times <= self.last) & where): raise _late(times, self.last)
         for role, value in fit.items(): self.blocks[role][n] = value
         self.there[n] = where
-        self.times[n] = times if where is True else np.where(where, times, last)
+        self.times[n] = times if where is True else np.where(where, times, self.last)
+        self.newest = max(self.newest, times if type(times) is int else int(times.max()))
         self.n = n + 1
         terminated, truncated = fit["terminated"], fit["truncated"]
-        return np.any((terminated | truncated) & where) if self.many else bool(terminated or truncated)
+        if not self.many: return bool(terminated or truncated)
+        if not np.count_nonzero(terminated) and not np.count_nonzero(truncated): return False
+        return bool(np.any((terminated | truncated) & where))
 
 # %% ../../../nbs/storage/pool/writer.ipynb #8628322d
 def _late(times: Any, last: np.ndarray) -> SchemaError:
@@ -224,11 +228,13 @@ class Desk:
             open = 0 if sheet is None else sum(int(sheet.there[d:sheet.n, i].sum()) for i, d in enumerate(sheet.done))
             return open + sum(len(e) for _, e in self.waiting)
 
-    def cut(self, which: Optional[Sequence[int]] = None) -> None:
-        "Let what some environments appended, or all of them, wait for a commit"
+    def cut(self, which: Optional[Sequence[int]] = None, over: bool = False) -> None:
+        "Let what some environments appended, or all of them, wait for a commit; `over`: no episode goes on"
         with self.lock:
             if (sheet := self.sheet) is None: return
-            found, changes = sheet.cut(range(len(sheet.who)) if which is None else which)
+            which = range(len(sheet.who)) if which is None else which
+            found, changes = sheet.cut(which)
+            if over: changes["open"] = [None if i in which else x for i, x in enumerate(changes["open"])]
             in_one_step(partial(list.extend, self.waiting, found), partial(dict.update, vars(sheet), changes))
 
     def commit(self) -> None:
@@ -328,14 +334,26 @@ class Writer:
             self._going = [None if us is None else self._resumed(i, us) for i, us in enumerate(times)]
             self._finalizer = weakref.finalize(self, _at_last, self._desk)
 
-    def _check_options(self, seconds: Any, starts: Sequence) -> None:
-        if not self.who: raise QueryError("who: expected one identity for each environment, got none")
-        for name, n in (("steps", self.steps), ("most", self.most)):
-            if not is_whole(n, 1): raise QueryError(f"{name}: expected a whole number from 1, got {brief(n)}")
-        if not seconds > 0: raise QueryError(f"seconds: expected more than 0, got {brief(seconds)}")
-        if len(starts) != len(self.who): raise QueryError(f"start: expected {len(self.who)}, got {brief(starts)}")
+    def __enter__(self) -> "Writer": return self
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        try: self.close()
+        except Exception as e:
+            if error is None: raise
+            tell(f"{self.pending} steps that were appended are not stored: {e}")
+
+    def __repr__(self) -> str:
+        n = f"{len(self.who)} environments, " * self.many
+        return f"Writer({self._desk.pool!r}, {n}{self.acknowledged:,} steps stored, {self.pending:,} pending)"
 
 # %% ../../../nbs/storage/pool/writer.ipynb #b6542541
+@patch
+def _check_options(self: Writer, seconds: Any, starts: Sequence) -> None:
+    if not self.who: raise QueryError("who: expected one identity for each environment, got none")
+    for name, n in (("steps", self.steps), ("most", self.most)):
+        if not is_whole(n, 1): raise QueryError(f"{name}: expected a whole number from 1, got {brief(n)}")
+    if not seconds > 0: raise QueryError(f"seconds: expected more than 0, got {brief(seconds)}")
+    if len(starts) != len(self.who): raise QueryError(f"start: expected {len(self.who)}, got {brief(starts)}")
+
 @patch
 def _resumed(self: Writer, i: int, start: int) -> tuple[Going, int]:
     "An episode that goes on, and when its last step was"
@@ -368,6 +386,7 @@ def _begin(self: Writer, values: dict[str, Any], timestamp: Any) -> Sheet:
     sheet = Sheet(schema, who, self.steps, self.many, zone)
     for i, going in enumerate(self._going):
         if going is not None: sheet.open[i], sheet.before[i] = going
+    sheet.newest = int(sheet.before.max())
     return sheet
 
 def _one(value: Any) -> Any:
@@ -431,8 +450,8 @@ def append(self: Writer,
         if (sheet := desk.sheet) is None: sheet = desk.sheet = self._begin(values, timestamp)
         if sheet.n == sheet.size: desk.cut()
         times = _when(timestamp)
-        if timestamp is None and times <= (last := int(sheet.last.max() if self.many else sheet.last.item())):
-            times = last + 1  # the clock is coarse, or was set back
+        if timestamp is None and times <= sheet.newest:
+            times = sheet.newest + 1  # the clock is coarse, or was set back
         ended = sheet.write(values, times, True if where is None else np.asarray(where, bool))
         if full := sheet.n == sheet.size: desk.cut()
         elif ended: desk.cut(sheet.ended())
@@ -444,6 +463,39 @@ def _due(self: Writer) -> None:
     "Have what was cut committed"
     if not self._inline: return self._desk.wake()
     with at_the_door: self._desk.commit()
+
+# %% ../../../nbs/storage/pool/writer.ipynb #5bb8566d
+@patch
+def reset(self: Writer,
+    where: Any = True, # `(environments,)` bool: those of which that is so; by default all
+) -> None:
+    """Have the next step begin another episode, though the last one did not end; without steps nothing changes
+
+    Parameters
+    ----------
+    where : Any, default True
+        `(environments,)` bool: those of which that is so; by default all
+
+    Raises
+    ------
+    QueryError
+        A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
+    ClosedError
+        Use of a pool or buffer after it was closed
+    PoolUnavailable
+        A pool that cannot be reached, or written, just now
+    """
+    desk = self._desk
+    with at_the_door: self._check_own()
+    with at_the_door, desk.lock:
+        if desk.closed or desk.trouble: self._check()
+        try: chosen = np.flatnonzero(np.broadcast_to(np.asarray(where, bool), len(self.who))).tolist()
+        except ValueError:
+            raise QueryError(f"where: expected one for each of {len(self.who)}, got {brief(where)}") from None
+        self._going = [None if i in chosen else going for i, going in enumerate(self._going)]
+        desk.cut(chosen, over=True)
+        waits = bool(desk.waiting)
+    if waits: self._due()
 
 # %% ../../../nbs/storage/pool/writer.ipynb #ce9bcfda
 @patch
@@ -470,15 +522,6 @@ def close(self: Writer) -> None:
     "Commit what is left; an episode that did not end can go on later, with `start=`"
     with at_the_door: self._desk.close()
 
-@patch
-def __enter__(self: Writer) -> Writer: return self
-@patch
-def __exit__(self: Writer, kind: Any, error: Any, trace: Any) -> None:
-    try: self.close()
-    except Exception as e:
-        if error is None: raise
-        tell(f"{self.pending} steps that were appended are not stored: {e}")
-
 @patch(as_prop=True)
 def acknowledged(self: Writer) -> int: return self._desk.acknowledged # steps that are stored
 @patch(as_prop=True)
@@ -496,11 +539,6 @@ def last(self: Writer) -> Any: # For environments side by side one each
     ends = self._desk.ends
     times = [from_us(ends[i]) if i in ends else None for i in range(len(self.who))]
     return times if self.many else times[0]
-
-@patch
-def __repr__(self: Writer) -> str:
-    n = f"{len(self.who)} environments, " * self.many
-    return f"Writer({self._desk.pool!r}, {n}{self.acknowledged:,} steps stored, {self.pending:,} pending)"
 
 # %% ../../../nbs/storage/pool/writer.ipynb #750f6aa2
 @patch
