@@ -756,7 +756,8 @@ def _layout_hint(frame: pd.DataFrame) -> str:
     if frame.columns.nlevels > 1 or not all(map(is_text, frame.columns)): return ""
     code = layout_code(guess_parts(dict(zip(frame.columns, frame.dtypes))))
     dots = ", with your columns in place of the dots" * ("..." in code)
-    return f". For a plain table say which column is what{dots}, and store its episodes: pool.extend({code}.episodes(table))"
+    return (f". For a plain table say which column is what{dots}, "
+            f"and store its episodes: pool.extend({code}.episodes(table))")
 
 # %% ../../nbs/data/schema.ipynb #20d6f49b
 def columns_of(

@@ -5,6 +5,7 @@
 # %% ../../nbs/data/signals.ipynb #573d22d1
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Optional
+from fastcore.basics import patch
 import numpy as np
 import pandas as pd  # type: ignore
 
@@ -110,7 +111,8 @@ def _grid(signals: Mapping[str, Signal], every: Any, at: Any) -> np.ndarray: # `
 # %% ../../nbs/data/signals.ipynb #6ea64d72
 _BEYOND = np.iinfo("int64").max
 
-def _hold(s: Signal, grid: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]: # Positions, which count
+@patch
+def hold(self: Signal, grid: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]: # Positions, which count
     """The last sample at or before each time
 
     Returns
@@ -118,17 +120,19 @@ def _hold(s: Signal, grid: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarr
     tuple[np.ndarray, np.ndarray]
         Positions, which count
     """
-    at = np.searchsorted(s.us, grid, "right") - 1
-    return at, (at >= 0) & (grid - s.us[at] <= limit)
+    at = np.searchsorted(self.us, grid, "right") - 1
+    return at, (at >= 0) & (grid - self.us[at] <= limit)
 
-def _nearest(s: Signal, grid: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
+@patch
+def nearest(self: Signal, grid: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
     "The sample that is next to each time"
-    before = np.searchsorted(s.us, grid, "right") - 1
-    left, right = before.clip(0), (before + 1).clip(max=len(s.us) - 1)
-    at = np.where(np.abs(grid - s.us[left]) <= np.abs(s.us[right] - grid), left, right)
-    return at, np.abs(grid - s.us[at]) <= limit
+    before = np.searchsorted(self.us, grid, "right") - 1
+    left, right = before.clip(0), (before + 1).clip(max=len(self.us) - 1)
+    at = np.where(np.abs(grid - self.us[left]) <= np.abs(self.us[right] - grid), left, right)
+    return at, np.abs(grid - self.us[at]) <= limit
 
-def _linear(s: Signal, grid: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]: # Values
+@patch
+def linear(self: Signal, grid: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]: # Values
     """A line between the samples around each time
 
     Returns
@@ -136,34 +140,36 @@ def _linear(s: Signal, grid: np.ndarray, limit: int) -> tuple[np.ndarray, np.nda
     tuple[np.ndarray, np.ndarray]
         Values
     """
-    a, b = np.searchsorted(s.us, grid, "right") - 1, np.searchsorted(s.us, grid, "left")
-    known = (a >= 0) & (b < len(s.us))
-    a, b = a.clip(0), b.clip(max=len(s.us) - 1)
-    span = s.us[b] - s.us[a]
-    share = np.divide(grid - s.us[a], span, out=np.zeros(len(grid)), where=span > 0)
-    low, high = s.values[a].astype("float64"), s.values[b].astype("float64")
+    a, b = np.searchsorted(self.us, grid, "right") - 1, np.searchsorted(self.us, grid, "left")
+    known = (a >= 0) & (b < len(self.us))
+    a, b = a.clip(0), b.clip(max=len(self.us) - 1)
+    span = self.us[b] - self.us[a]
+    share = np.divide(grid - self.us[a], span, out=np.zeros(len(grid)), where=span > 0)
+    low, high = self.values[a].astype("float64"), self.values[b].astype("float64")
     return np.where(span > 0, low * (1 - share) + high * share, low), known & (span <= limit)
 
-def _mean(s: Signal, grid: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+@patch
+def mean(self: Signal, grid: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "The mean of the samples between each edge and the next, the next included"
-    counts = np.diff(np.searchsorted(s.us, edges, "right"))
-    first = np.searchsorted(s.us, edges[0], "right")
-    part = s.values[first:first + counts.sum()].astype("float64")
+    counts = np.diff(np.searchsorted(self.us, edges, "right"))
+    first = np.searchsorted(self.us, edges[0], "right")
+    part = self.values[first:first + counts.sum()].astype("float64")
     sums = np.bincount(np.repeat(np.arange(len(grid)), counts), part, len(grid))
     return np.divide(sums, counts, out=np.zeros(len(grid)), where=counts > 0), counts > 0
 
 # %% ../../nbs/data/signals.ipynb #906d2d0b
 _WAYS = ("hold", "linear", "nearest", "mean")
 
-def _read_at(s: Signal, grid: np.ndarray, edges: np.ndarray, how: str, limit: int) -> pd.Series:
+@patch
+def read_at(self: Signal, grid: np.ndarray, edges: np.ndarray, how: str, limit: int) -> pd.Series:
     "A signal at the times of a grid"
-    if not len(s.us) or not len(grid): values, known = np.zeros(len(grid), s.values.dtype), grid < grid
-    elif how == "mean": values, known = _mean(s, grid, edges)
-    elif how == "linear": values, known = _linear(s, grid, limit)
+    if not len(self.us) or not len(grid): values, known = np.zeros(len(grid), self.values.dtype), grid < grid
+    elif how == "mean": values, known = self.mean(grid, edges)
+    elif how == "linear": values, known = self.linear(grid, limit)
     else:
-        at, known = (_hold if how == "hold" else _nearest)(s, grid, limit)
-        values = s.values[at]
-    if values.dtype.kind == "f" and s.values.dtype.kind == "f": values = values.astype(s.values.dtype)
+        at, known = (self.hold if how == "hold" else self.nearest)(grid, limit)
+        values = self.values[at]
+    if values.dtype.kind == "f" and self.values.dtype.kind == "f": values = values.astype(self.values.dtype)
     if values.dtype.kind == "f": return pd.Series(np.where(known, values, np.array(np.nan, values.dtype)))
     if known.all(): return pd.Series(values)
     name = values.dtype.name
@@ -217,7 +223,7 @@ def resample(
         edges, out, counts = np.append(grid[:1] - step, grid), {}, {"filled": {}, "missing": {}}
         for name, s in found.items():
             reach = _BEYOND if limits[name] is None else _span_us("limit", limits[name])
-            out[name] = _read_at(s, grid, edges, ways[name], reach)
+            out[name] = s.read_at(grid, edges, ways[name], reach)
             known = out[name].notna().to_numpy(bool)
             filled = known & (np.diff(np.searchsorted(s.us, edges, "right"))[:len(grid)] == 0)
             if flags: out[f"{name}_filled"] = filled

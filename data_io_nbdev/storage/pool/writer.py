@@ -91,48 +91,6 @@ class Sheet:
     @property
     def last(self) -> np.ndarray: return self.times[self.n - 1] if self.n else self.before
 
-    def write(self,
-        values: dict[str, Any], # By role
-        times: int | np.ndarray, # UTC microseconds
-        where: Any = True, # `(environments,)` bool: those that took a step
-    ) -> bool: # Whether an episode ended
-        """Take a step of each environment; raises `SchemaError` for values that do not fit, and then takes none
-
-        Parameters
-        ----------
-        values : dict[str, Any]
-            By role
-        times : int | np.ndarray
-            UTC microseconds
-        where : Any, default True
-            `(environments,)` bool: those that took a step
-
-        Returns
-        -------
-        bool
-            Whether an episode ended
-
-        Raises
-        ------
-        SchemaError
-            For values that do not fit, and then takes none
-        """
-        n = self.n
-        if values["info"] is not None and "info" not in self.blocks:
-            raise SchemaError("got info, which the schema does not have")
-        fit = {role: self._fit(role, values[role]) for role in self.blocks}
-        least = times if type(times) is int else int(times.min())
-        if least <= self.newest and np.any((times <= self.last) & where): raise _late(times, self.last)
-        for role, value in fit.items(): self.blocks[role][n] = value
-        self.there[n] = where
-        self.times[n] = times if where is True else np.where(where, times, self.last)
-        self.newest = max(self.newest, times if type(times) is int else int(times.max()))
-        self.n = n + 1
-        terminated, truncated = fit["terminated"], fit["truncated"]
-        if not self.many: return bool(terminated or truncated)
-        if not np.count_nonzero(terminated) and not np.count_nonzero(truncated): return False
-        return bool(np.any((terminated | truncated) & where))
-
 # %% ../../../nbs/storage/pool/writer.ipynb #8628322d
 def _late(times: Any, last: np.ndarray) -> SchemaError:
     was, came = from_us(last.max()).isoformat(), from_us(np.max(times)).isoformat()
@@ -151,6 +109,50 @@ def _fit(self: Sheet, role: str, value: Any) -> Any:
     block = _array_block(value if self.many else _lift(value), role, self.schema)
     if len(block) == (len(self.who) if self.many else 1): return block if self.many else block[0]
     raise SchemaError(f"{role}: expected one for each of {len(self.who)} environments, got {len(block)}")
+
+# %% ../../../nbs/storage/pool/writer.ipynb #acf4a2e3
+@patch
+def write(self: Sheet,
+    values: dict[str, Any], # By role
+    times: int | np.ndarray, # UTC microseconds
+    where: Any = True, # `(environments,)` bool: those that took a step
+) -> bool: # Whether an episode ended
+    """Take a step of each environment; raises `SchemaError` for values that do not fit, and then takes none
+
+    Parameters
+    ----------
+    values : dict[str, Any]
+        By role
+    times : int | np.ndarray
+        UTC microseconds
+    where : Any, default True
+        `(environments,)` bool: those that took a step
+
+    Returns
+    -------
+    bool
+        Whether an episode ended
+
+    Raises
+    ------
+    SchemaError
+        For values that do not fit, and then takes none
+    """
+    n = self.n
+    if values["info"] is not None and "info" not in self.blocks:
+        raise SchemaError("got info, which the schema does not have")
+    fit = {role: self._fit(role, values[role]) for role in self.blocks}
+    least = times if type(times) is int else int(times.min())
+    if least <= self.newest and np.any((times <= self.last) & where): raise _late(times, self.last)
+    for role, value in fit.items(): self.blocks[role][n] = value
+    self.there[n] = where
+    self.times[n] = times if where is True else np.where(where, times, self.last)
+    self.newest = max(self.newest, times if type(times) is int else int(times.max()))
+    self.n = n + 1
+    terminated, truncated = fit["terminated"], fit["truncated"]
+    if not self.many: return bool(terminated or truncated)
+    if not np.count_nonzero(terminated) and not np.count_nonzero(truncated): return False
+    return bool(np.any((terminated | truncated) & where))
 
 # %% ../../../nbs/storage/pool/writer.ipynb #ed2f4324
 @patch
@@ -237,20 +239,22 @@ class Desk:
             if over: changes["open"] = [None if i in which else x for i, x in enumerate(changes["open"])]
             in_one_step(partial(list.extend, self.waiting, found), partial(dict.update, vars(sheet), changes))
 
-    def commit(self) -> None:
-        "Store what waits; raises what the pool raises, and then it goes on waiting"
-        with self.committing:
-            with self.lock: items = self.waiting[:]
-            if not items: return
-            try: self.pool.extend([episode for _, episode in items])
-            except BaseException as e:
-                if isinstance(e, Exception): self.trouble = e
-                raise
-            ends = {**self.ends, **{i: int(e.times[-1]) for i, e in items}}
-            steps = self.acknowledged + sum(len(e) for _, e in items)
-            with self.lock:
-                in_one_step(partial(list.__delitem__, self.waiting, slice(len(items))),
-                            partial(dict.update, vars(self), acknowledged=steps, ends=ends, trouble=None))
+# %% ../../../nbs/storage/pool/writer.ipynb #f12313b2
+@patch
+def commit(self: Desk) -> None:
+    "Store what waits; raises what the pool raises, and then it goes on waiting"
+    with self.committing:
+        with self.lock: items = self.waiting[:]
+        if not items: return
+        try: self.pool.extend([episode for _, episode in items])
+        except BaseException as e:
+            if isinstance(e, Exception): self.trouble = e
+            raise
+        ends = {**self.ends, **{i: int(e.times[-1]) for i, e in items}}
+        steps = self.acknowledged + sum(len(e) for _, e in items)
+        with self.lock:
+            in_one_step(partial(list.__delitem__, self.waiting, slice(len(items))),
+                        partial(dict.update, vars(self), acknowledged=steps, ends=ends, trouble=None))
 
 # %% ../../../nbs/storage/pool/writer.ipynb #23f0e5b6
 @patch
