@@ -166,4 +166,4 @@ def test_readers_and_a_writer(attack):
         if wrong: raise wrong[0]
         assert not any(thread.is_alive() for thread in threads)
         same_facts(index, world.oracle)
-    attack("readers beside a writer, index", 12, trial)
+    attack("readers beside a writer, index", 25, trial)

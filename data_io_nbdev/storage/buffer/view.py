@@ -7,7 +7,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import islice
+from itertools import islice, takewhile
 from typing import Any, Optional
 from fastcore.basics import patch
 
@@ -41,8 +41,7 @@ def unseen(
     -------
     list[Part]
     """
-    n = next((n for n, part in enumerate(reversed(parts)) if part.offset < seen), len(parts))
-    return list(parts[len(parts) - n:])
+    return [*takewhile(lambda part: part.offset >= seen, reversed(parts))][::-1]
 
 # %% ../../../nbs/storage/buffer/view.ipynb #16b10b32
 def keep_once(
@@ -318,13 +317,13 @@ def _difference(self: Seen,
     tuple[dict, Sequence[Part]]
         Ids of the episodes whose rows must go, and the parts that are new
     """
-    if not self._held: return {}, found.block()[0]
-    there, held = {parts[0].id: parts for parts in found}, self._held
-    lives = {id: parts[0].life for id, parts in there.items()}
+    held, ids = self._held, found.ids
+    lives = dict(zip(ids, found.born.tolist()))
     gone = dict.fromkeys(id for id in changed if id in held and lives.get(id) != held[id][0])
+    kept = {n for n, id in enumerate(ids) if id in held and id not in gone}
+    if not kept: return gone, found.block()[0]
     fresh: list[Part] = []
-    for id, parts in there.items():
-        fresh += unseen(parts, 0 if id in gone or id not in held else held[id][1])
+    for n, id in enumerate(ids): fresh += unseen(found[n], held[id][1]) if n in kept else found[n]
     return gone, fresh
 
 # %% ../../../nbs/storage/buffer/view.ipynb #f9de116c

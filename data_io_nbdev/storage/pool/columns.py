@@ -177,14 +177,14 @@ class Commit(NamedTuple):
 _call = methodcaller("__call__")
 
 def in_one_step(
-    *changes: Callable[[], Any], # Each a `partial` of a method in C, such as `dict.update`; must not fail
+    *changes: Callable[[], Any], # Each a `partial` of a function in C, such as `dict.update`; must not fail
 ) -> None:
-    """Make several changes with nothing in between: no exception, no other thread, no fork
+    """Make several changes with nothing in between: no exception, no fork, no other thread, but while numpy assigns
 
     Parameters
     ----------
     *changes : Callable[[], Any]
-        Each a `partial` of a method in C, such as `dict.update`; must not fail
+        Each a `partial` of a function in C, such as `dict.update`; must not fail
     """
     # a finalizer would let others in
     first, last = ((gc.disable,), (gc.enable,)) if gc.isenabled() else ((), ())
@@ -691,12 +691,13 @@ def rows(self: View, lives: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, n
     if not (last > first).any(): return last, owner
     count = self.p.nth[last] - self.p.nth[first] + 1
     if count.max() > 100 or count.sum() > self.m >> 2:  # then it is quicker to look at all of them
-        of = np.full(self.n, -1, "int32")
+        begin, of = first.min(), np.full(self.n, -1, "int32")
         of[lives] = owner
-        owner = of[self.p.life[:last.max() + 1]]
-        rows = np.flatnonzero(owner >= 0)
-        rows = rows[(rows >= first[owner[rows]]) & (rows <= last[owner[rows]])]
-        return rows, owner[rows]
+        owner = of[self.p.life[begin:last.max() + 1]]
+        some = np.flatnonzero(owner >= 0)
+        rows, owner = some + begin, owner[some]
+        inside = (rows >= first[owner]) & (rows <= last[owner])
+        return rows[inside], owner[inside]
     rows, owners = [last], [owner]
     while (more := rows[-1] > first[owners[-1]]).any():
         owners.append(owners[-1][more])
@@ -835,16 +836,16 @@ def _coming(self: Index, view: View, put: Block, gone: np.ndarray) -> tuple[int,
     links, last = _linked(view, of, life, parts.n)
     new, old = (life < 0).nonzero()[0], (life >= 0).nonzero()[0]
     numbers, head = np.arange(lives.n, lives.n + len(new), dtype="int32"), first[new]
-    life[new], changes = numbers, []
+    life[new], n = numbers, lives.n
     if len(new):
         begun = put.lives[head]
         n = lives.write(dict(id=id[head], who=self._who_of(put, head), start=start[head], born=begun,
                              died=np.full(len(head), ALIVE), first=parts.n + head, last=last[new]))
-        changes.append(partial(dict.update, vars(lives), n=n))
-    if len(old): changes.append(partial(setitem, lives.last, life[old], last[old]))  # of the table as it is now
     columns["zone"] = self._zones.codes(put.zone.values)[put.zone.codes]
     m = parts.write(dict(columns, **links, life=life[of], where=self._where_of(put)))
-    changes.append(partial(dict.update, vars(parts), n=m))
+    # numpy may let another thread in: it comes first, and then both tables count at once
+    changes = [partial(setitem, lives.last, life[old], last[old])] if len(old) else []
+    changes += [partial(dict.update, vars(table), n=count) for table, count in ((lives, n), (parts, m))]
     return len(head), changes, {"_runs": with_run(self._runs, id[head, 0], numbers)}
 
 @patch
@@ -874,15 +875,36 @@ def rows_of(self: View, parts: Block) -> tuple[np.ndarray, np.ndarray]: # Positi
     asked, lives = self.of(parts.columns["id"])
     there = self.l.died[lives] > self.oldest
     asked, lives = asked[there], lives[there]
-    row, found = self.l.last[lives], [(asked[:0], lives[:0])]
-    while len(asked):
+    found = [(asked[:0], lives[:0])]
+    for where in (lambda: self.l.last[lives], lambda: self.l.first[lives], lambda: self._nearest(parts, asked, lives)):
+        if not len(asked): break
+        row = where()
         hit = ((self.p.offset[row] == parts.columns["offset"][asked])
                & (self.p.version[row] == parts.columns["version"][asked]))
         found.append((asked[hit], row[hit]))
-        more = ~hit & (row > self.l.first[lives])
-        asked, lives, row = asked[more], lives[more], self.p.prev[row[more]]
+        asked, lives = asked[~hit], lives[~hit]
     asked, rows = map(np.concatenate, zip(*found))
     return asked, rows
+
+@patch
+def _nearest(self: View, parts: Block, asked: np.ndarray, lives: np.ndarray) -> np.ndarray: # Rows
+    """In each life the first part whose offset is not less than that of the one asked for, else the last
+
+    Returns
+    -------
+    np.ndarray
+        Rows
+    """
+    some, which = np.unique(lives, return_inverse=True)
+    rows, owner = self.rows(some, self.l.last[some])
+    rows, count = rows[np.argsort(owner, kind="stable")], np.bincount(owner, minlength=len(some))
+    ends, offset = np.cumsum(count), parts.columns["offset"][asked]
+    low, high = (ends - count)[which], ends[which] - 1
+    while len(open := np.flatnonzero(low < high)):
+        middle = (low[open] + high[open]) // 2
+        before = self.p.offset[rows[middle]] < offset[open]
+        low[open], high[open] = np.where(before, middle + 1, low[open]), np.where(before, high[open], middle)
+    return rows[low]
 
 @patch
 def _moving(self: Index, view: View, parts: Sequence[Part]) -> list[Callable[[], None]]:
@@ -1045,6 +1067,8 @@ class Selection(Sequence):
 
     @property
     def ids(self) -> list[str]: return id_texts(self._view.l.id[self._lives])
+    @property
+    def born(self) -> np.ndarray: return self._view.l.born[self._lives] # version at which each life began
     @property
     def start(self) -> np.ndarray: return self._view.l.start[self._lives] # UTC microseconds
     @property
