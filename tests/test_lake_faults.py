@@ -1,6 +1,6 @@
 """A data lake that is killed, torn, filled up, damaged, raced for, and written to by others: what it acknowledged stays, bit for bit.
 
-Everything here is a `DaskPool` in a local folder. The longest test is the soak; LAKE_SOAK_SECONDS says how long (30 by default)."""
+Everything here is a `DaskPool` in a local folder. The longest test is the soak; LAKE_SOAK_SECONDS says how long (20 by default)."""
 import gzip
 import itertools
 import json
@@ -41,7 +41,7 @@ from data_io_nbdev.storage.pool.pool import open_pool
 from data_io_nbdev.testing import at_once, drive, facts, facts_of
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="a local disk with hard links, kill -9 and tmpfs")
-SOAK = float(os.environ.get("LAKE_SOAK_SECONDS", 30))
+SOAK = float(os.environ.get("LAKE_SOAK_SECONDS", 20))
 
 
 @pytest.fixture
