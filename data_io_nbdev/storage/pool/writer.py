@@ -361,10 +361,10 @@ def _resumed(self: Writer, i: int, start: int) -> tuple[Going, int]:
 @patch
 def _begin(self: Writer, values: dict[str, Any], timestamp: Any) -> Sheet:
     "A sheet for steps like the first one"
-    desk, now = self._desk, from_us(_when(None))
-    first = {role: _one(value) for role, value in values.items()} if self.many else values
-    record = Record(**first, timestamp=now, episodestart=now, who=self.who[0])
-    schema = record.to_episode(self._schema or desk.pool.schema).schema
+    schema, now = self._schema or self._desk.pool.schema, from_us(_when(None))
+    if schema is None:
+        first = {role: _one(value) for role, value in values.items()} if self.many else values
+        schema = Record(**first, timestamp=now, episodestart=now, who=self.who[0]).to_episode().schema
     who = [_identities(schema, each) for each in self.who]
     if len({tuple(each.values()) for each in who}) < len(who):
         raise SchemaError(f"who: expected another identity for each environment, got {brief(self.who)}; "
@@ -449,7 +449,7 @@ def _due(self: Writer) -> None:
     if not self._inline: return self._desk.wake()
     with at_the_door: self._desk.commit()
 
-# %% ../../../nbs/storage/pool/writer.ipynb #5bb8566d
+# %% ../../../nbs/storage/pool/writer.ipynb #05bbae50
 @patch
 def reset(self: Writer,
     where: Any = True, # `(environments,)` bool: those of which that is so; by default all
