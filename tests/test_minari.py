@@ -15,7 +15,7 @@ from data_io_nbdev.interop.minari import from_minari, to_minari  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:minari")  # that it recommends an author, and more
 FORMATS = ("hdf5", "arrow", "parquet")
-CAMERA = (32, 33, 3) if interop._LOSSLESS else (99,)  # what is smaller is no image for Minari
+CAMERA, PIXEL = (32, 33, 3), "uint8" if interop._LOSSLESS else "int16"  # what is smaller is no image for Minari
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def schema(*more, state=None):
-    state = state or [Field("state", "camera", CAMERA, "uint8"), Field("state", "arm.angle", (2,), "float64", "rad"), Field("state", "arm.lit", (), "bool")]
+    state = state or [Field("state", "camera", CAMERA, PIXEL), Field("state", "arm.angle", (2,), "float64", "rad"), Field("state", "arm.lit", (), "bool")]
     action = [Field("action", "0", (), "int64"), Field("action", "1", (3,), "float32")]
     return Schema([*state, *action, Field("reward", "work", (), "float64", "J"), *more], {"robot": str, "day": int})
 
@@ -90,11 +90,11 @@ class TestThereAndBack:
 
 def made(id="other/made-v0", infos=True, **options):
     "A dataset as Minari makes it, of spaces in spaces"
-    observation_space = spaces.Dict(camera=spaces.Box(0, 255, CAMERA, "uint8"), more=spaces.Tuple([spaces.Discrete(9), spaces.Box(-9, 9, (1,), "float64")]))
+    observation_space = spaces.Dict(camera=spaces.Box(0, 255, CAMERA, PIXEL), more=spaces.Tuple([spaces.Discrete(9), spaces.Box(-9, 9, (1,), "float64")]))
     buffer, log = [], []
     for i, n in enumerate((5, 3, 4)):
         rng = np.random.default_rng(i)
-        obs = {"camera": rng.integers(0, 255, (n + 1, *CAMERA)).astype("uint8"), "more": (rng.integers(0, 9, n + 1), rng.normal(size=(n + 1, 1)))}
+        obs = {"camera": rng.integers(0, 255, (n + 1, *CAMERA)).astype(PIXEL), "more": (rng.integers(0, 9, n + 1), rng.normal(size=(n + 1, 1)))}
         actions, rewards, ends = rng.integers(0, 4, n), rng.normal(size=n), np.arange(n) == n - 1
         buffer.append(EpisodeBuffer(observations=obs, actions=actions, rewards=rewards, terminations=ends & (i == 0), truncations=ends & (i > 0),
                                     infos={"speed": np.arange(n + 1) / 2, "late": np.arange(n)} if infos else None))
@@ -182,7 +182,7 @@ class TestRefused:
     def test_images(self, monkeypatch):
         "A version of Minari that can only store them with loss gets none"
         monkeypatch.setattr(interop, "_LOSSLESS", False)
-        with pytest.raises(SchemaError, match="stores images such as 'camera' with loss"): to_minari(filled(schema(state=[Field("state", "camera", (32, 32), "uint8")])), "arm/bad-v0")
+        with pytest.raises(SchemaError, match="stores arrays of uint8 such as 'camera' with loss"): to_minari(filled(schema(state=[Field("state", "camera", (32, 32), "uint8")])), "arm/bad-v0")
 
     def test_there_already(self):
         dataset = to_minari(filled(), "arm/all-v0")
