@@ -163,6 +163,9 @@ def main() -> int:
     import lake
     import mongo
     import tables
+    import writer
+    writer.show_all(show, rounds)
+    gc.collect()
     tables.show_all(show, rounds)
     gc.collect()
     lake.show_all(show, rounds)

@@ -6,7 +6,7 @@
 #| code-fold: false
 import argparse
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Optional
 import numpy as np
@@ -18,7 +18,6 @@ __all__ = []
 # %% ../nbs/tutorials/main_job.ipynb #e4a536ef
 #| code-fold: false
 from .errors import require
-from .data.schema import Schema
 from .data.core import Episode, PoolQuery
 from .storage.pool.pool import open_pool
 from .storage.buffer.dask import DaskBuffer
@@ -50,10 +49,9 @@ OPERATORS = {"anna": anna, "bo": bo}
 def roll_out(
     env: Any, # A Gymnasium environment with a `Box` of actions
     act: Callable, # An operator
-    who: dict[str, str], # Which machine, which operator
     seed: int, # Of the environment and the operator
-) -> pd.DataFrame: # One row a step
-    """Drive one episode, and log it as a frame
+) -> None:
+    """Drive one episode
 
     Parameters
     ----------
@@ -61,75 +59,29 @@ def roll_out(
         A Gymnasium environment with a `Box` of actions
     act : Callable
         An operator
-    who : dict[str, str]
-        Which machine, which operator
     seed : int
         Of the environment and the operator
-
-    Returns
-    -------
-    pd.DataFrame
-        One row a step
     """
-    rng, steps = np.random.default_rng(seed), []
-    state, _ = env.reset(seed=seed)
-    action, now, ended = np.zeros(env.action_space.shape), 0, False
+    rng, action, ended = np.random.default_rng(seed), np.zeros(env.action_space.shape), False
+    env.reset(seed=seed)
     while not ended:
         action = act(rng, env.action_space, action)
-        nstate, reward, terminated, truncated, _ = env.step(action)
-        now = max(time.time_ns() // 1000, now + 1)  # microseconds; two steps never share one
-        steps.append((state, action, np.float32(reward), nstate, terminated, truncated, now))
-        state, ended = nstate, terminated or truncated
-    *columns, times = map(np.array, zip(*steps))
-    logged = dict(zip(("state", "action", "reward", "nstate", "terminated", "truncated"), columns))
-    schema, stamps = Schema.from_env(env, identity=list(who)), pd.to_datetime(times, unit="us", utc=True)
-    return Episode.from_arrays(**logged, timestamp=stamps, who=who, schema=schema).to_frame()
+        _, _, terminated, truncated, _ = env.step(action)
+        ended = terminated or truncated
 
 # %% ../nbs/tutorials/main_job.ipynb #487965db
 def fleet(
     env_id: str, # For example `"Pendulum-v1"`
-    episodes: int, # In all
-    seed: int = 0,
-) -> Iterator[pd.DataFrame]: # One frame an episode
-    """Two machines of a kind, driven by two operators in turn
+    path: Path, # The pool's folder; it need not exist yet
+    episodes: int, # To add
+    progress: Callable[[Iterable], Iterable] = iter, # Shows how far it is
+) -> None:
+    """Let two machines of a kind run, driven by two operators in turn; episodes of earlier runs stay
 
     Parameters
     ----------
     env_id : str
         For example `"Pendulum-v1"`
-    episodes : int
-        In all
-    seed : int, default 0
-
-    Yields
-    ------
-    Iterator[pd.DataFrame]
-        One frame an episode
-
-    Raises
-    ------
-    MissingExtra
-        An optional dependency that is not installed
-    """
-    env, kind = require("gymnasium", "demo").make(env_id), env_id.partition("-")[0].lower()
-    for i in range(episodes):
-        operator = list(OPERATORS)[i % 2]
-        who = {"machine": f"{kind}-{1 + i // 2 % 2}", "operator": operator}
-        yield roll_out(env, OPERATORS[operator], who, seed + i)
-
-# %% ../nbs/tutorials/main_job.ipynb #21b2946a
-def record(
-    env_id: str, # Whose episodes
-    path: Path, # The pool's folder; it need not exist yet
-    episodes: int, # To add
-    progress: Callable[[Iterable], Iterable] = iter, # Shows how far it is
-) -> None:
-    """Let a fleet run, and store its episodes; those of earlier runs stay
-
-    Parameters
-    ----------
-    env_id : str
-        Whose episodes
     path : Path
         The pool's folder; it need not exist yet
     episodes : int
@@ -139,15 +91,22 @@ def record(
 
     Raises
     ------
-    PoolNotFound
-        No pool at this place
     MissingExtra
         An optional dependency that is not installed
+    PoolNotFound
+        No pool at this place
     QueryError
         A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
     """
+    gym = require("gymnasium", "demo")
+    from data_io_nbdev.interop.gymnasium import record
+    kind = env_id.partition("-")[0].lower()
     with open_pool(path) as pool:
-        for frame in progress(fleet(env_id, episodes, seed=len(pool))): pool.store(frame)
+        first = len(pool)
+        for i in progress(range(episodes)):
+            operator = list(OPERATORS)[i % 2]
+            who = {"machine": f"{kind}-{1 + i // 2 % 2}", "operator": operator}
+            with record(gym.make(env_id), pool, who) as env: roll_out(env, OPERATORS[operator], first + i)
 
 # %% ../nbs/tutorials/main_job.ipynb #09671c1a
 def summary(
@@ -318,8 +277,7 @@ def run(
     """
     path = store / env_id
     if path.exists(): print(f"{path} holds {len(open_pool(path, mode='r'))} episodes from before")
-    driving = lambda frames: tqdm(frames, f"{env_id}: drive", episodes, unit=" episodes")
-    record(env_id, path, episodes, driving)
+    fleet(env_id, path, episodes, lambda rounds: tqdm(rounds, f"{env_id}: drive", unit=" episodes"))
     catalogue = open_pool(path, mode="r").catalogue()
     print(f"\n{path} holds {len(catalogue)} episodes, {catalogue['seq_len'].sum()} steps:\n")
     print(summary(catalogue).to_string(), "\n")

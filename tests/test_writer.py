@@ -114,6 +114,14 @@ def test_who():
     with pytest.raises(ReadOnly): MemoryPool().snapshot().writer()
 
 
+def test_flags_of_many():
+    "A flag that is given once is that of each"
+    pool = MemoryPool()
+    with pool.writer([{"env": 0}, {"env": 1}]) as writer:
+        for i in range(3): writer.append(np.zeros((2, 1)), np.zeros((2, 1)), np.zeros(2), np.zeros((2, 1)), **dict(truncated=True) if i == 1 else {})
+    assert sorted(len(e) for e in pool) == [1, 1, 2, 2] and sum(e.truncated.sum() for e in pool) == 2
+
+
 def test_reset():
     "It needs no step, forgets an episode that was to go on, names what is wrong, and is refused where no step is taken"
     pool = MemoryPool()

@@ -101,9 +101,10 @@ def _late(times: Any, last: np.ndarray) -> SchemaError:
 def _fit(self: Sheet, role: str, value: Any) -> Any:
     "A value as the block of a role takes it; raises `SchemaError`"
     dtype, shape = self.dtypes[role], self.shapes[role]
-    if type(value) is np.ndarray and value.dtype == dtype and value.shape == shape: return value
+    if type(value) is np.ndarray and value.shape == shape and (value.dtype is dtype or value.dtype == dtype):
+        return value
     if role in FLAGS:
-        if value is False or value is True: return value
+        if value is False or value is True: return np.full(shape, value) if self.many else value
         return _flag(value, role, len(self.who)) if self.many else _flag([value], role, 1)[0]
     if value is None: raise SchemaError(f"missing: {role}")
     block = _array_block(value if self.many else _lift(value), role, self.schema)
@@ -142,16 +143,16 @@ def write(self: Sheet,
     if values["info"] is not None and "info" not in self.blocks:
         raise SchemaError("got info, which the schema does not have")
     fit = {role: self._fit(role, values[role]) for role in self.blocks}
-    least = times if type(times) is int else int(times.min())
+    least, most = (times, times) if type(times) is int else (int(times.min()), int(times.max()))
     if least <= self.newest and np.any((times <= self.last) & where): raise _late(times, self.last)
-    for role, value in fit.items(): self.blocks[role][n] = value
+    for role, block in self.blocks.items(): block[n] = fit[role]
     self.there[n] = where
     self.times[n] = times if where is True else np.where(where, times, self.last)
-    self.newest = max(self.newest, times if type(times) is int else int(times.max()))
+    if most > self.newest: self.newest = most
     self.n = n + 1
     terminated, truncated = fit["terminated"], fit["truncated"]
     if not self.many: return bool(terminated or truncated)
-    if not np.count_nonzero(terminated) and not np.count_nonzero(truncated): return False
+    if b"\1" not in terminated.tobytes() + truncated.tobytes(): return False  # in a tenth of the time of any()
     return bool(np.any((terminated | truncated) & where))
 
 # %% ../../../nbs/storage/pool/writer.ipynb #ed2f4324
@@ -181,9 +182,9 @@ def cut(self: Sheet,
     n, done, going, found = self.n, self.done.copy(), self.open.copy(), []
     for i in which:
         rows = np.flatnonzero(self.there[done[i]:n, i]) + done[i]
-        done[i] = n
-        place = (rows, i) if self.many else rows
-        blocks = {role: block[place] for role, block in self.blocks.items()}
+        some: Any = slice(done[i], n) if len(rows) == n - done[i] else rows  # a slice is copied faster
+        place, done[i] = (some, i) if self.many else some, n
+        blocks = {role: block[place].copy() for role, block in self.blocks.items()}
         ended = blocks["terminated"] | blocks["truncated"]
         ends = [*(np.flatnonzero(ended) + 1).tolist(), len(rows)]
         for a, b in zip([0, *ends], ends):
@@ -378,10 +379,10 @@ def _resumed(self: Writer, i: int, start: int) -> tuple[Going, int]:
 @patch
 def _begin(self: Writer, values: dict[str, Any], timestamp: Any) -> Sheet:
     "A sheet for steps like the first one"
-    desk, now = self._desk, from_us(_when(None))
-    first = {role: _one(value) for role, value in values.items()} if self.many else values
-    record = Record(**first, timestamp=now, episodestart=now, who=self.who[0])
-    schema = record.to_episode(self._schema or desk.pool.schema).schema
+    schema, now = self._schema or self._desk.pool.schema, from_us(_when(None))
+    if schema is None:
+        first = {role: _one(value) for role, value in values.items()} if self.many else values
+        schema = Record(**first, timestamp=now, episodestart=now, who=self.who[0]).to_episode().schema
     who = [_identities(schema, each) for each in self.who]
     if len({tuple(each.values()) for each in who}) < len(who):
         raise SchemaError(f"who: expected another identity for each environment, got {brief(self.who)}; "
@@ -468,7 +469,7 @@ def _due(self: Writer) -> None:
     if not self._inline: return self._desk.wake()
     with at_the_door: self._desk.commit()
 
-# %% ../../../nbs/storage/pool/writer.ipynb #5bb8566d
+# %% ../../../nbs/storage/pool/writer.ipynb #05bbae50
 @patch
 def reset(self: Writer,
     where: Any = True, # `(environments,)` bool: those of which that is so; by default all
