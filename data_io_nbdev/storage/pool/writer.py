@@ -152,7 +152,7 @@ def write(self: Sheet,
     self.n = n + 1
     terminated, truncated = fit["terminated"], fit["truncated"]
     if not self.many: return bool(terminated or truncated)
-    if b"\1" not in terminated.tobytes() + truncated.tobytes(): return False  # in a tenth of the time of any()
+    if b"\1" not in terminated.tobytes() + truncated.tobytes(): return False  # any() takes longer
     return bool(np.any((terminated | truncated) & where))
 
 # %% ../../../nbs/storage/pool/writer.ipynb #ed2f4324
