@@ -956,19 +956,17 @@ def after(self: View, row: int) -> int:
 
 # %% ../../../nbs/storage/pool/columns.ipynb #38a30eab
 @patch
-def kept(self: View) -> np.ndarray: # Rows, in order
-    """The parts of versions that can be read
+def kept(self: View, rows: Optional[np.ndarray] = None) -> np.ndarray: # Rows, in order
+    """The parts, out of some or all, of versions that can be read
 
     Returns
     -------
     np.ndarray
         Rows, in order
     """
-    lives = np.flatnonzero(self.l.died[:self.n] > self.oldest)
-    first = np.full(self.n, self.m)
-    first[lives] = self.l.first[lives]
-    rows = np.arange(self.m)
-    return rows[rows >= first[self.p.life[:self.m]]]
+    if rows is None: rows = np.arange(self.m)
+    life = self.p.life[rows]
+    return rows[(self.l.died[life] > self.oldest) & (rows >= self.l.first[life])]
 
 def _numbering(kept: np.ndarray, n: int) -> np.ndarray: # `(n,)`: where each of `n` goes that is kept, else -1
     """Returns
@@ -1333,8 +1331,10 @@ def placed(self: Index,
         Each place, and its parts as they lie there
     """
     view = View(self)
-    rows, where = view.kept(), view.p.where
-    if places is not None: rows = rows[np.isin(where[rows] >> 32, [self._places.known(p) for p in places])]
+    where, rows = view.p.where, None
+    if places is not None:
+        rows = np.flatnonzero(np.isin(where[:view.m] >> 32, [self._places.known(place) for place in places]))
+    rows = view.kept(rows)
     if version is not None:
         rows = rows[view.p.version[rows] <= version]
         rows = rows[view.l.died[view.p.life[rows]] > version]
