@@ -5,6 +5,7 @@
 # %% ../../../nbs/storage/buffer/sampler.ipynb #50da8ffd
 import abc
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, Optional, Protocol
 import numpy as np
@@ -163,7 +164,10 @@ class Sampler(abc.ABC):
         """
         self.load_state_dict(moment)
 
-    def __repr__(self) -> str: return f"{type(self).__name__}()"
+    def __repr__(self) -> str:
+        options = inspect.signature(type(self)).parameters.values()
+        given = [f"{p.name}={value!r}" for p in options if (value := getattr(self, p.name, None)) != p.default]
+        return f"{type(self).__name__}({', '.join(given)})"
 
 # %% ../../../nbs/storage/buffer/sampler.ipynb #74943d72
 class Items(Sampler):
