@@ -256,12 +256,17 @@ def whole(self: Rows,
         Logical rows of each
     """
     c, found = self.chains(), []
+    first, length = c.first.values, c.length.values
     for chain in c.chain.values[c.at(self.serials(at))].tolist():
-        js = np.array(c.stretches[chain])
-        lengths = c.length.values[js]
-        serials = np.arange(lengths.sum()) + np.repeat(c.first.values[js] - np.cumsum(lengths) + lengths, lengths)
-        found.append(self.find(serials[serials >= c.low]))
-    return found
+        js = c.stretches[chain]
+        if len(js) == 1: serials = np.arange(max(c.low, first[js[0]]), first[js[0]] + length[js[0]])
+        else:
+            n = length[js]
+            serials = np.arange(n.sum()) + np.repeat(first[js] - np.cumsum(n) + n, n)
+            serials = serials[serials >= c.low]
+        found.append(serials)
+    ends = np.cumsum([len(serials) for serials in found])
+    return np.split(self.find(np.concatenate(found)), ends[:-1])
 
 @patch
 def owners(self: Rows,
