@@ -710,6 +710,31 @@ class BufferDraws(BufferRows[ItemT]):
         if not self.sampler.in_range: rows.check(draw.rows)
         return draw
 
+# %% ../../../nbs/storage/buffer/buffer.ipynb #e1fa6b97
+@patch
+def update_priorities(self: BufferDraws,
+    index: np.ndarray, # `(n,)` int64 serial numbers: `batch.anchor`, or `batch.index` of single rows
+    priority: np.ndarray, # `(n,)` from 0, for example the absolute error of the value
+) -> None:
+    """Tell the sampler how much items are worth; those that have left meanwhile are passed over
+
+    Parameters
+    ----------
+    index : np.ndarray
+        `(n,)` int64 serial numbers: `batch.anchor`, or `batch.index` of single rows
+    priority : np.ndarray
+        `(n,)` from 0, for example the absolute error of the value
+
+    Raises
+    ------
+    QueryError
+        A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
+    """
+    with at_the_door:
+        if not hasattr(self.sampler, "update"):
+            raise QueryError(f"{self.sampler!r} draws by no priorities; sampler=Prioritized() does")
+        with self._lock: self.sampler.update(index, priority)
+
 # %% ../../../nbs/storage/buffer/buffer.ipynb #6958edda
 @patch
 def _emptiness(self: BufferDraws, view: View) -> str:

@@ -12,7 +12,8 @@ import numpy as np
 from fastcore.basics import patch
 
 # %% auto #0
-__all__ = ['Drawable', 'Draw', 'Sequences', 'Sampler', 'Items', 'Sums', 'Tally', 'Uniform', 'Episodes', 'sampler_state']
+__all__ = ['Drawable', 'Draw', 'Sequences', 'Sampler', 'Items', 'Sums', 'Weights', 'Tally', 'Uniform', 'Episodes',
+           'sampler_state']
 
 # %% ../../../nbs/storage/buffer/sampler.ipynb #dd38ae64
 class Drawable(Protocol):
@@ -241,7 +242,7 @@ class Items(Sampler):
         -------
         int
         """
-        return len(rows) if self.every else int(self._tally().follow(rows).total)
+        return len(rows) if self.every else int(self._weights(rows).total)
 
     def take(self,
         items: np.ndarray, # `(n,)` int64, each below `count`
@@ -260,14 +261,27 @@ class Items(Sampler):
         -------
         Draw
         """
-        return self.around(items if self.every else rows.find(self._tally().follow(rows).select(items + 0.5)), rows)
+        return self.around(self._nth(items, rows), rows)
 
     def draw(self, n: int, rng: np.random.Generator, rows: Drawable) -> Draw:
         return self.take(rng.integers(self.count(rows), size=n), rows)
 
-    def _tally(self) -> "Tally":
-        if "_anchors" not in vars(self): self._anchors = Tally(self.anchors, self.reach)
-        return self._anchors
+    def _nth(self, items: np.ndarray, rows: Drawable) -> np.ndarray:  # their anchors
+        """Returns
+        -------
+        np.ndarray
+            their anchors
+        """
+        return items if self.every else rows.find(self._weights(rows).select(items + 0.5))
+
+    def _weights(self, rows: Drawable) -> "Weights":  # 1 for each anchor
+        """Returns
+        -------
+        Weights
+            1 for each anchor
+        """
+        if "_tally" not in vars(self): self._tally = Tally(self.reach)
+        return self._tally.follow(rows, self.anchors)
 
 # %% ../../../nbs/storage/buffer/sampler.ipynb #5689758a
 class Sums:
@@ -337,58 +351,21 @@ class Sums:
         return found
 
 # %% ../../../nbs/storage/buffer/sampler.ipynb #ca674274
-class Tally:
-    """Weights of rows, and their sums
+class Weights(NamedTuple):
+    """The weights of rows at one moment
 
     Parameters
     ----------
-    weigh : Callable[[np.ndarray, Drawable], np.ndarray]
-        Gives the weights of rows
-    reach : tuple[int, int], default (0, 0)
-        As of `Items`
+    low : int
+        Serial number of the oldest row
+    sums : Sums
+        Of each row, by its serial number
     """
-    def __init__(self,
-        weigh: Callable[[np.ndarray, Drawable], np.ndarray], # Gives the weights of rows
-        reach: tuple[int, int] = (0, 0), # As of `Items`
-    ):
-        self.weigh, self.reach, self._seen, self._sums = weigh, reach, (None, 0, 0, 0), Sums(1)
+    low: int  # Serial number of the oldest row
+    sums: Sums  # Of each row, by its serial number
 
     @property
-    def total(self) -> float: return float(self._sums.nodes[1])
-
-    def follow(self,
-        rows: Drawable, # The rows that there are
-        also: Optional[np.ndarray] = None, # Serial numbers of rows whose weights changed by themselves
-    ) -> "Tally": # Itself
-        """Be in step with rows
-
-        Parameters
-        ----------
-        rows : Drawable
-            The rows that there are
-        also : Optional[np.ndarray], default None
-            Serial numbers of rows whose weights changed by themselves
-
-        Returns
-        -------
-        Tally
-            Itself
-        """
-        (line, era, low, upto), now = self._seen, (rows.line, rows.era, rows.oldest(), rows.serial)
-        if also is None and (line is now[0] and self._seen[1:] == now[1:]): return self
-        size = 1 << max(0, now[3] - now[2] - 1).bit_length()
-        fresh = line is not now[0] or era != now[1] or size != self._sums.size
-        serials = None if fresh else rows.changed(low, upto, *self.reach)
-        if serials is None:
-            serials, sums = rows.serials(np.arange(len(rows))), Sums(size)
-        else:
-            sums, gone = self._sums, np.arange(low, min(now[2], low + size))
-            sums.set(gone % size, np.zeros(len(gone)))
-            if also is not None: serials = np.union1d(serials, also)
-        at = rows.find(serials)
-        sums.set(serials[at >= 0] % size, self.weigh(at[at >= 0], rows))
-        self._sums, self._seen = sums, now
-        return self
+    def total(self) -> float: return float(self.sums.nodes[1])
 
     def select(self,
         sums: np.ndarray, # `(n,)` from 0, below `total`
@@ -405,9 +382,58 @@ class Tally:
         np.ndarray
             `(n,)` int64
         """
-        low, size = self._seen[2], self._sums.size
-        sums = sums + self._sums.upto(low % size)
-        return low + (self._sums.select(np.where(sums >= self.total, sums - self.total, sums)) - low) % size
+        size = self.sums.size
+        sums = sums + self.sums.upto(self.low % size)
+        return self.low + (self.sums.select(np.where(sums >= self.total, sums - self.total, sums)) - self.low) % size
+
+class Tally:
+    """Keeps weights in step with rows
+
+    Parameters
+    ----------
+    reach : tuple[int, int], default (0, 0)
+        As of `Items`
+    """
+    def __init__(self,
+        reach: tuple[int, int] = (0, 0), # As of `Items`
+    ):
+        self.reach, self._seen = reach, (None, 0, 0, 0, None)
+
+    def follow(self,
+        rows: Drawable, # The rows that there are
+        weigh: Callable[[np.ndarray, Drawable], np.ndarray], # Gives the weights of some of them
+        also: Optional[np.ndarray] = None, # Serial numbers of rows whose weights changed by themselves
+    ) -> Weights:
+        """The weights of rows as they are now
+
+        Parameters
+        ----------
+        rows : Drawable
+            The rows that there are
+        weigh : Callable[[np.ndarray, Drawable], np.ndarray]
+            Gives the weights of some of them
+        also : Optional[np.ndarray], default None
+            Serial numbers of rows whose weights changed by themselves
+
+        Returns
+        -------
+        Weights
+        """
+        (line, era, low, upto, sums), oldest, serial = self._seen, rows.oldest(), rows.serial
+        size = 1 << max(0, serial - oldest - 1).bit_length()
+        fresh = line is not rows.line or era != rows.era or size != sums.size
+        if not fresh and also is None and (low, upto) == (oldest, serial): return Weights(low, sums)
+        serials = None if fresh else rows.changed(low, upto, *self.reach)
+        if serials is None: serials, sums = rows.serials(np.arange(len(rows))), Sums(size)
+        else:
+            gone = np.arange(low, min(oldest, low + size)) % size
+            sums.set(gone, np.zeros(len(gone)))
+            if also is not None: serials = np.union1d(serials, also)
+        at = rows.find(serials)
+        here = at >= 0
+        sums.set(serials[here] % size, weigh(at[here], rows))
+        self._seen = rows.line, rows.era, oldest, serial, sums
+        return Weights(oldest, sums)
 
 # %% ../../../nbs/storage/buffer/sampler.ipynb #2395f796
 class Uniform(Items):
@@ -468,7 +494,7 @@ def draw(self: Episodes, n: int, rng: np.random.Generator, rows: Drawable) -> Dr
     "The next batch"
     if self.buckets is None: return Items.draw(self, n, rng, rows)
     items = rng.integers(self.count(rows), size=n * self.buckets)
-    at = rows.find(self._tally().follow(rows).select(items + 0.5))
+    at = self._nth(items, rows)
     before, behind, _ = rows.places(at)
     alike = np.split(np.argsort(before + behind, kind="stable"), self.buckets)
     return self.around(at[alike[int(rng.integers(self.buckets))]], rows)
