@@ -107,7 +107,7 @@ class Prioritized(Chances):
     def draw(self, n: int, rng: np.random.Generator, rows: Drawable) -> Draw:
         weights = self._follow(rows)
         if not weights.total: raise _none(self, "no item, or no priority above 0")
-        serials = weights.select((np.arange(n) + rng.random(n)) / n * weights.total)
+        serials = weights.draw(n, rng)
         chances = self._raw[serials % len(self._raw)]
         return self._items(serials, rows, ((chances / chances.min()) ** -self.beta).astype("float32"))
 
@@ -248,7 +248,7 @@ class Recent(Chances):
             age = -self.half_life * np.log2(1 - rng.random(n) * gone)
             return self.over.take(items - 1 - np.minimum(age.astype("int64"), items - 1), rows)
         if self._us is None or not (weights := self._follow(rows)).total: raise _none(self, "there is no item")
-        return self._items(weights.select(rng.random(n) * weights.total), rows)
+        return self._items(weights.draw(n, rng), rows)
 
 # %% ../../../nbs/storage/buffer/chances.ipynb #0fd50249
 _CHUNK = 4096  # Rows that are asked at once whether they anchor an item
@@ -525,7 +525,7 @@ class Fresh(Chances):
             A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
         """
         if not (weights := self._follow(rows)).total: raise _none(self, "there is no item")
-        return self._items(weights.select(rng.integers(int(weights.total), size=n) + 0.5), rows)
+        return self._items(weights.draw(n, rng), rows)
 
 # %% ../../../nbs/storage/buffer/chances.ipynb #811cb2f2
 @patch

@@ -386,6 +386,26 @@ class Weights(NamedTuple):
         sums = sums + self.sums.upto(self.low % size)
         return self.low + (self.sums.select(np.where(sums >= self.total, sums - self.total, sums)) - self.low) % size
 
+    def draw(self,
+        n: int, # How many
+        rng: np.random.Generator, # Called once
+    ) -> np.ndarray: # `(n,)` int64
+        """Serial numbers by weight: one from each of `n` equal parts of the sum of all
+
+        Parameters
+        ----------
+        n : int
+            How many
+        rng : np.random.Generator
+            Called once
+
+        Returns
+        -------
+        np.ndarray
+            `(n,)` int64
+        """
+        return self.select((np.arange(n) + rng.random(n)) / n * self.total)
+
 class Tally:
     """Keeps weights in step with rows
 
