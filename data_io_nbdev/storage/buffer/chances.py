@@ -4,6 +4,7 @@
 
 # %% ../../../nbs/storage/buffer/chances.ipynb #bd931823
 import base64
+import re
 from collections.abc import Callable, Iterable
 from typing import Any, Optional
 import numpy as np
@@ -222,7 +223,8 @@ class Recent(Chances):
         super().__init__(over)
         self.half_life, self._us, self._since = half_life, None, None  # half-lives since 1970 that count 1
         if not isinstance(half_life, (int, float, np.number)) or isinstance(half_life, bool):
-            try: self._us = pd.Timedelta(half_life).value // 1000
+            text = re.sub(r"(\d\s*)d\b", r"\1D", half_life) if isinstance(half_life, str) else half_life
+            try: self._us = pd.Timedelta(text).value // 1000  # pandas wants days in capitals
             except (ValueError, TypeError): self._us = 0
         if not 0 < (half_life if self._us is None else self._us) < np.inf:
             raise QueryError(f"half_life: expected a number of items above 0, or a duration such as '30d', "

@@ -167,7 +167,7 @@ class Sampler(abc.ABC):
 
     def __repr__(self) -> str:
         options = inspect.signature(type(self)).parameters.values()
-        given = [f"{p.name}={value!r}" for p in options if (value := getattr(self, p.name, None)) != p.default]
+        given = [f"{p.name}={value!r}" for p in options if repr(value := getattr(self, p.name, None)) != repr(p.default)]
         return f"{type(self).__name__}({', '.join(given)})"
 
 # %% ../../../nbs/storage/buffer/sampler.ipynb #74943d72
