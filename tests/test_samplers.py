@@ -1,4 +1,5 @@
 """Samplers against slow and obvious oracles, while episodes come in parts, end, leave a ring and are hidden."""
+import pickle
 import sys
 
 import numpy as np
@@ -16,7 +17,7 @@ from data_io_nbdev.storage.buffer.windows import Stack, Windows
 from data_io_nbdev.testing import batch_facts, drive, through_json
 
 
-def life(seed, capacity=None, once=False, events=40):
+def life(seed, capacity=None, once=False, events=28):
     "Rows while episodes come in parts, one beside the other, and some are hidden; yields them after each event"
     rng = np.random.default_rng(seed)
     rows, going, begun = Rows(drive().schema, once, capacity), [], 0
@@ -497,3 +498,11 @@ def test_another_query():
         seen = [buffer.sample(len(buffer)) for _ in range(3 if isinstance(sampler, Prioritized) else 1)]
         if isinstance(sampler, Prioritized): assert all((b.weight == 1).all() for b in seen)
         else: assert sorted(seen[0].index.tolist()) == list(range(len(buffer)))
+
+
+def test_batches_travel():
+    "A batch that was sent to another process says what it said here"
+    for make in SAMPLERS:
+        batch = MemoryBuffer(pool=filled(MemoryPool()), batch_size=4, seed=1, sampler=make()).sample()
+        again = pickle.loads(pickle.dumps(batch))
+        assert more(again) == more(batch) and dir(again) == dir(batch)

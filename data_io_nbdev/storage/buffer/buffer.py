@@ -206,8 +206,8 @@ def _look_up(self: Batch, name: str) -> dict[str, np.ndarray]:
     if name == "learn": return {name: self.mask if self._learn is None else self._learn}
     if name == "anchor": return {name: self.index if self._anchor is None else self._anchor}
     if name == "discount":
-        if self._discount is None: raise AttributeError("the sampler of this batch gives no discount; NStep does")
-        return {name: self._discount}
+        if (given := self.__dict__.get("_discount")) is not None: return {name: given}
+        raise AttributeError("the sampler of this batch gives no discount; NStep does")
     if name in _ONES:
         given = self.__dict__[f"_{name}"]
         return {name: np.ones(len(self[2]), _ONES[name]) if given is None else given}
@@ -218,7 +218,8 @@ def _look_up(self: Batch, name: str) -> dict[str, np.ndarray]:
 def _names(self: Batch) -> list[str]:
     "What can be looked up"
     there = [name for name in _REST if name not in _COLUMNS or name in self.schema.roles]
-    return [name for name in there if name != "discount" or self.__dict__.get("_discount", 0) is not None]
+    given = "discount" in self.__dict__ or self.__dict__.get("_discount") is not None
+    return [name for name in there if name != "discount" or given]
 
 @patch
 def _trace(self: Batch) -> dict[str, np.ndarray]:
