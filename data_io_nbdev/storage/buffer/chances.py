@@ -18,7 +18,8 @@ __all__ = ['Chances', 'Prioritized', 'Recent', 'Epoch', 'Once', 'Balanced', 'Fre
 from ...errors import NotEnoughData, QueryError
 from ...data.schema import brief, is_whole
 from .rows import Growing
-from .sampler import Draw, Drawable, Items, Sampler, Tally, Uniform, Weights, sampler_state
+from .sampler import Draw, Drawable, Items, Sampler, Tally, Uniform, Weights
+from .sampler import sampler_state
 
 # %% ../../../nbs/storage/buffer/chances.ipynb #a2761be0
 class Chances(Sampler):
@@ -34,8 +35,9 @@ class Chances(Sampler):
     in_range = True
     def __init__(self, over: Items):
         if not isinstance(over, Items):
-            raise QueryError(f"{type(self).__name__}(over=…): expected what items are, Uniform(), Episodes(), "
-                             f"Windows(…) or Stack(…), got {brief(over)}; NStep goes around: NStep(…, over={type(self).__name__}(…))")
+            name = type(self).__name__
+            raise QueryError(f"{name}(over=…): expected what items are, Uniform(), Episodes(), Windows(…) or "
+                             f"Stack(…), got {brief(over)}; NStep goes around: NStep(…, over={name}(…))")
         self.over = over
 
     def state_dict(self) -> dict[str, Any]: return {"over": sampler_state(self.over)}
@@ -52,7 +54,8 @@ class Chances(Sampler):
     def _items(self, serials: np.ndarray, rows: Drawable, weight: Optional[np.ndarray] = None) -> Draw:
         return self.over.around(rows.find(serials), rows)._replace(weight=weight)
 
-def _none(sampler: Sampler, why: str) -> NotEnoughData: return NotEnoughData(f"{sampler!r} has nothing to draw: {why}")
+def _none(sampler: Sampler, why: str) -> NotEnoughData:
+    return NotEnoughData(f"{sampler!r} has nothing to draw: {why}")
 
 def _number(name: str, value: Any, least: float = 0.0, most: float = np.inf) -> float:
     if isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and least <= value < most:
@@ -139,8 +142,8 @@ def update(self: Prioritized,
     if serials.ndim != 1 or serials.dtype.kind not in "iu" or p.shape != serials.shape:
         raise QueryError(f"expected serial numbers (n,), as batch.anchor, and priorities of this shape, "
                          f"got {serials.dtype} {serials.shape} and {p.shape}")
-    if not (np.isfinite(p) & (p >= 0)).all():
-        raise QueryError(f"expected finite priorities from 0, such as abs(error), got {brief(p[~(np.isfinite(p) & (p >= 0))][0])}")
+    if len(wrong := p[~(np.isfinite(p) & (p >= 0))]):
+        raise QueryError(f"expected finite priorities from 0, such as abs(error), got {brief(wrong[0])}")
     given = serials.astype("int64"), (p + self.eps) ** self.alpha
     vars(self).update(_given=(*self._given, given), _told=self._told + 1)
 
@@ -305,7 +308,8 @@ class Epoch(Chances):
         """
         return self._at[0] if self._at else -1
 
-    def state_dict(self) -> dict[str, Any]: return {**super().state_dict(), "at": list(self._at) if self._at else None}
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "at": list(self._at) if self._at else None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
@@ -362,14 +366,16 @@ class Once(Chances):
     ):
         super().__init__(over)
         if over.reach[0]:
-            raise QueryError(f"Once passes each row once, and {over!r} may begin there later; edge='cut' or 'pad' will do")
+            raise QueryError(f"Once passes each row once, and {over!r} may begin there later; "
+                             "edge='cut' or 'pad' will do")
         self._at, self._line = 0, None  # serial number of the next row
 
     def draw(self, n: int, rng: np.random.Generator, rows: Drawable) -> Draw:
         begin = max(self._at if self._line in (None, rows.line) else 0, rows.oldest())
         found, end = np.empty(0, "int64"), begin
         while len(found) < n and end < rows.serial:
-            more, passed = _scan(n - len(found), self.over, rows, np.arange(end, min(end + max(n, _CHUNK), rows.serial)))
+            some = np.arange(end, min(end + max(n, _CHUNK), rows.serial))
+            more, passed = _scan(n - len(found), self.over, rows, some)
             found, end = np.concatenate([found, more]), end + passed
         if not len(found): raise _none(self, "each item was drawn; there will be more once episodes are stored")
         draw = self._items(found, rows)
@@ -410,8 +416,9 @@ class Balanced(Chances):
         over: Items = Uniform(), # What is drawn
     ):
         super().__init__(over)
-        self.by = by if callable(by) or isinstance(by, str) else tuple(by) if isinstance(by, (list, tuple)) else None
-        if not self.by or not (callable(by) or all(isinstance(name, str) for name in self.by)):
+        self.by = tuple(by) if isinstance(by, (list, tuple)) else by
+        levels = isinstance(self.by, (str, tuple)) and all(isinstance(name, str) for name in self.by)
+        if not (callable(by) or levels and self.by):
             raise QueryError(f"by: expected an identity level, several in a list, or a function, got {brief(by)}")
         self._seen, self._groups, self._keys, self._alive = (None, 0, 0, 0), {}, {}, []
 
@@ -440,6 +447,7 @@ def _changed(group: Growing, serials: np.ndarray, anchors: np.ndarray, low: int)
     if not len(lost) and (at[new] == len(there)).all(): return group.push(serials[new])
     return Growing(np.insert(np.delete(there, lost), at[new] - lost.searchsorted(at[new]), serials[new]))
 
+# %% ../../../nbs/storage/buffer/chances.ipynb #666979c6
 @patch
 def _group_of(self: Balanced, ids: list[str], rows: Drawable) -> list[Any]:
     "The group of each of some episodes"
@@ -455,13 +463,14 @@ def _group_of(self: Balanced, ids: list[str], rows: Drawable) -> list[Any]:
         self._keys.update(zip(unknown, found))
     return [self._keys[id] for id in ids]
 
+# %% ../../../nbs/storage/buffer/chances.ipynb #f41f806c
 @patch
 def _follow(self: Balanced, rows: Drawable) -> list[Growing]:
     "The groups that have items"
     now = rows.line, rows.era, rows.oldest(), rows.serial
     if self._seen == now: return self._alive
-    serials = None
-    if self._seen[:2] == now[:2] and not callable(self.by): serials = rows.changed(*self._seen[2:], *self.over.reach)
+    goes_on = self._seen[:2] == now[:2] and not callable(self.by)
+    serials = rows.changed(*self._seen[2:], *self.over.reach) if goes_on else None
     if serials is None: serials, groups = rows.serials(np.arange(len(rows))), {}
     else: groups = dict(self._groups)
     if callable(self.by): self._keys = {}
@@ -474,7 +483,7 @@ def _follow(self: Balanced, rows: Drawable) -> list[Growing]:
     for key, i in names.items():
         mine = of == i
         groups[key] = _changed(groups.get(key, Growing()), serials[mine], anchors[mine], now[2])
-    if now[2] > self._seen[2]: groups = {key: g.drop(int(g.values.searchsorted(now[2]))) for key, g in groups.items()}
+    groups = {key: g.drop(int(g.values.searchsorted(now[2]))) for key, g in groups.items()}
     groups = {key: g for key, g in groups.items() if len(g)}
     vars(self).update(_groups=groups, _alive=[groups[key] for key in sorted(groups, key=repr)], _seen=now)
     return self._alive
@@ -515,7 +524,8 @@ class Fresh(Chances):
         except (KeyError, ValueError) as e:
             raise QueryError(f"field: no {brief(self.field)} in the info of these rows") from e
         if versions.size == len(at) and versions.dtype.kind in "iufb": return versions.ravel().astype("float64")
-        raise QueryError(f"field: expected one number a step, {brief(self.field)} has {versions.dtype} {versions.shape[1:]}")
+        raise QueryError(f"field: expected one number a step, {brief(self.field)} has "
+                         f"{versions.dtype} {versions.shape[1:]}")
 
     def _weigh(self, at: np.ndarray, rows: Drawable) -> np.ndarray:
         return (self._versions(at, rows) >= self._least) & self.over.anchors(at, rows)
@@ -553,8 +563,7 @@ def _look(self: Fresh, rows: Drawable, now: tuple) -> None:
         made[v] = made.get(v, Growing()).push(new[versions == v])
     least = max(made) - self.most if made else np.inf
     old = [made.pop(v).values for v in [*made] if v < least]
-    if again: tally = Tally(self.over.reach)
-    else: tally = self._tally
+    tally = Tally(self.over.reach) if again else self._tally
     kept = () if self._old is None else (self._old,)
     old = np.unique(np.concatenate([*old, *kept])) if old or kept else None
     vars(self).update(_seen=now, _made=made, _least=least, _old=old, _tally=tally)

@@ -54,9 +54,10 @@ def _check_over(over: Any) -> None:
     "Raise `QueryError` for a sampler of anything but single steps"
     items = over.over if isinstance(over, Chances) else over
     if isinstance(items, (Uniform, Stack)): return
-    raise QueryError(f"NStep(over=…): expected a sampler of single steps, Uniform(), Stack(…) or one of these by chance, "
-                     f"as Prioritized(), got {brief(over)}; windows have the rewards of all their steps in batch.reward")
+    raise QueryError(f"NStep(over=…): expected a sampler of single steps, Uniform(), Stack(…) or one of these by "
+                     f"chance, as Prioritized(), got {brief(over)}; windows have all their rewards in batch.reward")
 
+# %% ../../../nbs/storage/buffer/nstep.ipynb #82a61990
 class NStep(Sampler):
     """Single steps with the return of the next n, and the discount that goes with it
 
@@ -105,8 +106,8 @@ class NStep(Sampler):
         QueryError
             A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
         """
-        if not hasattr(self.over, "update"): raise QueryError(f"{self!r} draws by no priorities; over=Prioritized() does")
-        self.over.update(serials, priority)
+        if hasattr(self.over, "update"): return self.over.update(serials, priority)
+        raise QueryError(f"{self!r} draws by no priorities; over=Prioritized() does")
 
     def state_dict(self) -> dict[str, Any]: return {"over": sampler_state(self.over)}
 

@@ -167,8 +167,8 @@ class Sampler(abc.ABC):
 
     def __repr__(self) -> str:
         options = inspect.signature(type(self)).parameters.values()
-        given = [f"{p.name}={value!r}" for p in options if repr(value := getattr(self, p.name, None)) != repr(p.default)]
-        return f"{type(self).__name__}({', '.join(given)})"
+        told = [(p.name, repr(getattr(self, p.name, None)), repr(p.default)) for p in options]
+        return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value, usual in told if value != usual)})"
 
 # %% ../../../nbs/storage/buffer/sampler.ipynb #74943d72
 class Items(Sampler):
@@ -314,7 +314,8 @@ class Sums:
         nodes[at] = weights
         many = 8 * len(at) > self.size
         while self.size > 1 and len(at) and at[0] > 1:
-            at = np.arange(1 << (int(at[0]).bit_length() - 2), 1 << (int(at[0]).bit_length() - 1)) if many else at >> 1
+            level = 1 << (int(at[0]).bit_length() - 2)
+            at = np.arange(level, 2 * level) if many else at >> 1
             nodes[at] = nodes[2 * at] + nodes[2 * at + 1]
 
     def select(self,
@@ -370,7 +371,7 @@ class Weights(NamedTuple):
     def select(self,
         sums: np.ndarray, # `(n,)` from 0, below `total`
     ) -> np.ndarray: # `(n,)` int64
-        """Serial numbers of the rows at which the running sum of weights, from the oldest on, exceeds some numbers
+        """Serial numbers of the rows at which the running sum, from the oldest on, exceeds some numbers
 
         Parameters
         ----------
@@ -384,7 +385,8 @@ class Weights(NamedTuple):
         """
         size = self.sums.size
         sums = sums + self.sums.upto(self.low % size)
-        return self.low + (self.sums.select(np.where(sums >= self.total, sums - self.total, sums)) - self.low) % size
+        sums = np.where(sums >= self.total, sums - self.total, sums)
+        return self.low + (self.sums.select(sums) - self.low) % size
 
     def draw(self,
         n: int, # How many
@@ -406,6 +408,7 @@ class Weights(NamedTuple):
         """
         return self.select((np.arange(n) + rng.random(n)) / n * self.total)
 
+# %% ../../../nbs/storage/buffer/sampler.ipynb #d47d129a
 class Tally:
     """Keeps weights in step with rows
 

@@ -16,7 +16,8 @@ from .sampler import Draw, Drawable, Items, Sequences
 
 # %% ../../../nbs/storage/buffer/windows.ipynb #b5853586
 def _whole(name: str, n: Any, least: int) -> None:
-    if not is_whole(n, least, 2**31): raise QueryError(f"{name}: expected a whole number from {least}, got {brief(n)}")
+    if is_whole(n, least, 2**31): return
+    raise QueryError(f"{name}: expected a whole number from {least}, got {brief(n)}")
 
 def _check_windows(s: Any) -> None:
     "Raise `QueryError` for options of windows that make none"
