@@ -154,9 +154,9 @@ def _follow(self: Prioritized, rows: Drawable) -> Weights:
         if self._line is None: self._line = rows.line
         else: self._forget(_line=rows.line, _given=())
     low, upto, given = rows.oldest(), rows.serial, self._given
-    raw, top, before = self._raw, self._top, np.arange(max(self._low, low), self._upto)
+    raw, top = self._raw, self._top
     if (size := 1 << max(0, upto - low - 1).bit_length()) != len(raw):
-        raw = np.zeros(size)
+        raw, before = np.zeros(size), np.arange(max(self._low, low), self._upto)
         raw[before % size] = self._raw[before % len(self._raw)]
     for serials, chances in given:
         here = (serials >= low) & (serials < self._upto)
