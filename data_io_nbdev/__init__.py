@@ -20,6 +20,9 @@ _HOME = {name: module for module, names in {
     "storage.pool.pool": ("Pool", "open_pool"),
     "storage.pool.memory": ("MemoryPool",),
     "storage.buffer.sampler": ("Episodes", "Sampler", "Uniform"),
+    "storage.buffer.windows": ("Stack", "Windows"),
+    "storage.buffer.chances": ("Balanced", "Epoch", "Fresh", "Once", "Prioritized", "Recent"),
+    "storage.buffer.nstep": ("NStep",),
     "storage.buffer.buffer": ("Batch", "Buffer"),
     "storage.buffer.memory": ("MemoryBuffer",),
     "storage.pool.dask": ("DaskPool",),
@@ -58,10 +61,13 @@ if TYPE_CHECKING:
     from data_io_nbdev.data.schema import Field, Schema
     from data_io_nbdev.data.signals import resample
     from data_io_nbdev.storage.buffer.buffer import Batch, Buffer
+    from data_io_nbdev.storage.buffer.chances import Balanced, Epoch, Fresh, Once, Prioritized, Recent
     from data_io_nbdev.storage.buffer.dask import DaskBuffer
     from data_io_nbdev.storage.buffer.memory import MemoryBuffer
     from data_io_nbdev.storage.buffer.mongo import MongoBuffer
+    from data_io_nbdev.storage.buffer.nstep import NStep
     from data_io_nbdev.storage.buffer.sampler import Episodes, Sampler, Uniform
+    from data_io_nbdev.storage.buffer.windows import Stack, Windows
     from data_io_nbdev.storage.pool.dask import DaskPool
     from data_io_nbdev.storage.pool.mongo import MongoPool
     from data_io_nbdev.storage.pool.memory import MemoryPool

@@ -18,10 +18,10 @@ from data_io_nbdev.storage.buffer.sampler import Draw, Episodes, Sampler, Unifor
 from data_io_nbdev.testing import drive
 
 EVIL = "<script>alert('&')</script>"
-OFFERED = {"state", "action", "reward", "nstate", "terminated", "truncated", "mask", "weight", "episode", "step", "timestamp", "index",
+OFFERED = {"learn", "anchor", "state", "action", "reward", "nstate", "terminated", "truncated", "mask", "weight", "episode", "step", "timestamp", "index",
            "fields", "frames"}
 USERS = {"pool", "batch_size", "query", "select", "sampler", "seed", "capacity", "states", "load", "close", "store", "writer", "find", "save", "sample", "refresh",
-         "state_dict", "load_state_dict", "nbytes"}
+         "state_dict", "load_state_dict", "nbytes", "update_priorities"}
 
 
 def episode(steps=300, width=2, name="speed", who=None, **more):

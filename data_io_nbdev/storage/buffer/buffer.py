@@ -28,8 +28,8 @@ from ...data.core import Episode, ItemT, PoolQuery, as_episode
 from ..pool.pool import Pool, forkable, forkable_lock, safe_url
 from ..pool.memory import MemoryPool
 from ..pool.writer import Writer
-from .rows import Rows
-from .sampler import Draw, Sampler, Uniform, sampler_state
+from .chains import Rows
+from .sampler import Draw, Sampler, Sequences, Uniform, sampler_state
 from .view import Home, View
 
 # %% ../../../nbs/storage/buffer/buffer.ipynb #8afbb212
@@ -98,6 +98,12 @@ class Batch(Transition):
         `(batch,)` or `(batch, length)` bool: False is padding
     weight : np.ndarray
         `(batch,)` importance weights, 1 unless the sampler gives others
+    learn : np.ndarray
+        As `mask`: what is to be learned from, all that is real unless the sampler says
+    anchor : np.ndarray
+        `(batch,)` int64 serial numbers by which items are known, for `update_priorities`
+    discount : np.ndarray
+        `(batch,)` float32: what the value of `nstate` counts; where a sampler gives it
     episode : np.ndarray
         Id of each row's episode in the pool; "" in padding
     step : np.ndarray
@@ -110,6 +116,9 @@ class Batch(Transition):
     info: np.ndarray  # `(batch, *info)`, where the schema has it
     mask: np.ndarray  # `(batch,)` or `(batch, length)` bool: False is padding
     weight: np.ndarray  # `(batch,)` importance weights, 1 unless the sampler gives others
+    learn: np.ndarray  # As `mask`: what is to be learned from, all that is real unless the sampler says
+    anchor: np.ndarray  # `(batch,)` int64 serial numbers by which items are known, for `update_priorities`
+    discount: np.ndarray  # `(batch,)` float32: what the value of `nstate` counts; where a sampler gives it
     episode: np.ndarray  # Id of each row's episode in the pool; "" in padding
     step: np.ndarray  # Its number in the episode: the machine's, or else its position; -1 in padding
     timestamp: np.ndarray  # datetime64[us], UTC; NaT in padding
@@ -146,7 +155,7 @@ class Batch(Transition):
 
 _COLUMNS, _ONES = ("terminated", "truncated", "info"), {"mask": "bool", "weight": "float32"}
 _TRACED = ("episode", "step", "timestamp", "index")
-_REST = (*_COLUMNS, *_ONES, *_TRACED)
+_REST = (*_COLUMNS, *_ONES, "learn", "anchor", "discount", *_TRACED)
 
 # %% ../../../nbs/storage/buffer/buffer.ipynb #13fb6521
 def _spread(values: np.ndarray, mask: np.ndarray, blank: Any = None) -> np.ndarray:
@@ -178,11 +187,15 @@ def make_batch(
     Batch
         What a mask hides is zero
     """
-    wanted, mask, weight = draw
-    wanted = wanted if mask is None else wanted[mask]
+    mask, discount = draw.mask, None
+    wanted = draw.rows if mask is None else draw.rows[mask]
     transition, flags, slots = rows.take(wanted) if found is None else rows.arrange(rows.slots(wanted), found)
     if mask is not None: transition, flags = [_spread(a, mask) for a in transition], _spread(flags, mask)
-    return Batch(transition, {"schema": rows.schema, "_rows": flags, "_mask": mask, "_weight": weight,
+    if draw.fold: transition, flags, slots, mask, discount = draw.fold(
+        Sequences(tuple(transition), flags, _spread(slots, mask), mask))
+    anchor = None if draw.anchor is None else rows.serials(draw.anchor)
+    return Batch(transition, {"schema": rows.schema, "_rows": flags, "_mask": mask, "_weight": draw.weight,
+                              "_learn": draw.learn, "_anchor": anchor, "_discount": discount,
                               "_slots": slots, "_ledger": rows.ledger})
 
 # %% ../../../nbs/storage/buffer/buffer.ipynb #3c87b859
@@ -190,6 +203,11 @@ def make_batch(
 def _look_up(self: Batch, name: str) -> dict[str, np.ndarray]:
     "An attribute beyond the four arrays, and what is found with it"
     if name in _TRACED: return self._trace()
+    if name == "learn": return {name: self.mask if self._learn is None else self._learn}
+    if name == "anchor": return {name: self.index if self._anchor is None else self._anchor}
+    if name == "discount":
+        if (given := self.__dict__.get("_discount")) is not None: return {name: given}
+        raise AttributeError("the sampler of this batch gives no discount; NStep does")
     if name in _ONES:
         given = self.__dict__[f"_{name}"]
         return {name: np.ones(len(self[2]), _ONES[name]) if given is None else given}
@@ -199,7 +217,9 @@ def _look_up(self: Batch, name: str) -> dict[str, np.ndarray]:
 @patch
 def _names(self: Batch) -> list[str]:
     "What can be looked up"
-    return [name for name in _REST if name not in _COLUMNS or name in self.schema.roles]
+    there = [name for name in _REST if name not in _COLUMNS or name in self.schema.roles]
+    given = "discount" in self.__dict__ or self.__dict__.get("_discount") is not None
+    return [name for name in there if name != "discount" or given]
 
 @patch
 def _trace(self: Batch) -> dict[str, np.ndarray]:
@@ -670,11 +690,11 @@ class BufferDraws(BufferRows[ItemT]):
             if self._astray: self._go_own_way()
             if not view.rows: raise NotEnoughData(self._emptiness(view))
             if self.sampler.in_one_step: return self._batch(n, view.rows)
-            before = self._rng.bit_generator.state, copy.deepcopy(self.sampler.state_dict())
+            before = self._rng.bit_generator.state, self.sampler.moment()
             try: return self._batch(n, view.rows)
             except BaseException:  # the next draw is the one that this would have been
                 self._rng.bit_generator.state = before[0]
-                self.sampler.load_state_dict(before[1])
+                self.sampler.go_back(before[1])
                 raise
 
     def _batch(self, n: int, rows: Rows) -> Batch:  # under the lock
@@ -690,6 +710,31 @@ class BufferDraws(BufferRows[ItemT]):
         draw = self.sampler.draw(n, self._rng, rows)
         if not self.sampler.in_range: rows.check(draw.rows)
         return draw
+
+# %% ../../../nbs/storage/buffer/buffer.ipynb #e1fa6b97
+@patch
+def update_priorities(self: BufferDraws,
+    index: np.ndarray, # `(n,)` int64 serial numbers: `batch.anchor`, or `batch.index` of single rows
+    priority: np.ndarray, # `(n,)` from 0, for example the absolute error of the value
+) -> None:
+    """Tell the sampler how much items are worth; those that have left meanwhile are passed over
+
+    Parameters
+    ----------
+    index : np.ndarray
+        `(n,)` int64 serial numbers: `batch.anchor`, or `batch.index` of single rows
+    priority : np.ndarray
+        `(n,)` from 0, for example the absolute error of the value
+
+    Raises
+    ------
+    QueryError
+        A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
+    """
+    with at_the_door:
+        if not hasattr(self.sampler, "update"):
+            raise QueryError(f"{self.sampler!r} draws by no priorities; sampler=Prioritized() does")
+        with self._lock: self.sampler.update(index, priority)
 
 # %% ../../../nbs/storage/buffer/buffer.ipynb #6958edda
 @patch

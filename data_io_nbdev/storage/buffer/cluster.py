@@ -21,7 +21,7 @@ from ..pool.columns import Part
 from ..pool.dask import in_order, read_parts, windows
 from ..pool.delta import Lake
 from .rows import Rows, Run
-from .sampler import Draw, sampler_state
+from .sampler import Draw
 from .buffer import Batch, Buffer, make_batch
 
 # %% ../../../nbs/storage/buffer/cluster.ipynb #5e3497ff
@@ -317,14 +317,14 @@ class Moment(NamedTuple):
         Items in it
     rng : dict
         State of the generator
-    sampler : dict
-        Kind and state of the sampler
+    sampler : tuple
+        The sampler, and its moment
     seen : tuple
         The rows, and their ledger and slots, which change when the rows do
     """
     n: int  # Items in it
     rng: dict  # State of the generator
-    sampler: dict  # Kind and state of the sampler
+    sampler: tuple  # The sampler, and its moment
     seen: tuple  # The rows, and their ledger and slots, which change when the rows do
 
     @classmethod
@@ -349,7 +349,7 @@ class Moment(NamedTuple):
         Moment
         """
         seen = rows, rows.ledger, rows._slots
-        return cls(n, buffer._rng.bit_generator.state, sampler_state(buffer.sampler), seen)
+        return cls(n, buffer._rng.bit_generator.state, (buffer.sampler, buffer.sampler.moment()), seen)
 
     def same(self,
         other: "Moment", # Perhaps of other rows
@@ -378,7 +378,7 @@ class Moment(NamedTuple):
             Its lock is held
         """
         buffer._rng.bit_generator.state = self.rng
-        buffer.sampler.load_state_dict({k: v for k, v in self.sampler.items() if k != "kind"})
+        self.sampler[0].go_back(self.sampler[1])
 
 # %% ../../../nbs/storage/buffer/cluster.ipynb #51aeb587
 class _Ahead(NamedTuple):

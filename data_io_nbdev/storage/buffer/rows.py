@@ -269,8 +269,11 @@ class RowArray:
                              f"a smaller capacity= keeps fewer: {e}") from e
         self.begin = self.serial = self.slot = begin  # of the first row; the next row's
         self._slots = Growing() if once else None  # logical row to slot; None while they run in step
+        self._serials: Optional[Growing] = None  # logical row to serial number; None while none is hidden
+        self.line, self.era = object(), 0  # one numbering of rows; how often some of them were hidden
         self._runs, self._firsts, self._names = Line(), Growing(), Growing()  # first slots, hashes of ids
         self._episodes: Optional[list[np.ndarray]] = None
+        self._chains: Any = None  # which step follows which, once a sampler has asked for it
         self._shown: Optional[int] = None  # first slot that others may draw from, and that must stay
         self.ledger = Ledger(self._firsts.values, self._runs)
 
@@ -388,6 +391,8 @@ class RowLog(RowArray):
         """
         if (slots := self._slots) is not None:
             self._slots = slots.drop(int(np.searchsorted(slots.values, self._slot_of(oldest))))
+        if (serials := self._serials) is not None:
+            self._serials = serials.drop(int(np.searchsorted(serials.values, oldest)))
         gone = next((n for n, run in enumerate(self._runs) if run.end > oldest), len(self._runs))
         if not gone: return
         self._runs, self._firsts = self._runs.drop(gone), self._firsts.drop(gone)
@@ -409,6 +414,7 @@ class RowLog(RowArray):
         if self._slots is not None:
             slots = [np.arange(run.slot, run.slot + len(run.times)) for run in runs]
             self._slots = self._slots.push(np.concatenate(slots))
+        if self._serials is not None: self._serials = self._serials.push(np.arange(runs[0].serial, runs[-1].end))
         self.serial, self.slot = runs[-1].end, runs[-1].slot + len(runs[-1].times) + self.once
         self._episodes, self.ledger = None, Ledger(self._firsts.values, self._runs)
 
@@ -646,7 +652,8 @@ class Rows(RowReader):
             Shares every array
         """
         new = object.__new__(type(self))
-        vars(new).update(vars(self), _shown=self._slot_of(self.oldest()) if self.capacity else None)
+        shown = self._slot_of(self.oldest()) if self.capacity else None
+        vars(new).update(vars(self), _shown=shown, _chains=None)
         return new
 
     def merge(self,
@@ -664,7 +671,7 @@ class Rows(RowReader):
         Callable[[], None]
             To be called once, with whatever else must change at the same time
         """
-        fork._shown = None
+        vars(fork).update(_shown=None, _chains=self._chains)
         return partial(dict.update, vars(self), vars(fork))
 
     def hide(self,
@@ -683,7 +690,9 @@ class Rows(RowReader):
             if (run := self._runs[i]).episode not in ids: continue
             a, b = np.searchsorted(slots, [run.slot, run.slot + len(run.times)])
             keep[a:b], names[i] = False, _HIDDEN
+        serials = self._serials.values if self._serials is not None else np.arange(self.oldest(), self.serial)
         self._names, self._slots, self._episodes = Growing(names), Growing(slots[keep]), None
+        self._serials, self.era = Growing(serials[keep]), self.era + 1
 
     def episodes(self) -> list[np.ndarray]: # Logical rows of each, in the order in which they entered
         """Every episode that can be drawn

@@ -4,17 +4,46 @@
 
 # %% ../../../nbs/storage/buffer/sampler.ipynb #50da8ffd
 import abc
+import copy
+import inspect
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, Optional, Protocol
 import numpy as np
+from fastcore.basics import patch
 
 # %% auto #0
-__all__ = ['Drawable', 'Draw', 'Sampler', 'Uniform', 'Episodes', 'sampler_state']
+__all__ = ['Drawable', 'Draw', 'Sequences', 'Sampler', 'Items', 'Sums', 'Weights', 'Tally', 'Uniform', 'Episodes',
+           'sampler_state']
 
 # %% ../../../nbs/storage/buffer/sampler.ipynb #dd38ae64
 class Drawable(Protocol):
-    "What a sampler may know of a buffer's rows, which are numbered from 0"
+    """What a sampler may know of a buffer's rows, which are numbered from 0
+
+    Attributes
+    ----------
+    line : Any
+        Another object where serial numbers begin anew, as after `load`
+    era : int
+        Goes up where rows are hidden
+    serial : int
+        Number of the row that will come next
+    """
+    line: Any  # Another object where serial numbers begin anew, as after `load`
+    era: int  # Goes up where rows are hidden
+    serial: int  # Number of the row that will come next
     def __len__(self) -> int: ...
     def episodes(self) -> list[np.ndarray]: ...  # The rows of each episode, in the order of its steps
+    def oldest(self) -> int: ...  # Serial number of the oldest row that is here
+    def serials(self, at: np.ndarray) -> np.ndarray: ...  # Numbers of rows that are never used again
+    def find(self, serials: np.ndarray) -> np.ndarray: ...  # Where such rows are now; -1 if nowhere
+    def beside(self, at: np.ndarray, steps: np.ndarray) -> np.ndarray: ...  # Rows some steps on; -1 if none
+    def places(self, at: np.ndarray) -> tuple: ...  # How many are before and behind in the episode; step
+    def whole(self, at: np.ndarray) -> list[np.ndarray]: ...  # All rows of their episodes
+    def owners(self, at: np.ndarray) -> tuple: ...  # Ids of their episodes, and for each row which of these
+    def times(self, at: np.ndarray) -> np.ndarray: ...  # int64 UTC microseconds
+    def column(self, name: str, at: np.ndarray) -> np.ndarray: ...  # A field of `info`
+    def changed(self, low: int, upto: int, back: int = 0, ahead: int = 0) -> Optional[np.ndarray]: ...
+    def about(self, ids: list[str]) -> Any: ...  # Their rows in the pool's catalogue, a frame
 
 class Draw(NamedTuple):
     """The rows of a batch
@@ -27,10 +56,41 @@ class Draw(NamedTuple):
         Same shape, bool: False is padding; `None` means that nothing is
     weight : Optional[np.ndarray], default None
         `(batch,)` importance weights; `None` means 1
+    learn : Optional[np.ndarray], default None
+        Same shape as `rows`, bool: to be learned from; `None` means `mask`
+    anchor : Optional[np.ndarray], default None
+        `(batch,)` int64: the rows by which items are known; `None`: `rows`
+    fold : Optional[Callable], default None
+        Makes what a learner gets of `Sequences`; `None` leaves them as they are
     """
     rows: np.ndarray  # `(batch,)` int64, or `(batch, length)` for sequences
     mask: Optional[np.ndarray] = None  # Same shape, bool: False is padding; `None` means that nothing is
     weight: Optional[np.ndarray] = None  # `(batch,)` importance weights; `None` means 1
+    learn: Optional[np.ndarray] = None  # Same shape as `rows`, bool: to be learned from; `None` means `mask`
+    anchor: Optional[np.ndarray] = None  # `(batch,)` int64: the rows by which items are known; `None`: `rows`
+    fold: Optional[Callable] = None  # Makes what a learner gets of `Sequences`; `None` leaves them as they are
+
+class Sequences(NamedTuple):
+    """What a batch is made of, as a `fold` takes and gives it
+
+    Parameters
+    ----------
+    transition : tuple
+        state, action, reward, nstate: each `(batch, length, *block)`, then `(batch, *block)`
+    rows : np.ndarray
+        `(batch, length)`, then `(batch,)`, structured: flags and `info`
+    slots : np.ndarray
+        The same, int64: where they were
+    mask : np.ndarray
+        `(batch, length)` bool
+    discount : Optional[np.ndarray], default None
+        `(batch,)` float32: what the value of `nstate` counts
+    """
+    transition: tuple  # state, action, reward, nstate: each `(batch, length, *block)`, then `(batch, *block)`
+    rows: np.ndarray  # `(batch, length)`, then `(batch,)`, structured: flags and `info`
+    slots: np.ndarray  # The same, int64: where they were
+    mask: np.ndarray  # `(batch, length)` bool
+    discount: Optional[np.ndarray] = None  # `(batch,)` float32: what the value of `nstate` counts
 
 # %% ../../../nbs/storage/buffer/sampler.ipynb #7ddf4f12
 class Sampler(abc.ABC):
@@ -83,10 +143,323 @@ class Sampler(abc.ABC):
             From `state_dict`; it may hold more, such as the sampler's kind
         """
 
-    def __repr__(self) -> str: return f"{type(self).__name__}()"
+    def moment(self) -> Any: # Compared by `==`
+        """What decides the next draw, and a draw may change
+
+        Returns
+        -------
+        Any
+            Compared by `==`
+        """
+        return copy.deepcopy(self.state_dict())
+
+    def go_back(self,
+        moment: Any, # From `moment`
+    ) -> None:
+        """Be as at a moment
+
+        Parameters
+        ----------
+        moment : Any
+            From `moment`
+        """
+        self.load_state_dict(moment)
+
+    def __repr__(self) -> str:
+        options = inspect.signature(type(self)).parameters.values()
+        told = [(p.name, repr(getattr(self, p.name, None)), repr(p.default)) for p in options]
+        return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value, usual in told if value != usual)})"
+
+# %% ../../../nbs/storage/buffer/sampler.ipynb #74943d72
+class Items(Sampler):
+    """What one element of a batch is; drawn by itself, each is equally likely
+
+    Attributes
+    ----------
+    in_range : ClassVar[bool]
+        True where every draw is a row that exists, which saves checking
+    in_one_step : ClassVar[bool]
+        True where a draw changes nothing but `rng`, by one call
+    every : ClassVar[bool]
+        Whether every row anchors an item
+    reach : tuple[int, int]
+        Whether a row does may change with so many rows behind it, and before it
+    """
+    in_range = in_one_step = True
+    every: ClassVar[bool] = True  # Whether every row anchors an item
+    reach: tuple[int, int] = (0, 0)  # Whether a row does may change with so many rows behind it, and before it
+
+    def anchors(self,
+        at: np.ndarray, # `(n,)` int64 rows
+        rows: Drawable, # The rows that there are
+    ) -> np.ndarray: # `(n,)` bool
+        """Which of some rows anchor an item
+
+        Parameters
+        ----------
+        at : np.ndarray
+            `(n,)` int64 rows
+        rows : Drawable
+            The rows that there are
+
+        Returns
+        -------
+        np.ndarray
+            `(n,)` bool
+        """
+        return np.ones(len(at), bool)
+
+    @abc.abstractmethod
+    def around(self,
+        at: np.ndarray, # `(n,)` int64 rows that anchor items
+        rows: Drawable, # The rows that there are
+    ) -> Draw:
+        """The items of some anchors
+
+        Parameters
+        ----------
+        at : np.ndarray
+            `(n,)` int64 rows that anchor items
+        rows : Drawable
+            The rows that there are
+
+        Returns
+        -------
+        Draw
+        """
+
+    def count(self,
+        rows: Drawable, # The rows that there are
+    ) -> int:
+        """How many items there are
+
+        Parameters
+        ----------
+        rows : Drawable
+            The rows that there are
+
+        Returns
+        -------
+        int
+        """
+        return len(rows) if self.every else int(self._weights(rows).total)
+
+    def take(self,
+        items: np.ndarray, # `(n,)` int64, each below `count`
+        rows: Drawable, # The rows that there are
+    ) -> Draw:
+        """Items by number, in the order in which their anchors entered
+
+        Parameters
+        ----------
+        items : np.ndarray
+            `(n,)` int64, each below `count`
+        rows : Drawable
+            The rows that there are
+
+        Returns
+        -------
+        Draw
+        """
+        return self.around(self._nth(items, rows), rows)
+
+    def draw(self, n: int, rng: np.random.Generator, rows: Drawable) -> Draw:
+        return self.take(rng.integers(self.count(rows), size=n), rows)
+
+    def _nth(self, items: np.ndarray, rows: Drawable) -> np.ndarray:  # their anchors
+        """Returns
+        -------
+        np.ndarray
+            their anchors
+        """
+        return items if self.every else rows.find(self._weights(rows).select(items + 0.5))
+
+    def _weights(self, rows: Drawable) -> "Weights":  # 1 for each anchor
+        """Returns
+        -------
+        Weights
+            1 for each anchor
+        """
+        if "_tally" not in vars(self): self._tally = Tally(self.reach)
+        return self._tally.follow(rows, self.anchors)
+
+# %% ../../../nbs/storage/buffer/sampler.ipynb #5689758a
+class Sums:
+    """A sum tree over so many leaves
+
+    Parameters
+    ----------
+    size : int
+        How many leaves, a power of 2
+    """
+    def __init__(self,
+        size: int, # How many leaves, a power of 2
+    ):
+        self.size, self.nodes = size, np.zeros(2 * size)
+
+    def set(self,
+        leaves: np.ndarray, # `(n,)` int64
+        weights: np.ndarray, # `(n,)`, from 0
+    ) -> None:
+        """Change leaves; done twice it is as if done once
+
+        Parameters
+        ----------
+        leaves : np.ndarray
+            `(n,)` int64
+        weights : np.ndarray
+            `(n,)`, from 0
+        """
+        at, nodes = leaves + self.size, self.nodes
+        nodes[at] = weights
+        many = 8 * len(at) > self.size
+        while self.size > 1 and len(at) and at[0] > 1:
+            level = 1 << (int(at[0]).bit_length() - 2)
+            at = np.arange(level, 2 * level) if many else at >> 1
+            nodes[at] = nodes[2 * at] + nodes[2 * at + 1]
+
+    def select(self,
+        sums: np.ndarray, # `(n,)` from 0, below the sum of all
+    ) -> np.ndarray: # `(n,)` leaves, each with a weight above 0
+        """The leaves at which the running sum of weights exceeds some numbers
+
+        Parameters
+        ----------
+        sums : np.ndarray
+            `(n,)` from 0, below the sum of all
+
+        Returns
+        -------
+        np.ndarray
+            `(n,)` leaves, each with a weight above 0
+        """
+        at, sums = np.ones(len(sums), "int64"), np.array(sums)
+        while at[0] < self.size:
+            left = self.nodes[2 * at]
+            right = ((sums >= left) & (self.nodes[2 * at + 1] > 0)) | (left == 0)
+            sums -= left * right
+            at = 2 * at + right
+        return at - self.size
+
+    def upto(self,
+        leaf: int,
+    ) -> float:
+        "The sum of the weights before a leaf"
+        at, found = leaf + self.size, 0.0
+        while at > 1:
+            if at & 1: found += float(self.nodes[at - 1])
+            at >>= 1
+        return found
+
+# %% ../../../nbs/storage/buffer/sampler.ipynb #ca674274
+class Weights(NamedTuple):
+    """The weights of rows at one moment
+
+    Parameters
+    ----------
+    low : int
+        Serial number of the oldest row
+    sums : Sums
+        Of each row, by its serial number
+    """
+    low: int  # Serial number of the oldest row
+    sums: Sums  # Of each row, by its serial number
+
+    @property
+    def total(self) -> float: return float(self.sums.nodes[1])
+
+    def select(self,
+        sums: np.ndarray, # `(n,)` from 0, below `total`
+    ) -> np.ndarray: # `(n,)` int64
+        """Serial numbers of the rows at which the running sum, from the oldest on, exceeds some numbers
+
+        Parameters
+        ----------
+        sums : np.ndarray
+            `(n,)` from 0, below `total`
+
+        Returns
+        -------
+        np.ndarray
+            `(n,)` int64
+        """
+        size = self.sums.size
+        sums = sums + self.sums.upto(self.low % size)
+        sums = np.where(sums >= self.total, sums - self.total, sums)
+        return self.low + (self.sums.select(sums) - self.low) % size
+
+    def draw(self,
+        n: int, # How many
+        rng: np.random.Generator, # Called once
+    ) -> np.ndarray: # `(n,)` int64
+        """Serial numbers by weight: one from each of `n` equal parts of the sum of all
+
+        Parameters
+        ----------
+        n : int
+            How many
+        rng : np.random.Generator
+            Called once
+
+        Returns
+        -------
+        np.ndarray
+            `(n,)` int64
+        """
+        return self.select((np.arange(n) + rng.random(n)) / n * self.total)
+
+# %% ../../../nbs/storage/buffer/sampler.ipynb #d47d129a
+class Tally:
+    """Keeps weights in step with rows
+
+    Parameters
+    ----------
+    reach : tuple[int, int], default (0, 0)
+        As of `Items`
+    """
+    def __init__(self,
+        reach: tuple[int, int] = (0, 0), # As of `Items`
+    ):
+        self.reach, self._seen = reach, (None, 0, 0, 0, None)
+
+    def follow(self,
+        rows: Drawable, # The rows that there are
+        weigh: Callable[[np.ndarray, Drawable], np.ndarray], # Gives the weights of some of them
+        also: Optional[np.ndarray] = None, # Serial numbers of rows whose weights changed by themselves
+    ) -> Weights:
+        """The weights of rows as they are now
+
+        Parameters
+        ----------
+        rows : Drawable
+            The rows that there are
+        weigh : Callable[[np.ndarray, Drawable], np.ndarray]
+            Gives the weights of some of them
+        also : Optional[np.ndarray], default None
+            Serial numbers of rows whose weights changed by themselves
+
+        Returns
+        -------
+        Weights
+        """
+        (line, era, low, upto, sums), oldest, serial = self._seen, rows.oldest(), rows.serial
+        size = 1 << max(0, serial - oldest - 1).bit_length()
+        fresh = line is not rows.line or era != rows.era or size != sums.size
+        if not fresh and also is None and (low, upto) == (oldest, serial): return Weights(low, sums)
+        serials = None if fresh else rows.changed(low, upto, *self.reach)
+        if serials is None: serials, sums = rows.serials(np.arange(len(rows))), Sums(size)
+        else:
+            gone = np.arange(low, min(oldest, low + size)) % size
+            sums.set(gone, np.zeros(len(gone)))
+            if also is not None: serials = np.union1d(serials, also)
+        at = rows.find(serials)
+        here = at >= 0
+        sums.set(serials[here] % size, weigh(at[here], rows))
+        self._seen = rows.line, rows.era, oldest, serial, sums
+        return Weights(oldest, sums)
 
 # %% ../../../nbs/storage/buffer/sampler.ipynb #2395f796
-class Uniform(Sampler):
+class Uniform(Items):
     """Every row is equally likely, each time
 
     Attributes
@@ -95,15 +468,21 @@ class Uniform(Sampler):
         True where every draw is a row that exists, which saves checking
     in_one_step : ClassVar[bool]
         True where a draw changes nothing but `rng`, by one call
+    every : ClassVar[bool]
+        Whether every row anchors an item
+    reach : tuple[int, int]
+        Whether a row does may change with so many rows behind it, and before it
     """
-    in_range = in_one_step = True
-
-    def draw(self, n: int, rng: np.random.Generator, rows: Drawable) -> Draw:
-        return Draw(rng.integers(len(rows), size=n))
+    def around(self, at: np.ndarray, rows: Drawable) -> Draw: return Draw(at)
 
 # %% ../../../nbs/storage/buffer/sampler.ipynb #0d58fe61
-class Episodes(Sampler):
+class Episodes(Items):
     """Whole episodes, each equally likely, padded to the longest in the batch
+
+    Parameters
+    ----------
+    buckets : Optional[int], default None
+        Draw so many times as many, and take those of similar length
 
     Attributes
     ----------
@@ -111,16 +490,37 @@ class Episodes(Sampler):
         True where every draw is a row that exists, which saves checking
     in_one_step : ClassVar[bool]
         True where a draw changes nothing but `rng`, by one call
+    every : ClassVar[bool]
+        Whether every row anchors an item
+    reach : tuple[int, int]
+        Whether a row does may change with so many rows behind it, and before it
     """
-    in_range = in_one_step = True
+    every, reach = False, (0, 1)
+    def __init__(self,
+        buckets: Optional[int] = None, # Draw so many times as many, and take those of similar length
+    ):
+        self.buckets = buckets
+        self.in_one_step = buckets is None
 
-    def draw(self, n: int, rng: np.random.Generator, rows: Drawable) -> Draw:
-        episodes = rows.episodes()
-        chosen = [episodes[i] for i in rng.integers(len(episodes), size=n)]
+    def anchors(self, at: np.ndarray, rows: Drawable) -> np.ndarray: return rows.places(at)[0] == 0
+
+    def around(self, at: np.ndarray, rows: Drawable) -> Draw:
+        chosen = rows.whole(at)
         mask = np.arange(max(map(len, chosen))) < np.array([[len(e)] for e in chosen])
         padded = np.zeros(mask.shape, "int64")
         padded[mask] = np.concatenate(chosen)
-        return Draw(padded, mask)
+        return Draw(padded, mask, anchor=at)
+
+# %% ../../../nbs/storage/buffer/sampler.ipynb #41512f20
+@patch
+def draw(self: Episodes, n: int, rng: np.random.Generator, rows: Drawable) -> Draw:
+    "The next batch"
+    if self.buckets is None: return Items.draw(self, n, rng, rows)
+    items = rng.integers(self.count(rows), size=n * self.buckets)
+    at = self._nth(items, rows)
+    before, behind, _ = rows.places(at)
+    alike = np.split(np.argsort(before + behind, kind="stable"), self.buckets)
+    return self.around(at[alike[int(rng.integers(self.buckets))]], rows)
 
 # %% ../../../nbs/storage/buffer/sampler.ipynb #d354bd43
 def sampler_state(sampler: Sampler) -> dict[str, Any]:

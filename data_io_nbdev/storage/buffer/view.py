@@ -5,6 +5,7 @@
 # %% ../../../nbs/storage/buffer/view.ipynb #41e753b1
 import hashlib
 import os
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice, takewhile
@@ -19,7 +20,7 @@ from ...errors import SnapshotNotFound
 from ...data.schema import Schema, selection
 from ...data.core import Episode, PoolQuery, steps_in
 from ..pool.columns import Part, Selection, block_of, in_one_step
-from ..pool.pool import Pool
+from ..pool.pool import Pool, _catalogue
 from ..pool.memory import episode_of, lending
 from .rows import Line, Rows, row_dtype
 
@@ -427,6 +428,7 @@ class View(Seen):
         if gone: fork.rows.hide(gone)
         if fresh and fork.rows is None: fork.rows = self.home.rows(self, fork.some or schema, fresh)
         self.home.enter(fork, fresh, steps)
+        if fork.rows is not None: fork.rows.about = partial(_about, weakref.ref(pool), version)
         fork.versions = _looked(self.versions, version)
         new = fork.serial - self.serial
         self._merge(fork, gone)
@@ -479,6 +481,11 @@ class View(Seen):
         for first, last in versions:
             for version in range(first, last + 1): self.look(version)
         return self
+
+# %% ../../../nbs/storage/buffer/view.ipynb #53b955a3
+def _about(pool: Callable[[], Pool], version: int, ids: list[str]) -> Any:
+    "The rows of some episodes in the catalogue of a version"
+    return _catalogue(pool()._select(PoolQuery(ids=ids), version), pool()._schema(version))
 
 # %% ../../../nbs/storage/buffer/view.ipynb #547a63a5
 def _looked(versions: list[list[int]], version: int) -> list[list[int]]:

@@ -1,0 +1,508 @@
+"""Samplers against slow and obvious oracles, while episodes come in parts, end, leave a ring and are hidden."""
+import pickle
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from data_io_nbdev import DaskPool, Episodes, MemoryBuffer, MemoryPool, PoolQuery, Uniform
+from data_io_nbdev.errors import NotEnoughData, QueryError
+from data_io_nbdev.storage.buffer.chains import Rows
+from data_io_nbdev.storage.buffer.chances import Balanced, Epoch, Fresh, Once, Prioritized, Recent
+from data_io_nbdev.storage.buffer.dask import DaskBuffer
+from data_io_nbdev.storage.buffer.nstep import NStep
+from data_io_nbdev.storage.buffer.sampler import Sums, Tally
+from data_io_nbdev.storage.buffer.windows import Stack, Windows
+from data_io_nbdev.testing import batch_facts, drive, through_json
+
+
+def life(seed, capacity=None, once=False, events=28):
+    "Rows while episodes come in parts, one beside the other, and some are hidden; yields them after each event"
+    rng = np.random.default_rng(seed)
+    rows, going, begun = Rows(drive().schema, once, capacity), [], 0
+    for _ in range(events):
+        kind = rng.random()
+        if kind < 0.12 and len(rows) and rows.episodes():
+            ids = rows.owners(np.arange(len(rows)))[0]
+            gone = str(rng.choice(ids))
+            fork = rows.fork(); fork.hide([gone]); rows.merge(fork)()
+            going = [g for g in going if g[0].id != gone]
+        else:
+            if not going or (kind < 0.5 and len(going) < 5):
+                going.append([drive(int(rng.choice([1, 2, 7, 30])), hour=begun, linked=bool(rng.random() < 0.8)), 0])
+                begun += 1
+            one = going[rng.integers(len(going))]
+            upto = min(len(one[0]), one[1] + int(rng.choice([1, 1, 3, 20])))
+            fork = rows.fork(); fork.append(one[0][one[1]:upto]); rows.merge(fork)()
+            one[1] = upto
+            going = [g for g in going if g[1] < len(g[0])]
+        if len(rows): yield rows, rng
+
+
+LIVES = [dict(seed=s, capacity=c, once=o) for s in range(2) for c in (None, 8, 40) for o in (False, True)]
+
+
+def neighbours(rows):
+    "For each row its episode's rows and its place there, from the plain list of episodes"
+    return {int(r): (e, i) for e in rows.episodes() for i, r in enumerate(e)}
+
+
+@pytest.mark.parametrize("options", LIVES, ids=str)
+def test_chains(options):
+    "Neighbours, places and whole episodes are those of the plain list of episodes, however rows came and went"
+    for rows, rng in life(**options):
+        if rng.random() < 0.3: continue   # some events are seen together
+        at, steps, known = np.arange(len(rows)), np.arange(-9, 10), neighbours(rows)
+        right = [[known[r][0][known[r][1] + k] if 0 <= known[r][1] + k < len(known[r][0]) else -1 for k in steps]
+                 for r in at.tolist()]
+        assert np.array_equal(rows.beside(at[:, None], steps), right)
+        before, behind, step = rows.places(at)
+        assert before.tolist() == [known[r][1] for r in at.tolist()]
+        assert behind.tolist() == [len(known[r][0]) - 1 - known[r][1] for r in at.tolist()]
+        taken = rows.ledger.trace(rows.slots(at))
+        assert np.array_equal(step, taken["step"]) and np.array_equal(rows.serials(at), taken["index"])
+        assert np.array_equal(rows.times(at), taken["timestamp"].astype("int64"))
+        ids, which = rows.owners(at)
+        assert np.array_equal(np.array(ids)[which], taken["episode"])
+        assert np.array_equal(rows.find(rows.serials(at)), at)
+        gone = np.setdiff1d(np.arange(rows.serial + 3), rows.serials(at))
+        assert (rows.find(gone) == -1).all()
+        some = rng.integers(len(rows), size=4)
+        assert all(np.array_equal(a, known[int(r)][0]) for a, r in zip(rows.whole(some), some))
+
+
+def anchors(sampler, rows):
+    "Which rows anchor an item, from the definition"
+    for r, (e, i) in sorted(neighbours(rows).items()):
+        if isinstance(sampler, Episodes): yield r, i == 0
+        elif sampler.edge == "strict":
+            yield r, i >= sampler.burn_in * sampler.dilation and i + sampler.steps[-1] < len(e)
+        else: yield r, i == 0 or rows.places(np.array([r]))[2][0] % sampler.length == 0
+
+
+KINDS = [Episodes(), Windows(3, edge="strict"), Windows(2, burn_in=3, bootstrap=2, edge="strict", dilation=2), Windows(4, edge="cut")]
+
+
+@pytest.mark.parametrize("options", LIVES, ids=str)
+@pytest.mark.parametrize("sampler", KINDS, ids=str)
+def test_items(sampler, options):
+    "Items are counted and numbered as if all rows had been asked, and what was counted on the way is what a new sampler counts"
+    for rows, rng in life(**options):
+        if rng.random() < 0.3: continue
+        right = [r for r, yes in anchors(sampler, rows) if yes]
+        assert sampler.count(rows) == len(right)
+        if right:
+            assert sampler.take(np.arange(len(right)), rows).anchor.tolist() == right
+        fresh = Tally(sampler.reach).follow(rows, sampler.anchors)
+        assert np.array_equal(fresh.sums.nodes, sampler._weights(rows).sums.nodes)
+
+
+@pytest.mark.parametrize("options", LIVES[::2], ids=str)
+def test_windows(options):
+    "Every row of every window is the step that it says, and what is cut side by side is learned from once"
+    for rows, rng in life(**options):
+        if rng.random() < 0.5: continue
+        known, at = neighbours(rows), np.arange(len(rows))
+        for w in (Windows(3), Windows(4, burn_in=2, bootstrap=1, dilation=2), Windows(9, seconds=3)):
+            draw = w.around(at, rows)
+            for r, found, real, learn in zip(at.tolist(), draw.rows, draw.mask, draw.learn):
+                e, i = known[r]
+                for k, step in enumerate(range(-w.burn_in, w.length + w.bootstrap)):
+                    j = i + step * w.dilation
+                    there = 0 <= j < len(e) and (w.seconds is None or abs(j - i) <= w.seconds)
+                    assert real[k] == there and (not there or found[k] == e[j])
+                    assert learn[k] == (there and 0 <= step < w.length)
+        cut = Windows(4, edge="cut", burn_in=1, bootstrap=2)
+        draw = cut.take(np.arange(cut.count(rows)), rows)
+        assert sorted(draw.rows[draw.learn].tolist()) == at.tolist()
+        stack = Stack(3).around(at, rows)
+        assert all([e[max(0, i + k)] for k in (-2, -1, 0)] == found.tolist() for r, found in zip(at.tolist(), stack.rows) for e, i in [known[r]])
+
+
+def test_sums():
+    "Sums and searches are those of a plain list"
+    rng = np.random.default_rng(0)
+    for size in (1, 2, 64, 1024):
+        sums, plain = Sums(size), np.zeros(size)
+        for n in (1, 3, size, 5):
+            at = rng.integers(size, size=n)
+            at = np.unique(at)
+            plain[at] = rng.integers(0, 4, len(at))
+            sums.set(at, plain[at])
+            assert sums.nodes[1] == plain.sum() and [sums.upto(i) for i in range(size)] == [plain[:i].sum() for i in range(size)]
+            if plain.sum():
+                k = np.arange(plain.sum()) + 0.5
+                assert np.array_equal(sums.select(k), np.searchsorted(np.cumsum(plain), k, side="right"))
+
+
+def chi_square(counts, chances):
+    "How unlikely counts are, in standard deviations (Wilson and Hilferty, 1931)"
+    right, n = np.asarray(chances) / np.sum(chances) * np.sum(counts), len(counts) - 1
+    if n == 0: return 0
+    return ((((counts - right) ** 2 / right).sum() / n) ** (1 / 3) - (1 - 2 / 9 / n)) / np.sqrt(2 / 9 / n)
+
+
+@pytest.mark.parametrize("sampler", [*KINDS, Windows(3), Stack(2), Uniform(), Episodes(buckets=4)], ids=str)
+def test_uniform(sampler):
+    "Every item is equally likely"
+    *_, (rows, rng) = life(1, capacity=40, events=60)
+    if not sampler.count(rows): pytest.fail("nothing to draw: choose another life")
+    seen = []
+    n = 1 if getattr(sampler, "buckets", None) else 50   # what comes in one batch of a bucket is no chance
+    for _ in range(200 * 50 // n // (1 if n > 1 else 4)):
+        draw = sampler.draw(n, rng, rows)
+        seen.append(draw.rows if draw.anchor is None else draw.anchor)
+    counts = np.bincount(np.concatenate(seen), minlength=len(rows))
+    there = sampler.anchors(np.arange(len(rows)), rows)
+    assert not counts[~there].any() and chi_square(counts[there], np.ones(there.sum())) < 4
+
+
+def weights_of(weights, rows):
+    "The weight of each row, as a sampler's tree has it"
+    return weights.sums.nodes[weights.sums.size:][rows.serials(np.arange(len(rows))) % weights.sums.size]
+
+
+OVER = [Uniform, lambda: Windows(2, burn_in=1, bootstrap=1, edge="strict"), Episodes, lambda: Windows(3, edge="cut")]
+SOME = LIVES[1::2]
+
+
+@pytest.mark.parametrize("options", SOME, ids=str)
+@pytest.mark.parametrize("over", range(len(OVER)))
+def test_priorities(over, options):
+    "Each item has the chance that it was last told, or the largest so far, and late news of what has left changes nothing"
+    sampler, plain, top, told = Prioritized(alpha=0.7, over=OVER[over]()), {}, 1.0, []
+    for rows, rng in life(**options):
+        if rng.random() < 0.3: continue
+        here = rows.serials(np.arange(len(rows))).tolist()
+        for serials, p in told:
+            for i, x in zip(serials.tolist(), p.tolist()):
+                if i in plain and i >= rows.oldest():
+                    plain[i] = (x + 1e-6) ** 0.7
+                    top = max(top, plain[i])
+        told = []
+        for i in range(rows.oldest(), rows.serial): plain.setdefault(i, top)
+        right = np.array([plain[i] for i in here]) * sampler.over.anchors(np.arange(len(rows)), rows)
+        if not right.sum():
+            with pytest.raises(NotEnoughData): sampler.draw(5, rng, rows)
+            continue
+        draw = sampler.draw(5, rng, rows)
+        found = weights_of(sampler._follow(rows), rows)
+        assert np.allclose(found, right, rtol=1e-12, atol=0)
+        at = draw.rows if draw.anchor is None else draw.anchor
+        assert np.allclose(draw.weight, (right[at] / right[at].min()) ** -0.4)
+        counts = np.bincount(np.concatenate([at_of(sampler.draw(20, rng, rows)) for _ in range(30)]), minlength=len(rows))
+        right = weights_of(sampler._follow(rows), rows)
+        assert not counts[right == 0].any() and chi_square(counts[right > 0], right[right > 0]) < 4
+        for _ in range(2):
+            told.append((rng.integers(rows.serial + 5, size=6), rng.exponential(size=6)))
+            sampler.update(*told[-1])
+
+
+def at_of(draw): return draw.rows if draw.anchor is None else draw.anchor
+
+
+@pytest.mark.parametrize("over", range(len(OVER)))
+def test_recent(over):
+    "With each half-life, of items or of time, the chance is half as much"
+    items, time = Recent(3, over=OVER[over]()), Recent("90min", over=OVER[over]())
+    for rows, rng in life(2, capacity=60, events=30): weights = time._follow(rows)
+    anchors = np.flatnonzero(items.over.anchors(np.arange(len(rows)), rows))
+    age = np.arange(len(anchors))[::-1] / 3
+    lives = rows.times(anchors) / 90 / 60e6
+    for sampler, lives in ((items, -age), (time, lives - lives.max())):
+        counts = np.bincount(np.concatenate([at_of(sampler.draw(20, rng, rows)) for _ in range(300)]), minlength=len(rows))
+        assert counts.sum() == counts[anchors].sum()
+        seen = counts[anchors][2 ** lives > 1e-3]
+        assert chi_square(seen, 2 ** lives[2 ** lives > 1e-3]) < 4
+    fresh = Recent("90min", over=OVER[over]())._follow(rows)
+    assert np.array_equal(weights_of(fresh, rows) / fresh.total, weights_of(weights, rows) / weights.total)
+
+
+def test_half_lives_without_end():
+    "After a thousand half-lives the chances are as fine as on the first day"
+    rows, sampler, rng = Rows(drive().schema), Recent("10min"), np.random.default_rng(0)
+    for hour in range(300):
+        rows.append(drive(2, hour=hour))
+        assert sampler.draw(2, rng, rows).rows.min() >= 0
+    rows.append(drive(1, hour=299 + 1 / 6))
+    right = np.exp2((rows.times(np.arange(len(rows))) - rows.times(np.array([600]))) / 600e6)
+    found = weights_of(sampler._follow(rows), rows)
+    assert np.allclose(found / found[-1], right) and found[-2] > 0
+
+
+@pytest.mark.parametrize("options", SOME, ids=str)
+@pytest.mark.parametrize("over", range(len(OVER)))
+def test_epochs(over, options):
+    "No item comes twice in an epoch, and all do that were there from its begin to its end"
+    sampler, epoch, seen, there = Epoch(over=OVER[over]()), 0, [], None
+    for rows, rng in life(**options):
+        anchors = lambda: set(rows.serials(np.flatnonzero(sampler.over.anchors(np.arange(len(rows)), rows))).tolist())
+        if not anchors(): continue
+        if there is not None: there &= anchors()
+        for _ in range(2):
+            drawn = rows.serials(at_of(sampler.draw(4, rng, rows))).tolist()
+            if sampler.epoch != epoch:
+                if there is not None: assert there <= set(seen)
+                epoch, seen, there = sampler.epoch, [], anchors()
+            if there is None: there = anchors()
+            seen += drawn
+            assert len(set(seen)) == len(seen) and set(drawn) <= anchors() and 1 <= len(drawn) <= 4
+
+
+@pytest.mark.parametrize("options", SOME, ids=str)
+@pytest.mark.parametrize("over", [Uniform(), Windows(3), Windows(3, edge="cut")], ids=str)
+def test_once(over, options):
+    "Each item comes once, in order, if it was still there when its turn came"
+    sampler, seen, ever = Once(over=over), [], set()
+    for rows, rng in life(**options):
+        anchors = set(rows.serials(np.flatnonzero(over.anchors(np.arange(len(rows)), rows))).tolist())
+        while True:
+            due = sorted(i for i in anchors if not seen or i > seen[-1])
+            try: drawn = rows.serials(at_of(sampler.draw(3, rng, rows))).tolist()
+            except NotEnoughData: break
+            assert drawn == [i for i in due if i >= drawn[0]][:3] and len(drawn) == min(3, len(due))
+            seen += drawn
+        assert not due or options["capacity"]   # in a ring a new first row may anchor a window, behind what was passed
+    assert seen == sorted(set(seen))
+
+
+@pytest.mark.parametrize("options", SOME, ids=str)
+@pytest.mark.parametrize("over", range(len(OVER)))
+@pytest.mark.parametrize("by", ["driver", ["vehicle", "driver"], lambda row: row["driver"] == "bo"])
+def test_balanced(over, options, by):
+    "The groups are those of all anchors, and each has the same share"
+    sampler, asked = Balanced(by, over=OVER[over]()), []
+    names = {drive(hour=h).id: ("VB%d" % (h % 2), ("anna", "bo", "cleo")[h % 3]) for h in range(60)}
+    def about(ids):
+        asked.extend(ids)
+        return pd.DataFrame([names[id] for id in ids], index=ids, columns=["vehicle", "driver"])
+    for rows, rng in life(**options):
+        if rng.random() < 0.3: continue
+        rows.about = about
+        anchors = np.flatnonzero(sampler.over.anchors(np.arange(len(rows)), rows))
+        ids, which = rows.owners(np.arange(len(rows)))
+        right = {}
+        for at in anchors.tolist():
+            vehicle, driver = names[ids[which[at]]]
+            key = driver == "bo" if callable(by) else (driver,) if by == "driver" else (vehicle, driver)
+            right.setdefault(key, []).append(int(rows.serials(np.array([at]))[0]))
+        assert [g.values.tolist() for g in sampler._follow(rows)] == [right[key] for key in sorted(right, key=repr)]
+        if not right: continue
+        seen = np.concatenate([at_of(sampler.draw(50, rng, rows)) for _ in range(10)])
+        assert chi_square([np.isin(rows.serials(seen), right[key]).sum() for key in right], np.ones(len(right))) < 4.5
+    if not callable(by): assert len(asked) == len(set(asked))
+
+
+@pytest.mark.parametrize("options", SOME, ids=str)
+@pytest.mark.parametrize("over", range(len(OVER)))
+def test_fresh(over, options):
+    "What is drawn is at most so many versions behind the newest that is there"
+    sampler = Fresh("version", most=2, over=OVER[over]())
+    version = lambda serials: serials // 6 - (serials * 7919 % 5 == 0)     # rising, with late ones in between
+    for rows, rng in life(**options):
+        if rng.random() < 0.3: continue
+        rows.column = lambda name, at, rows=rows: version(rows.serials(at))
+        at = np.arange(len(rows))
+        made = version(rows.serials(at))
+        right = (made >= made.max() - 2) & sampler.over.anchors(at, rows)
+        assert np.array_equal(weights_of(sampler._follow(rows), rows), right)
+
+
+def ended(seed, capacity=None):
+    "Rows of episodes that terminated, were cut off, or go on, with their first part before others"
+    rng, rows, es = np.random.default_rng(seed), Rows(drive().schema, capacity=capacity), {}
+    for h in range(12):
+        e = drive(int(rng.choice([1, 2, 5, 12])), hour=h, end=[None, "terminated", "truncated"][h % 3], linked=bool(h % 2))
+        es[e.id] = e
+    late = []
+    for e in es.values():
+        cut = int(rng.integers(1, len(e) + 1))
+        rows.append(e[:cut])
+        if cut < len(e) and rng.random() < 0.7: late.append(e[cut:])
+    for e in late: rows.append(e)
+    return rows, es
+
+
+@pytest.mark.parametrize("capacity", [None, 20])
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("n, k", [(1, 0), (3, 0), (5, 3), (20, 2)])
+def test_nstep(n, k, seed, capacity):
+    "Return, discount and states are those of a loop over the steps"
+    from data_io_nbdev.storage.buffer.buffer import make_batch
+    rows, es = ended(seed, capacity)
+    sampler, known, gamma = NStep(n, 0.9, over=Stack(k) if k else Uniform()), neighbours(rows), 0.9
+    batch = make_batch(rows, sampler.draw(2000, np.random.default_rng(seed), rows))
+    assert set(batch.index.tolist()) == set(rows.serials(np.arange(len(rows))).tolist())
+    for b, (serial, id, step) in enumerate(zip(batch.index, batch.episode, batch.step)):
+        e, (mine, i) = es[id], known[int(rows.find(np.array([serial]))[0])]
+        total, factor = 0.0, 1.0
+        for j in range(n):
+            total += factor * float(e.reward[step + j]); factor *= gamma
+            if e.terminated[step + j] or e.truncated[step + j] or i + j + 1 == len(mine) or j + 1 == n: break
+        last = step + j
+        assert np.isclose(batch.reward[b], total, rtol=1e-5, atol=1e-6) and batch.reward.dtype == "float32"
+        assert np.isclose(batch.discount[b], 0 if e.terminated[last] else factor)
+        assert batch.terminated[b] == e.terminated[last] and batch.truncated[b] == e.truncated[last]
+        assert np.array_equal(batch.action[b], e.action[step])
+        head = step - i
+        if not k: assert np.array_equal(batch.state[b], e.state[step]) and np.array_equal(batch.nstate[b], e.nstate[last])
+        else:
+            assert np.array_equal(batch.state[b], [e.state[max(head, step + o)] for o in range(1 - k, 1)])
+            assert np.array_equal(batch.nstate[b], [*(e.state[max(head, last + o)] for o in range(2 - k, 1)), e.nstate[last]])
+
+
+def filled(pool):
+    "A pool of episodes of many lengths, two of which came in parts"
+    pool.extend([drive(n, hour=h, driver=d) for h, (n, d) in enumerate([(1, "anna"), (9, "bo"), (30, "anna"), (4, "cleo"), (2, "bo")])])
+    pool.store(drive(7, hour=9)[:3]); pool.store(drive(6, hour=8)[:2]); pool.store(drive(7, hour=9))
+    return pool
+
+
+SAMPLERS = [Uniform, Episodes, lambda: Episodes(buckets=3), lambda: Windows(4, burn_in=2, bootstrap=1), lambda: Windows(4, edge="strict"),
+            lambda: Windows(3, edge="cut"), lambda: Windows(5, seconds=2.5), lambda: Stack(3), Prioritized,
+            lambda: Prioritized(over=Windows(4, edge="strict")), lambda: Recent(7), lambda: Recent("2h", over=Episodes()), Epoch,
+            lambda: Epoch(drop_last=True, over=Windows(3, burn_in=1, edge="cut")), Once, lambda: Balanced("driver"),
+            lambda: Balanced(lambda row: row["seq_len"] > 5, over=Windows(2, edge="strict")), lambda: NStep(3, 0.9),
+            lambda: NStep(3, 0.9, over=Prioritized(over=Stack(2))), lambda: NStep(2, 1, over=Epoch())]
+
+
+def more(batch):
+    "Everything that a batch says, also what only some samplers give"
+    return {**batch_facts(batch), "learn": batch.learn.tolist(), "anchor": batch.anchor.tolist(),
+            "discount": batch.discount.tolist() if "discount" in dir(batch) else None}
+
+
+def learn(buffer, batches=3):
+    "What a learner gets, that tells priorities where the sampler wants them"
+    for _ in range(batches):
+        try: batch = buffer.sample()
+        except NotEnoughData as e: yield str(e)
+        else:
+            yield more(batch)
+            if isinstance(getattr(buffer.sampler, "over", buffer.sampler), Prioritized) or isinstance(buffer.sampler, Prioritized):
+                buffer.update_priorities(batch.anchor, batch.anchor % 7 / 3)
+
+
+@pytest.mark.parametrize("number", range(len(SAMPLERS)))
+def test_every_buffer(number, tmp_path):
+    "A seed gives the same batches from memory, from a lake, and from rows in a mapped file, before and after a refresh"
+    make, options = SAMPLERS[number], dict(batch_size=6, seed=3)
+    pools = [filled(MemoryPool()), filled(DaskPool(str(tmp_path / "lake")))]
+    buffers = [MemoryBuffer(pool=pools[0], sampler=make(), **options), MemoryBuffer(pool=pools[0], states="once", sampler=make(), **options),
+               DaskBuffer(pool=pools[1], sampler=make(), **options),
+               DaskBuffer(pool=pools[1], resident="mapped", cache=str(tmp_path / "cache"), sampler=make(), **options)]
+    for _ in range(2):
+        facts = [list(learn(b)) for b in buffers]
+        assert all(f == facts[0] for f in facts)
+        for pool in pools:
+            pool.delete(PoolQuery(driver="cleo")); pool.store(drive(12, hour=20)[:5]); pool.store(drive(6, hour=8))
+        for b in buffers: b.refresh()
+
+
+@pytest.mark.parametrize("capacity", [None, 25])
+@pytest.mark.parametrize("number", range(len(SAMPLERS)))
+def test_resume(number, capacity):
+    "A learner that was stopped goes on, through refreshes and with a ring, as if it had not been"
+    pool, options = filled(MemoryPool()), dict(batch_size=3, capacity=capacity)
+    buffer = MemoryBuffer(pool=pool, sampler=SAMPLERS[number](), seed=3, **options)
+    for turn in range(4):
+        for _ in learn(buffer, 2): pass
+        other = MemoryBuffer(pool=pool, sampler=SAMPLERS[number](), **options)
+        other.load_state_dict(through_json(buffer.state_dict()))
+        assert list(learn(other)) == list(learn(buffer))
+        pool.store(drive(8, hour=30 + turn)); pool.store(drive(12, hour=20)[:3 * turn + 1])
+        if turn == 2: pool.delete(PoolQuery(driver="bo"))
+        for b in (buffer, other): b.refresh()
+        assert list(learn(other)) == list(learn(buffer))
+
+
+@pytest.mark.parametrize("number", range(len(SAMPLERS)))
+def test_interrupted(number):
+    "A draw that breaks off anywhere was made or was not: the next ones are those that follow, bit for bit"
+    for line in range(1, 400, 41):
+        pool, make, options = filled(MemoryPool()), SAMPLERS[number], dict(batch_size=3, seed=3, capacity=40)
+        one, two, three = buffers = [MemoryBuffer(pool=pool, sampler=make(), **options) for _ in range(3)]
+        for b in buffers: list(learn(b, 2))
+        pool.store(drive(8, hour=30))
+        if line % 2: pool.delete(PoolQuery(driver="cleo"))
+        for b in buffers: b.refresh()
+        left = [line]
+        def trace(frame, event, arg):
+            if "storage/buffer" not in frame.f_code.co_filename: return None
+            if event == "line":
+                left[0] -= 1
+                if left[0] == 0: raise KeyboardInterrupt
+            return trace
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try: one.sample()
+        except (KeyboardInterrupt, NotEnoughData): pass
+        finally: sys.settrace(before)
+        try: three.sample()
+        except NotEnoughData: pass
+        right = [list(learn(three))] if left[0] > 0 else [list(learn(two)), list(learn(three))]
+        assert list(learn(one)) in right
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    distributed = pytest.importorskip("distributed")
+    with distributed.LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None) as cluster, distributed.Client(cluster) as client:
+        yield client
+
+
+@pytest.mark.parametrize("number", range(8, len(SAMPLERS)))
+def test_look_ahead(number, tmp_path, cluster):
+    "Batches that travel ahead from a cluster are those that memory gives, also where priorities come meanwhile"
+    make = SAMPLERS[number]
+    lake = filled(DaskPool(str(tmp_path / "lake")))
+    near, far = MemoryBuffer(pool=filled(MemoryPool()), batch_size=4, seed=1, sampler=make()), DaskBuffer(
+        pool=lake, batch_size=4, seed=1, resident="cluster", prefetch=2, sampler=make())
+    assert list(learn(far, 7)) == list(learn(near, 7))
+
+
+def test_refused():
+    "What cannot be nested, and what makes no sampler, is refused when it is made"
+    for wrong in (lambda: Prioritized(over=Prioritized()), lambda: Epoch(over=NStep(3, 0.9)), lambda: NStep(3, 0.9, over=Episodes()),
+                  lambda: NStep(3, 0.9, over=NStep(3, 0.9)), lambda: Once(over=Windows(3, edge="strict")), lambda: Windows(0), lambda: NStep(3, 1.1),
+                  lambda: Windows(3, edge="round"), lambda: Windows(3, seconds=-1), lambda: Stack(0), lambda: Recent(0), lambda: Recent("-3d"),
+                  lambda: Balanced(by=[]), lambda: Balanced(by=3), lambda: Prioritized(alpha=-1), lambda: Prioritized(beta="much"), lambda: Fresh("version", most=-1)):
+        with pytest.raises(QueryError): wrong()
+
+
+def test_states_of_others():
+    "A state that was drawn over other items, or is damaged, is refused and changes nothing"
+    pool = filled(MemoryPool())
+    buffer = MemoryBuffer(pool=pool, batch_size=3, sampler=Prioritized(), seed=1)
+    buffer.sample()
+    state, right = through_json(buffer.state_dict()), through_json(buffer.state_dict())
+    for name, value in dict(over={"kind": "Episodes"}, chances="AAAA", upto=10**9, low=-1, given=[["AAAAAAAAAAA=", ""]], top=-1).items():
+        with pytest.raises(QueryError): buffer.load_state_dict({**state, "sampler": {**state["sampler"], name: value}})
+    assert through_json(buffer.state_dict()) == right
+    for sampler in (Epoch(), Once()):
+        buffer = MemoryBuffer(pool=pool, batch_size=3, sampler=sampler, seed=1)
+        buffer.sample()
+        state = through_json(buffer.state_dict())
+        with pytest.raises(QueryError): buffer.load_state_dict({**state, "sampler": {**state["sampler"], "at": [1, 2]}})
+
+
+def test_another_query():
+    "Serial numbers begin anew with another query, and so does what was remembered by them"
+    pool = filled(MemoryPool())
+    for sampler in (Prioritized(alpha=1), Epoch(), Once()):
+        buffer = MemoryBuffer(pool=pool, batch_size=4, sampler=sampler, seed=1)
+        batch = buffer.sample()
+        if isinstance(sampler, Prioritized): buffer.update_priorities(np.arange(9), np.full(9, 1e9))
+        buffer.query = PoolQuery(driver="anna")
+        seen = [buffer.sample(len(buffer)) for _ in range(3 if isinstance(sampler, Prioritized) else 1)]
+        if isinstance(sampler, Prioritized): assert all((b.weight == 1).all() for b in seen)
+        else: assert sorted(seen[0].index.tolist()) == list(range(len(buffer)))
+
+
+def test_batches_travel():
+    "A batch that was sent to another process says what it said here"
+    for make in SAMPLERS:
+        batch = MemoryBuffer(pool=filled(MemoryPool()), batch_size=4, seed=1, sampler=make()).sample()
+        again = pickle.loads(pickle.dumps(batch))
+        assert more(again) == more(batch) and dir(again) == dir(batch)
