@@ -99,7 +99,6 @@ def follow(self: Chains,
     np.maximum.at(self.head.values, self.chain.values[some], self.start.values[some] + left)
     self.low, self.upto, self.sound = oldest, rows.serial, True
 
-# %% ../../../nbs/storage/buffer/chains.ipynb #bbadb680
 @patch
 def chains(self: Rows) -> Chains:
     "The chains of these rows, as they are now"

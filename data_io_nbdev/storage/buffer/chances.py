@@ -447,7 +447,6 @@ def _changed(group: Growing, serials: np.ndarray, anchors: np.ndarray, low: int)
     if not len(lost) and (at[new] == len(there)).all(): return group.push(serials[new])
     return Growing(np.insert(np.delete(there, lost), at[new] - lost.searchsorted(at[new]), serials[new]))
 
-# %% ../../../nbs/storage/buffer/chances.ipynb #666979c6
 @patch
 def _group_of(self: Balanced, ids: list[str], rows: Drawable) -> list[Any]:
     "The group of each of some episodes"

@@ -430,9 +430,9 @@ class View(Seen):
         self.home.enter(fork, fresh, steps)
         if fork.rows is not None: fork.rows.about = partial(_about, weakref.ref(pool), version)
         fork.versions = _looked(self.versions, version)
-        new = fork.serial - self.serial
+        before = self.serial
         self._merge(fork, gone)
-        return new
+        return self.serial - before
 
     def adopt(self,
         *changes: Callable[[], None], # What else must change at the same time
@@ -478,8 +478,7 @@ class View(Seen):
         SnapshotNotFound
             A version that the pool never had, or no longer holds
         """
-        for first, last in versions:
-            for version in range(first, last + 1): self.look(version)
+        for version in (v for first, last in versions for v in range(first, last + 1)): self.look(version)
         return self
 
 # %% ../../../nbs/storage/buffer/view.ipynb #53b955a3
