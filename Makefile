@@ -39,7 +39,7 @@ test: export $(filter $(FERRETDB),$(SERVER)) ## run the tests and every notebook
 	@$(if $(SERVER),,echo 'NOT TESTED: MongoPool. Set MONGODB_URI, or put mongod on the PATH, or install Go')
 	@PATH="$(CURDIR)/.tools:$$PATH" $(BIN)/python -m pytest --cov --numprocesses 2 --dist loadscope --flags "$(FLAGS)"
 
-soak: export $(filter $(FERRETDB),$(SERVER)) ## attack the package twenty times as often as the tests do, and print a table; takes an hour or so
+soak: export $(filter $(FERRETDB),$(SERVER)) ## attack the package ten times as often as the tests do, and print a table; takes an hour or so
 	@$(if $(SERVER),,echo 'NOT TESTED: MongoPool. Set MONGODB_URI, or put mongod on the PATH, or install Go')
 	@PATH="$(CURDIR)/.tools:$$PATH" SOAK=10 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal --timeout 4000 -o faulthandler_timeout=3900 tests/test_attack_*.py
 

@@ -186,7 +186,7 @@ def test_flipped_bit(pool, cache, small, attack):
         data = path.read_bytes()
         path.write_bytes(flipped(data, int(rng.integers(8 * len(data)))))
         goes_on(pool, cache, entry, 0, 1, 2)
-    attack("cache: a flipped bit in an entry", 120, once)
+    attack("cache: a flipped bit in an entry", 60, once)
 
 
 def test_files_of_another_size(pool, cache, small, attack):
@@ -335,7 +335,7 @@ def test_killed(pool, cache, small, attack):
         ours = [e for e in entries(cache) if e.name not in theirs]
         assert ours and sum(f.stat().st_blocks * 512 for e in ours for f in e.iterdir()) <= limit and untouched()
         shutil.rmtree(cache)
-    attack("cache: kill -9 while it is built", 40, once)
+    attack("cache: kill -9 while it is built", 16, once)
 
 
 def test_living_writer(pool, cache, small, attack):
@@ -604,7 +604,7 @@ def test_forked_while_threads_load(pool, cache, small, attack):
             gc.collect()
         in_child(load)
         assert not wrong, wrong[0]
-    try: attack("forks: while threads load", 30, once)
+    try: attack("forks: while threads load", 12, once)
     finally:
         stop.set()
         for t in threads: t.join(60)
@@ -734,7 +734,7 @@ def test_interrupted(attack):
         end_of(before)
         assert len(entered) == seen, "something entered"
         assert entered == list(range(len(entered))) and len(begun) <= len(entered) + 2 * threads + 1
-    attack("Ctrl-C: while portions are read", 150, once)
+    attack("Ctrl-C: while portions are read", 60, once)
 
 
 def test_interrupted_load(pool, cache, small, attack):

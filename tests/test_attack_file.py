@@ -484,7 +484,7 @@ class TestInterrupts:
             pool = begin()
             came.append(interrupt(rng.uniform(0, usual * 1.1) + 1e-6, pool.save))
             self.sound(path, versions, pool)
-        attack("file: interrupts in save", 400, once)
+        attack("file: interrupts in save", 160, once)
         assert sum(came) > len(came) / 5, "hardly a signal came in time"
 
     def test_close(self, attack, path):
@@ -501,7 +501,7 @@ class TestInterrupts:
             pool.load()
             self.sound(path, [facts_of([drive(60)]), facts_of([drive(60), drive(60, hour=1)])], pool)
             pool.close()
-        attack("file: interrupts in close", 150, once)
+        attack("file: interrupts in close", 60, once)
         assert sum(came) > len(came) / 5, "hardly a signal came in time"
 
     def test_extend_and_save(self, attack, path):
@@ -534,7 +534,7 @@ class TestInterrupts:
             assert all(map(is_free, (buffer._lock, buffer.pool._saving, buffer.pool._lock))) and others(path) == []
             assert facts_of(MemoryPool(path, "r")) == right
             buffer.save(path)
-        attack("file: interrupts in a ring's save", 150, once)
+        attack("file: interrupts in a ring's save", 60, once)
 
     def test_open(self, attack, path):
         "While it opens: the next opening finds everything"
@@ -565,7 +565,7 @@ class TestInterrupts:
             return n
         most = calls(0)
         assert most > 1000
-        attack("file: interrupts after any call in save", 300, lambda rng: calls(int(rng.integers(1, most))))
+        attack("file: interrupts after any call in save", 120, lambda rng: calls(int(rng.integers(1, most))))
 
 
 class TestThreads:

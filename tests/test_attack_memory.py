@@ -192,7 +192,7 @@ def test_refresh(attack, place):
         buffer.load()
         for _ in range(int(rng.integers(1, 4))): change(pool, rng)
         return buffer.refresh, lambda: seen(buffer)
-    attack(f"Ctrl-C in refresh, {name}", trials(name, 300, 15), lambda rng: whole_or_not_at_all(make, rng))
+    attack(f"Ctrl-C in refresh, {name}", trials(name, 120, 10), lambda rng: whole_or_not_at_all(make, rng))
 
 
 def test_load(attack, place):
@@ -205,7 +205,7 @@ def test_load(attack, place):
             buffer.load()
             change(pool, rng)
         return buffer.load, lambda: seen(buffer)
-    attack(f"Ctrl-C in load, {name}", trials(name, 100, 12), lambda rng: whole_or_not_at_all(make, rng))
+    attack(f"Ctrl-C in load, {name}", trials(name, 50, 8), lambda rng: whole_or_not_at_all(make, rng))
 
 
 def test_resume(attack, place):
@@ -222,7 +222,7 @@ def test_resume(attack, place):
         two = make_buffer(pool, batch_size=8, seed=2, sampler=Fussy())
         two.load()
         return lambda: two.load_state_dict(state), lambda: seen(two)
-    attack(f"Ctrl-C in load_state_dict, {name}", trials(name, 150, 8), lambda rng: whole_or_not_at_all(make, rng))
+    attack(f"Ctrl-C in load_state_dict, {name}", trials(name, 60, 6), lambda rng: whole_or_not_at_all(make, rng))
 
 
 def test_another_query(attack, place):
@@ -232,7 +232,7 @@ def test_another_query(attack, place):
         buffer = make_buffer(filled(make_pool), batch_size=8, seed=1, capacity=[None, 20][int(rng.integers(2))], query=PoolQuery(length=(2, None)))
         buffer.load()
         return lambda: setattr(buffer, "query", PoolQuery(length=(3, None))), lambda: seen(buffer)
-    attack(f"Ctrl-C in buffer.query, {name}", trials(name, 100, 8), lambda rng: whole_or_not_at_all(make, rng))
+    attack(f"Ctrl-C in buffer.query, {name}", trials(name, 50, 6), lambda rng: whole_or_not_at_all(make, rng))
 
 
 def test_another_query_of_an_own_pool(attack):
@@ -300,7 +300,7 @@ def test_own_pool(attack, capacity):
         def half(): buffer.pool.store(new, overwrite=True)
         def act(): half(); buffer.refresh()
         return act, lambda: (seen(buffer), buffer.pool.version, sorted(map(repr, facts_of(buffer.pool)))), half
-    attack(f"Ctrl-C in store, own pool, capacity {capacity}", 150, lambda rng: whole_or_not_at_all(make, rng))
+    attack(f"Ctrl-C in store, own pool, capacity {capacity}", 60, lambda rng: whole_or_not_at_all(make, rng))
 
 
 @pytest.mark.parametrize("kind", ["memory", "delta", "mongodb"])
@@ -323,7 +323,7 @@ def test_first_question(attack, tmp_path, kind):
             lines.run(lambda: len(harness.open("r")))
             Lines(int(rng.integers(1, lines.n + 1))).run(lambda: len(handle))
         assert told(handle) == right
-    attack(f"Ctrl-C in the first question, {kind}", dict(memory=150, delta=60, mongodb=8)[kind], trial)
+    attack(f"Ctrl-C in the first question, {kind}", dict(memory=60, delta=25, mongodb=6)[kind], trial)
 
 
 @pytest.mark.parametrize("kind", ["memory", "delta"])
@@ -341,7 +341,7 @@ def test_store_and_delete(attack, tmp_path, kind):
             assert told(pool) == others and pool.verify() == []
             return len(pool), sorted(map(repr, facts_of(pool)))
         return act, look
-    attack(f"Ctrl-C in store and delete, {kind}", 100 if kind == "memory" else 30, lambda rng: whole_or_not_at_all(make, rng))
+    attack(f"Ctrl-C in store and delete, {kind}", 40 if kind == "memory" else 15, lambda rng: whole_or_not_at_all(make, rng))
 
 
 def test_close(attack):
@@ -358,7 +358,7 @@ def test_close(attack):
         assert seen(buffer) == seen(twin)
         del buffer, twin; gc.collect()
         assert pool.closed
-    attack("Ctrl-C in close", 60, trial)
+    attack("Ctrl-C in close", 20, trial)
 
 
 # --- forks ---
@@ -411,4 +411,4 @@ def test_fork_while_others_refresh(attack, own):
         finally:
             stop.set(); thread.join(30)
         seen(buffer); sound(buffer)
-    attack(f"fork while a thread refreshes, {'own' if own else 'given'} pool (6 children a trial)", 12, trial)
+    attack(f"fork while a thread refreshes, {'own' if own else 'given'} pool (6 children a trial)", 6, trial)
