@@ -526,7 +526,7 @@ class unchanged:
 # %% ../../nbs/testing/harness.ipynb #4e80adfe
 def examples(n: int, **more: Any) -> settings:
     "Run a test on a share of `n` examples, the same ones each time"
-    share = float(os.environ.get("EXAMPLES", "0.3"))
+    share = float(os.environ.get("EXAMPLES", "0.4"))
     return settings(max_examples=max(1, round(share * n)), deadline=None, derandomize=True, database=None,
                     suppress_health_check=list(HealthCheck), **more)
 
