@@ -219,6 +219,26 @@ def test_seconds(tmp_path):
     assert len(pool) == 1
 
 
+def test_steps_and_ends(tmp_path):
+    "`steps=` steps, or the end of an episode, are stored soon, however long the others may wait; so is what follows an error"
+    pool = DaskPool(tmp_path / "lake")
+    writer = pool.writer({"car": "A"}, steps=3, seconds=1000)
+    def soon(n):
+        until = time.monotonic() + 30
+        while writer.acknowledged < n and time.monotonic() < until: time.sleep(0.01)
+        assert (writer.acknowledged, writer.pending) == (n, 0)
+    for i in range(3): writer.append(**step(i), timestamp=at(i))
+    soon(3)
+    writer.append(**step(3), timestamp=at(3), terminated=True)
+    soon(4)
+    outage = Outage(pool, SchemaError("never"), 1)
+    writer.append(**step(4), timestamp=at(4), terminated=True)
+    while outage.left: time.sleep(0.01)
+    writer.flush()
+    writer.append(**step(5), timestamp=at(5), terminated=True)
+    soon(6)
+
+
 def test_nobody_holds_it(tmp_path):
     "A writer that is let go of, or whose pool is closed, stores what is left"
     for end in ("del", "pool"):  # the second is looked at further

@@ -260,7 +260,7 @@ def commit(self: Desk) -> None:
 # %% ../../../nbs/storage/pool/writer.ipynb #23f0e5b6
 @patch
 def wake(self: Desk) -> None:
-    "Have the thread commit soon"
+    "Have a thread that commits, at the latest after so many seconds"
     with self.lock:
         if self.thread is None:
             self.thread = threading.Thread(target=self.work, name="data_io_nbdev writer", daemon=True)
@@ -268,7 +268,7 @@ def wake(self: Desk) -> None:
 
 @patch
 def work(self: Desk) -> None:
-    wait = self.seconds
+    wait: Optional[float] = self.seconds
     while not self.closed:
         self.due.wait(wait)
         self.due.clear()
@@ -277,9 +277,9 @@ def work(self: Desk) -> None:
             self.commit()
             wait = self.seconds
         except PoolUnavailable: wait = min(2 * wait, 60.0)
-        except Exception: return  # no later commit would go better; the next `append` says why
+        except Exception: wait = None  # no later commit would go better; the next `append` says why
         with self.lock:
-            if not self.pending:
+            if wait is None or not self.pending:
                 self.thread = None  # the next step begins another
                 return
 
@@ -466,8 +466,11 @@ def append(self: Writer,
 @patch
 def _due(self: Writer) -> None:
     "Have what was cut committed"
-    if not self._inline: return self._desk.wake()
-    with at_the_door: self._desk.commit()
+    if self._inline:
+        with at_the_door: self._desk.commit()
+    else:
+        self._desk.due.set()
+        self._desk.wake()
 
 # %% ../../../nbs/storage/pool/writer.ipynb #05bbae50
 @patch
