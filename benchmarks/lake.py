@@ -21,16 +21,10 @@ import pyarrow.parquet as pq
 
 from data_io_nbdev import DaskBuffer, DaskPool, Episode, MemoryBuffer
 from data_io_nbdev.storage.pool.parquet import columns_of
-from run import episode, medians
+from run import WATCH, episode, medians
 
-ANON = """
-import json, sys, threading, time
-def anon(): return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) * 1024
-peak = 0
-def watch():
-    global peak
-    while True: peak = max(peak, anon()); time.sleep(0.002)
-threading.Thread(target=watch, daemon=True).start()
+ANON = WATCH + """
+import json, sys
 from data_io_nbdev import DaskBuffer, DaskPool
 lake, cache, limit = sys.argv[1], sys.argv[2], int(sys.argv[3])
 buffer = DaskBuffer(pool=DaskPool(lake, "r"), batch_size=64, memory_limit=limit, cache=cache, progress=False)

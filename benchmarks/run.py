@@ -110,6 +110,18 @@ def importing(rounds: int) -> dict[str, float]:
     return {name: statistics.median(map(float, took)) * 1e6 for name, took in zip(("import pandas", "import data_io_nbdev, beyond it"), zip(*times[1:]))}
 
 
+# For a fresh process: `anon()` are its bytes of anonymous memory, `peak` the most that a thread has seen since it was set
+WATCH = """
+import threading, time
+def anon(): return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) * 1024
+peak = 0
+def watch():
+    global peak
+    while True: peak = max(peak, anon()); time.sleep(0.002)
+threading.Thread(target=watch, daemon=True).start()
+"""
+
+
 class Report:
     "Prints figures and claims as they come, and counts the targets that were missed"
     missed = 0

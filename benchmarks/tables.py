@@ -9,23 +9,17 @@ import numpy as np
 import pandas as pd
 
 from data_io_nbdev import Layout, MemoryPool
-from run import medians
+from run import WATCH, medians
 
 ROWS, TRIPS = 1_000_000, 2_000
 LAYOUT = Layout(state=[f"s{i}" for i in range(5)], action="a0", reward="r", who=["vehicle"], episode="trip", time="time", order="sort")
-GROWTH = """
-import gc, sys, threading, time; sys.path.insert(0, 'benchmarks')
+GROWTH = WATCH + """
+import gc, sys; sys.path.insert(0, 'benchmarks')
 import tables
 from data_io_nbdev import MemoryPool
-def anon(): return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) * 1024
-peak = 0
-def watch():
-    global peak
-    while True: peak = max(peak, anon()); time.sleep(0.002)
 MemoryPool().extend(tables.LAYOUT.episodes(tables.table(1_000, 10)))
 table = tables.table(tables.ROWS, tables.TRIPS, sys.argv[1] == "shuffled"); gc.collect()
-before = anon()
-threading.Thread(target=watch, daemon=True).start()
+before = peak = anon()
 pool = MemoryPool(); pool.extend(tables.LAYOUT.episodes(table))
 assert len(pool) == tables.TRIPS
 print((peak - before) / table.memory_usage(deep=True).sum())
