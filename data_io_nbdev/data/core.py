@@ -20,10 +20,10 @@ import pandas as pd  # type: ignore
 from fastcore.basics import patch
 
 # %% auto #0
-__all__ = ['FIRST', 'LAST', 'StepsT', 'RESET', 'ItemT', 'SHARES', 'from_us', 'utc_us', 'one_us', 'episode_id', 'same_steps',
-           'state_digest', 'Steps', 'StepsFacts', 'EpisodeIdentity', 'EpisodeFrame', 'Episode', 'narrowed', 'concat',
-           'Record', 'records', 'as_episode', 'id_words', 'value_words', 'positions', 'Share', 'QueryParts',
-           'PoolQuery', 'steps_in']
+__all__ = ['EPOCH', 'FIRST', 'LAST', 'StepsT', 'RESET', 'ItemT', 'SHARES', 'from_us', 'utc_us', 'one_us', 'episode_id',
+           'same_steps', 'state_digest', 'Steps', 'StepsFacts', 'EpisodeIdentity', 'EpisodeFrame', 'Episode',
+           'narrowed', 'concat', 'Record', 'records', 'as_episode', 'id_words', 'value_words', 'positions', 'Share',
+           'QueryParts', 'PoolQuery', 'steps_in']
 
 # %% ../../nbs/data/core.ipynb #3570aca1
 from ..errors import DataIOError, QueryError, SchemaError, at_the_door, tell
@@ -32,7 +32,7 @@ from .schema import (
     lazy, listed, may_cast, offered, plain_text, short_name, who_value, whole)
 
 # %% ../../nbs/data/core.ipynb #7034b8b9
-_DAY = 86_400_000_000
+EPOCH, _DAY = datetime(1970, 1, 1, tzinfo=timezone.utc), 86_400_000_000
 _CALENDAR = ("0001-01-01", "9999-12-31T23:59:59.999999")
 FIRST, LAST = (int(np.datetime64(t, "us").astype("int64")) for t in _CALENDAR)
 

@@ -6,7 +6,7 @@
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any, NamedTuple, Optional
@@ -21,7 +21,7 @@ __all__ = ['Places', 'LayoutParts', 'Columns', 'Stamps', 'Rows', 'Reader', 'Arra
 from ..errors import SchemaError, at_the_door, require, tell
 from .guess import PARTS, guess_parts, layout_code
 from .schema import (
-    FLAGS, ROLES, Field, Schema, brief, cast, dtype_name, identity_value, is_text, kind_of, lazy, listed,
+    FLAGS, ROLES, Field, Schema, brief, cast, dtype_name, identity_value, is_text, kind_of, lazy, listed, nullable,
     offered, plain_text, who_value)
 from .core import (
     FIRST, LAST, Episode, _check_calendar, _is_zone, _span, _units, from_us, same_steps, utc_us)
@@ -1071,12 +1071,8 @@ def _csv_dtypes(self: LayoutParts, columns: Columns) -> dict[str, Any]:
     for role, found in columns.roles.items():
         for name, place in found.items() if role not in FLAGS else ():
             own = np.dtype(self._dtype_of(name, _several(place)) or "float64")
-            out |= {c: own if own.kind == "f" else _nullable(own) for c in _several(place)}
+            out |= {c: own if own.kind == "f" else nullable(own) for c in _several(place)}
     return {c: dtype for c, dtype in out.items() if c != self.time}
-
-def _nullable(dtype: np.dtype) -> str:
-    "The dtype of pandas that holds whole numbers or flags, and missing ones"
-    return "boolean" if dtype == bool else dtype.name.replace("i", "I").replace("u", "U")
 
 def _of_csv(path: str, layout: LayoutParts, rows: int) -> Iterator[pd.DataFrame]:
     "Portions of a CSV file"
@@ -1346,7 +1342,7 @@ def _joined(parts: Sequence[np.ndarray], extra: Sequence[bool], last: Optional[S
     flat, lacking = np.concatenate(values), np.concatenate(gone)
     if not lacking.any(): return pd.Series(flat)
     if flat.dtype.kind in "fc": return pd.Series(np.where(lacking, np.array(np.nan, flat.dtype), flat))
-    return pd.Series(flat).astype(_nullable(flat.dtype)).mask(lacking)
+    return pd.Series(flat).astype(nullable(flat.dtype)).mask(lacking)
 
 # %% ../../nbs/data/layout.ipynb #5b3086d5
 @patch

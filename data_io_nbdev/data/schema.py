@@ -20,8 +20,9 @@ from fastcore.basics import patch
 
 # %% auto #0
 __all__ = ['ROLES', 'FLAGS', 'KINDS', 'RESERVED', 'Units', 'lazy', 'offered', 'brief', 'is_text', 'plain_text', 'whole',
-           'is_whole', 'listed', 'dtype_name', 'Field', 'identity_value', 'who_value', 'kind_of', 'short_name',
-           'SchemaFields', 'may_cast', 'cast', 'SchemaBlocks', 'columns_of', 'is_time', 'Schema', 'selection']
+           'is_whole', 'check_whole', 'listed', 'nullable', 'dtype_name', 'Field', 'identity_value', 'who_value',
+           'kind_of', 'short_name', 'SchemaFields', 'may_cast', 'cast', 'SchemaBlocks', 'columns_of', 'is_time',
+           'Schema', 'selection']
 
 # %% ../../nbs/data/schema.ipynb #03cefeaf
 from ..errors import QueryError, SchemaError, at_the_door, cut, require
@@ -166,6 +167,33 @@ def is_whole(
     """
     return whole(value, least, most) is not None
 
+def check_whole(
+    name: str, # Of an option
+    value: Any, # Of any type
+    least: int = 1, # Where the range begins
+    most: int = 2**63 - 1, # Where it ends; this number is in it
+) -> None:
+    """Raise `QueryError` for an option that is no whole number in a range
+
+    Parameters
+    ----------
+    name : str
+        Of an option
+    value : Any
+        Of any type
+    least : int, default 1
+        Where the range begins
+    most : int, default 2 ** 63 - 1
+        Where it ends; this number is in it
+
+    Raises
+    ------
+    QueryError
+        A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
+    """
+    if is_whole(value, least, most): return
+    raise QueryError(f"{name}: expected a whole number from {least}, got {brief(value)}")
+
 # %% ../../nbs/data/schema.ipynb #df9b3955
 _NO_LISTS = (str, bytes, bytearray, memoryview, Mapping, pd.DataFrame)  # though they can be iterated
 
@@ -193,6 +221,22 @@ def listed(
     return tuple(islice(items, most))
 
 # %% ../../nbs/data/schema.ipynb #a525c0e6
+def nullable(
+    dtype: np.dtype, # Of whole numbers, or of flags
+) -> str:
+    """The dtype of pandas that holds the same, and missing ones
+
+    Parameters
+    ----------
+    dtype : np.dtype
+        Of whole numbers, or of flags
+
+    Returns
+    -------
+    str
+    """
+    return "boolean" if dtype == bool else dtype.name.replace("i", "I").replace("u", "U")
+
 _UNPORTABLE = ("float96", "float128", "longdouble", "complex192", "complex256")
 
 def dtype_name(

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/data/signals.ipynb #573d22d1
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 from fastcore.basics import patch
 import numpy as np
 import pandas as pd  # type: ignore
@@ -14,7 +14,7 @@ __all__ = ['Signal', 'resample']
 
 # %% ../../nbs/data/signals.ipynb #6efe7c15
 from ..errors import SchemaError, at_the_door
-from .schema import brief, dtype_name, is_text
+from .schema import brief, dtype_name, is_text, nullable
 from .core import from_us, utc_us
 
 # %% ../../nbs/data/signals.ipynb #1d74feea
@@ -172,9 +172,7 @@ def read_at(self: Signal, grid: np.ndarray, edges: np.ndarray, how: str, limit: 
     if values.dtype.kind == "f" and self.values.dtype.kind == "f": values = values.astype(self.values.dtype)
     if values.dtype.kind == "f": return pd.Series(np.where(known, values, np.array(np.nan, values.dtype)))
     if known.all(): return pd.Series(values)
-    name = values.dtype.name
-    nullable = "boolean" if name == "bool" else name.replace("i", "I").replace("u", "U")
-    return pd.Series(values).astype(nullable).mask(~known)
+    return pd.Series(values).astype(nullable(values.dtype)).mask(~known)
 
 # %% ../../nbs/data/signals.ipynb #3cdaafe3
 def resample(

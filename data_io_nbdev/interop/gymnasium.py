@@ -5,7 +5,7 @@
 # %% ../../nbs/interop/gymnasium.ipynb #51b7fee2
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timedelta
 from typing import Any, Optional
 from fastcore.basics import patch
 import numpy as np
@@ -19,7 +19,7 @@ __all__ = ['gym', 'spaces', 'vector', 'wrappers', 'copier', 'Clock', 'step_us', 
 from ..errors import QueryError, SchemaError, at_the_door, require, tell
 from ..data.schema import Field, Schema, brief, cast, is_text, kind_of, listed, whole
 from ..data.schema import _space
-from ..data.core import PoolQuery, one_us
+from ..data.core import EPOCH, PoolQuery, one_us
 from ..data.core import _by_level
 
 # %% ../../nbs/interop/gymnasium.ipynb #5772b5ed
@@ -73,8 +73,6 @@ def copier(
     return copy
 
 # %% ../../nbs/interop/gymnasium.ipynb #cd510a94
-_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
-
 class Clock:
     """A simulated clock
 
@@ -94,7 +92,7 @@ class Clock:
     def tick(self) -> datetime:
         "When the next step is"
         us, self.n = self.start + round(self.n * self.dt), self.n + 1
-        return _EPOCH + timedelta(microseconds=us)
+        return EPOCH + timedelta(microseconds=us)
 
 # %% ../../nbs/interop/gymnasium.ipynb #7f6a003c
 def step_us(

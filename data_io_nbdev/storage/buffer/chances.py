@@ -18,7 +18,7 @@ __all__ = ['Chances', 'Prioritized', 'Recent', 'Epoch', 'Once', 'Balanced', 'Fre
 from ...errors import NotEnoughData, QueryError
 from ...data.schema import brief, is_whole
 from .rows import Growing
-from .sampler import Draw, Drawable, Items, Sampler, Tally, Uniform, Weights
+from .sampler import Draw, Drawable, Items, Sampler, Tally, Uniform, Weights, leaves
 from .sampler import sampler_state
 
 # %% ../../../nbs/storage/buffer/chances.ipynb #a2761be0
@@ -53,6 +53,9 @@ class Chances(Sampler):
 
     def _items(self, serials: np.ndarray, rows: Drawable, weight: Optional[np.ndarray] = None) -> Draw:
         return self.over.around(rows.find(serials), rows)._replace(weight=weight)
+
+    def _of_anchors(self, chances: np.ndarray, at: np.ndarray, rows: Drawable) -> np.ndarray:
+        return chances if self.over.every else chances * self.over.anchors(at, rows)
 
 def _none(sampler: Sampler, why: str) -> NotEnoughData:
     return NotEnoughData(f"{sampler!r} has nothing to draw: {why}")
@@ -105,8 +108,7 @@ class Prioritized(Chances):
         vars(self).update({**fresh, **more})
 
     def _weigh(self, at: np.ndarray, rows: Drawable) -> np.ndarray:
-        chances = self._raw[rows.serials(at) % len(self._raw)]
-        return chances if self.over.every else chances * self.over.anchors(at, rows)
+        return self._of_anchors(self._raw[rows.serials(at) % len(self._raw)], at, rows)
 
     def draw(self, n: int, rng: np.random.Generator, rows: Drawable) -> Draw:
         weights = self._follow(rows)
@@ -155,7 +157,7 @@ def _follow(self: Prioritized, rows: Drawable) -> Weights:
         else: self._forget(_line=rows.line, _given=())
     low, upto, given = rows.oldest(), rows.serial, self._given
     raw, top = self._raw, self._top
-    if (size := 1 << max(0, upto - low - 1).bit_length()) != len(raw):
+    if (size := leaves(upto - low)) != len(raw):
         raw, before = np.zeros(size), np.arange(max(self._low, low), self._upto)
         raw[before % size] = self._raw[before % len(self._raw)]
     for serials, chances in given:
@@ -194,7 +196,7 @@ def load_state_dict(self: Prioritized, state: dict[str, Any]) -> None:
     if not fine or len(chances) != upto - low: raise ValueError("as many chances as rows")
     for all_of in (chances, *(b for _, b in given)):
         if not (np.isfinite(all_of) & (all_of >= 0)).all(): raise ValueError("chances that are none")
-    raw = np.zeros(1 << max(0, upto - low - 1).bit_length())
+    raw = np.zeros(leaves(upto - low))
     raw[np.arange(low, upto) % len(raw)] = chances
     options = {name: _number(name, state[name]) for name in ("alpha", "beta", "eps")}
     self._forget(_line=None, _raw=raw, _low=low, _upto=upto, _top=_number("top", state["top"]), _given=given,
@@ -237,8 +239,7 @@ class Recent(Chances):
     def _weigh(self, at: np.ndarray, rows: Drawable) -> np.ndarray:
         lives, rest = np.divmod(rows.times(at), self._us)
         if len(at) and (self._since is None or lives.max() > self._since + 500): self._since = int(lives.max())
-        chances = np.ldexp(np.exp2(rest / self._us), lives - (self._since or 0))
-        return chances if self.over.every else chances * self.over.anchors(at, rows)
+        return self._of_anchors(np.ldexp(np.exp2(rest / self._us), lives - (self._since or 0)), at, rows)
 
     def _follow(self, rows: Drawable) -> Weights:
         since, weights = self._since, self._tally.follow(rows, self._weigh)

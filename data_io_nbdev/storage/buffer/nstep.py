@@ -11,7 +11,7 @@ __all__ = ['Returns', 'NStep']
 
 # %% ../../../nbs/storage/buffer/nstep.ipynb #81ec2cf9
 from ...errors import QueryError
-from ...data.schema import brief, is_whole
+from ...data.schema import brief, check_whole
 from .sampler import Draw, Drawable, Sampler, Sequences, Uniform, sampler_state
 from .windows import Stack
 from .chances import Chances, Prioritized
@@ -50,10 +50,10 @@ class Returns(NamedTuple):
         return Sequences((now, action[:, first], summed, after), rows, s.slots[:, first], None, discount)
 
 # %% ../../../nbs/storage/buffer/nstep.ipynb #3784bee0
-def _check_over(over: Any) -> None:
-    "Raise `QueryError` for a sampler of anything but single steps"
+def _items(over: Any) -> Uniform | Stack:
+    "What a sampler draws; raises `QueryError` for anything but single steps"
     items = over.over if isinstance(over, Chances) else over
-    if isinstance(items, (Uniform, Stack)): return
+    if isinstance(items, (Uniform, Stack)): return items
     raise QueryError(f"NStep(over=…): expected a sampler of single steps, Uniform(), Stack(…) or one of these by "
                      f"chance, as Prioritized(), got {brief(over)}; windows have all their rewards in batch.reward")
 
@@ -83,22 +83,20 @@ class NStep(Sampler):
         gamma: float, # Discount for each, from 0 to 1
         over: Sampler = Uniform(), # Which steps: `Uniform`, `Stack`, or one of these by chance, as `Prioritized`
     ):
-        if not is_whole(n, 1, 2**31): raise QueryError(f"n: expected a whole number from 1, got {brief(n)}")
+        check_whole("n", n, most=2**31)
         if isinstance(gamma, bool) or not isinstance(gamma, (int, float, np.number)) or not 0 <= gamma <= 1:
             raise QueryError(f"gamma: expected a number from 0 to 1, got {brief(gamma)}")
-        _check_over(over)
+        self._states = getattr(_items(over), "k", 0)  # side by side; 0 for single ones
         self.n, self.gamma, self.over, self.in_one_step = n, float(gamma), over, over.in_one_step
 
     def draw(self, n: int, rng: np.random.Generator, rows: Drawable) -> Draw:
         drawn = self.over.draw(n, rng, rows)
         at = drawn.rows if drawn.anchor is None else drawn.anchor
-        items = self.over.over if isinstance(self.over, Chances) else self.over
-        states = items.k if isinstance(items, Stack) else 0
-        back = np.minimum(np.arange(max(states, 1) - 1, 0, -1), rows.places(at)[0][:, None])
+        back = np.minimum(np.arange(max(self._states, 1) - 1, 0, -1), rows.places(at)[0][:, None])
         steps = np.concatenate([-back, np.broadcast_to(np.arange(self.n), (len(at), self.n))], axis=1)
         found = rows.beside(at[:, None], steps)
         mask = found >= 0
-        return Draw(np.where(mask, found, 0), mask, drawn.weight, anchor=at, fold=Returns(self.gamma, states))
+        return Draw(np.where(mask, found, 0), mask, drawn.weight, anchor=at, fold=Returns(self.gamma, self._states))
 
     def update(self, serials: np.ndarray, priority: np.ndarray) -> None:
         """Raises

@@ -12,7 +12,7 @@ import numpy as np
 from fastcore.basics import patch
 
 # %% auto #0
-__all__ = ['Drawable', 'Draw', 'Sequences', 'Sampler', 'Items', 'Sums', 'Weights', 'Tally', 'Uniform', 'Episodes',
+__all__ = ['Drawable', 'Draw', 'Sequences', 'Sampler', 'Items', 'Sums', 'Weights', 'leaves', 'Tally', 'Uniform', 'Episodes',
            'sampler_state']
 
 # %% ../../../nbs/storage/buffer/sampler.ipynb #dd38ae64
@@ -409,6 +409,22 @@ class Weights(NamedTuple):
         return self.select((np.arange(n) + rng.random(n)) / n * self.total)
 
 # %% ../../../nbs/storage/buffer/sampler.ipynb #d47d129a
+def leaves(
+    n: int, # Rows
+) -> int:
+    """The least power of 2 that is not below a number
+
+    Parameters
+    ----------
+    n : int
+        Rows
+
+    Returns
+    -------
+    int
+    """
+    return 1 << max(0, n - 1).bit_length()
+
 class Tally:
     """Keeps weights in step with rows
 
@@ -443,7 +459,7 @@ class Tally:
         Weights
         """
         (line, era, low, upto, sums), oldest, serial = self._seen, rows.oldest(), rows.serial
-        size = 1 << max(0, serial - oldest - 1).bit_length()
+        size = leaves(serial - oldest)
         fresh = line is not rows.line or era != rows.era or size != sums.size
         if not fresh and also is None and (low, upto) == (oldest, serial): return Weights(low, sums)
         serials = None if fresh else rows.changed(low, upto, *self.reach)

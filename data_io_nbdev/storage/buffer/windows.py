@@ -11,18 +11,14 @@ __all__ = ['near', 'Windows', 'Stack']
 
 # %% ../../../nbs/storage/buffer/windows.ipynb #3acc9f57
 from ...errors import NotEnoughData, QueryError
-from ...data.schema import brief, is_whole
+from ...data.schema import brief, check_whole
 from .sampler import Draw, Drawable, Items, Sequences
 
 # %% ../../../nbs/storage/buffer/windows.ipynb #b5853586
-def _whole(name: str, n: Any, least: int) -> None:
-    if is_whole(n, least, 2**31): return
-    raise QueryError(f"{name}: expected a whole number from {least}, got {brief(n)}")
-
 def _check_windows(s: Any) -> None:
     "Raise `QueryError` for options of windows that make none"
     for name, least in dict(length=1, burn_in=0, bootstrap=0, dilation=1).items():
-        _whole(name, getattr(s, name), least)
+        check_whole(name, getattr(s, name), least, 2**31)
     if s.edge not in ("pad", "strict", "cut"):
         raise QueryError(f"edge is 'pad', 'strict' or 'cut', got {brief(s.edge)}")
     if s.edge == "cut" and s.dilation > 1:
@@ -161,7 +157,7 @@ class Stack(Items):
     def __init__(self,
         k: int, # How many states; a batch's are `(batch, k, *state)`
     ):
-        _whole("k", k, 1)
+        check_whole("k", k, most=2**31)
         self.k = k
 
     def around(self, at: np.ndarray, rows: Drawable) -> Draw:

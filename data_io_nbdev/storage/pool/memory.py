@@ -248,8 +248,8 @@ def _follows(block: Block, before: np.ndarray, gaps: bool) -> np.ndarray: # `gap
         `gaps`: a ring has forgotten some
     """
     c, new = block.columns, before < 0
-    life, due = np.where(c["born"] > 0, c["born"], c["version"]), (c["offset"] + c["length"])[before]
-    stay = [c["start"], life, *(level.codes for level in block.who)]
+    due = (c["offset"] + c["length"])[before]
+    stay = [c["start"], block.lives, *(level.codes for level in block.who)]
     same = np.all([column == column[before] for column in stay], axis=0)
     behind = (c["offset"] >= due if gaps else c["offset"] == due) & (c["begin"] > c["end"][before])
     return np.where(new, gaps | ((c["offset"] == 0) & (c["born"] == 0)), same & behind & ~c["ended"][before])

@@ -31,7 +31,7 @@ __all__ = ['FORMAT', 'NEWEST', 'seal', 'sealed', 'is_intact', 'Place', 'level_fi
 from ...errors import (CorruptData, DataIOError, PoolNotFound, PoolUnavailable, QueryError,
                                   SchemaError, at_the_door, require)
 from ...data.schema import Schema, brief, is_text, is_whole
-from ...data.core import Episode, PoolQuery
+from ...data.core import EPOCH, Episode, PoolQuery
 from .columns import Commit, Index, Part, in_runs_of
 from .pool import (Glance, Pool, in_bulk, quoted, safe_url,
                                              secret_option)
@@ -149,7 +149,6 @@ def level_field(
 # %% ../../../nbs/storage/pool/mongo.ipynb #0d5a1008
 _FACTS = ("id", "who", "start", "zone", "offset", "length", "begin", "end", "number", "digest", "reward",
           "nbytes", "ended", "linked", "tail", "born")
-_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
 def entry_of(
     _id: str, # Of the document
@@ -189,7 +188,7 @@ def _plain(part: Part, levels: Sequence[str]) -> dict:
             "begin": part.begin, "end": part.end, "seq_len": part.offset + part.length}
 
 def _date(us: int) -> Optional[datetime]:
-    try: return _EPOCH + timedelta(milliseconds=us // 1000)  # as servers keep it
+    try: return EPOCH + timedelta(milliseconds=us // 1000)  # as servers keep it
     except OverflowError: return None  # beyond the calendar; `start` has it
 
 # %% ../../../nbs/storage/pool/mongo.ipynb #0d5a100b

@@ -526,7 +526,11 @@ class Steps(Sequence):
         np.ndarray
             `(steps,)`: of each step's state in `states`
         """
-        return np.arange(len(self.times)) + np.repeat(np.arange(len(self)), np.diff(self.ends))
+        return _places(self.ends)
+
+def _places(ends: np.ndarray) -> np.ndarray:
+    "Where steps go that have one more row behind each part; `ends`: steps before each part, and all"
+    return np.arange(ends[-1]) + np.repeat(np.arange(len(ends) - 1), np.diff(ends))
 
 # %% ../../../nbs/storage/pool/parquet.ipynb #f047eaa4
 @patch
@@ -571,7 +575,7 @@ def _states(schema: Schema, found: dict, ends: np.ndarray, null: np.ndarray) -> 
     make = np.zeros if dtype.names else np.empty
     states, at_end = make((steps + n, *dtype.shape), dtype.base), np.isin(there, last)
     nstates = make((len(there) - n, *dtype.shape), dtype.base)
-    at = np.arange(steps) + np.repeat(np.arange(n), np.diff(ends))
+    at = _places(ends)
     for name, view in schema.split("state", states).items():
         view[at], view[at[last] + 1] = found["state"][name], found["nstate"][name][at_end]
     for name, view in schema.split("nstate", nstates).items(): view[...] = found["nstate"][name][~at_end]

@@ -21,8 +21,8 @@ __all__ = ['Going', 'Sheet', 'Desk', 'Writer']
 # %% ../../../nbs/storage/pool/writer.ipynb #ccd65009
 from ...errors import (ClosedError, EpisodeConflict, PoolUnavailable, QueryError, SchemaError,
                                   at_the_door, tell)
-from ...data.schema import FLAGS, Schema, brief, is_whole
-from ...data.core import Episode, Record, episode_id, from_us, one_us, utc_us
+from ...data.schema import FLAGS, Schema, brief, check_whole
+from ...data.core import EPOCH, Episode, Record, episode_id, from_us, one_us, utc_us
 from ...data.core import _array_block, _by_level, _flag, _identities, _lift
 from .columns import in_one_step
 
@@ -43,12 +43,12 @@ class Going(NamedTuple):
     steps: int = 0  # That are in it already
     number: Optional[int] = 0  # Of the next step, where they are numbered
 
-_EPOCH, _US = datetime(1970, 1, 1, tzinfo=timezone.utc), timedelta(microseconds=1)
+_US = timedelta(microseconds=1)
 
 def _when(timestamp: Any) -> int | np.ndarray:
     "UTC microseconds of one time, or of one for each environment"
     if timestamp is None: return time.time_ns() // 1000
-    if type(timestamp) is datetime and timestamp.tzinfo is timezone.utc: return (timestamp - _EPOCH) // _US
+    if type(timestamp) is datetime and timestamp.tzinfo is timezone.utc: return (timestamp - EPOCH) // _US
     us, _ = utc_us(timestamp)
     return int(us[0]) if len(us) == 1 else us
 
@@ -354,8 +354,7 @@ class Writer:
 @patch
 def _check_options(self: Writer, seconds: Any, starts: Sequence) -> None:
     if not self.who: raise QueryError("who: expected one identity for each environment, got none")
-    for name, n in (("steps", self.steps), ("most", self.most)):
-        if not is_whole(n, 1): raise QueryError(f"{name}: expected a whole number from 1, got {brief(n)}")
+    for name, n in (("steps", self.steps), ("most", self.most)): check_whole(name, n)
     if not seconds > 0: raise QueryError(f"seconds: expected more than 0, got {brief(seconds)}")
     if len(starts) != len(self.who): raise QueryError(f"start: expected {len(self.who)}, got {brief(starts)}")
 
