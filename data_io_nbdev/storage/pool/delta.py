@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Optional
 from urllib.parse import unquote
@@ -89,6 +89,7 @@ class Entry(NamedTuple):
 _FACTS = "data_io_nbdev"  # the key of our facts in `commitInfo`
 _PART = ("id", "who", "start", "zone", "offset", "length", "begin", "end", "number", "digest", "reward",
          "nbytes", "ended", "linked", "tail", "born", "version")
+_said = attrgetter(*_PART)
 
 def _seal(text: bytes) -> bytes: return b"%08x %s" % (zlib.crc32(text), text)
 
@@ -125,7 +126,7 @@ def _facts_text(self: Entry,
     """
     commit, place = self.commit, {file.path: i for i, file in enumerate(self.files)}
     def plain(parts: "Iterable[Part]") -> "list[list]":
-        return [[*(getattr(p, name) for name in _PART), place[p.where[0].path], p.where[1]] for p in parts]
+        return [[*_said(p), place[p.where[0].path], p.where[1]] for p in parts]
     said = commit.schema if commit.number == 1 else commit.units
     return _sealed(dict(
         format=NEWEST if commit.units else FORMAT, table=table_id, number=commit.number, since=self.since,
@@ -267,15 +268,13 @@ def _facts(actions: Sequence[dict]) -> Optional[str]:
 # %% ../../../nbs/storage/pool/delta.ipynb #297221fb
 def _stats(columns: Sequence[Column], parts: Sequence[Part]) -> dict:
     "Delta Lake's statistics of a file that holds these parts"
-    def steps(p: "Part") -> "tuple":
-        first = p.offset if p.number is None else p.number
-        return first, first + p.length - 1
+    def first(p: "Part") -> "int": return p.offset if p.number is None else p.number
+    def last(p: "Part") -> "int": return first(p) + p.length - 1
+    of = {"episode": [attrgetter("id")] * 2, "episodestart": [attrgetter("start")] * 2, "step": [first, last],
+          "timestamp": [attrgetter("begin"), attrgetter("end")]}
     def span(column: "Column", i: "int") -> "Optional[tuple]":
-        of = {"episode": lambda p: (p.id, p.id), "episodestart": lambda p: (p.start, p.start), "step": steps,
-              "timestamp": lambda p: (p.begin, p.end), "who": lambda p: (p.who[i], p.who[i])}
-        ends = of[column.role]
-        both = [ends(p) for p in parts]
-        least, most = min(a for a, _ in both), max(b for _, b in both)
+        begin, end = of.get(column.role) or [lambda p: p.who[i]] * 2
+        least, most = min(map(begin, parts)), max(map(end, parts))
         if not pa.types.is_timestamp(column.type): return least, most
         if not FIRST <= least <= most <= LAST: return None  # there is no way to write it
         return tuple(f"{np.datetime64(t, 'us')}Z" for t in (least, most))
