@@ -15,7 +15,7 @@ FERRETDB := .tools/ferretdb
 SERVER := $(or $(MONGODB_URI),$(shell command -v mongod || command -v ferretdb || { command -v go >/dev/null && echo $(FERRETDB); }))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak bench docs lab readme export outputs clean-notebooks check-export wheel clean
+.PHONY: help demo test coverage soak bench docs lab readme export outputs clean-notebooks check-export wheel clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,10 +34,13 @@ $(VENV)/with-%: $(VENV)/made
 demo: $(VENV)/with-demo ## run the demonstration
 	@$(BIN)/python -m $(PACKAGE).demo
 
-test: export $(filter $(FERRETDB),$(SERVER)) ## run the tests and every notebook, with coverage; FLAGS="mongo slow" adds the flagged cells
+test: export $(filter $(FERRETDB),$(SERVER)) ## run the tests and every notebook; FLAGS="mongo slow" adds the flagged cells
 	@echo "Testing tests/ and every notebook under nbs/$(if $(FLAGS), with $(FLAGS))"
 	@$(if $(SERVER),,echo 'NOT TESTED: MongoPool. Set MONGODB_URI, or put mongod on the PATH, or install Go')
-	@PATH="$(CURDIR)/.tools:$$PATH" $(BIN)/python -m pytest --cov --numprocesses 2 --dist loadscope --flags "$(FLAGS)"
+	@PATH="$(CURDIR)/.tools:$$PATH" $(BIN)/python -m pytest $(COVERAGE) --numprocesses 2 --dist loadscope --flags "$(FLAGS)"
+
+coverage: ## run the tests as above, and list the lines that none of them runs
+	@$(MAKE) --no-print-directory test COVERAGE=--cov
 
 soak: export $(filter $(FERRETDB),$(SERVER)) ## attack the package ten times as often as the tests do, and print a table; takes an hour or so
 	@$(if $(SERVER),,echo 'NOT TESTED: MongoPool. Set MONGODB_URI, or put mongod on the PATH, or install Go')
