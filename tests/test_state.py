@@ -10,6 +10,7 @@ import os
 import pickle
 import random
 import signal
+import sys
 import threading
 import time
 import zipfile
@@ -253,6 +254,30 @@ def test_kill(path):
     for name in others(path): os.utime(path.with_name(name), (0, 0))
     write_state(path, {})
     assert not any(path.with_name(name).stat().st_size for name in others(path))  # what killed ones left is gone, unless it is empty
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a zip that was begun says goodbye to a closed file
+def test_interrupt(path):
+    "Ctrl-C in any line of a save leaves the old state or the new one, and no other file"
+    write_state(path, {"n": 0})
+    outcomes = set()
+    for line in range(1, 10**6):
+        left, before = [line], read_state(path)["n"]
+        def trace(frame, event, arg):
+            if "data_io_nbdev/storage" not in frame.f_code.co_filename: return None
+            if event == "line":
+                left[0] -= 1
+                if left[0] == 0: raise KeyboardInterrupt
+            return trace
+        old = sys.gettrace()
+        sys.settrace(trace)
+        try: write_state(path, {"n": line, "worth": np.ones(9)})
+        except KeyboardInterrupt: pass
+        finally: sys.settrace(old)
+        assert (found := read_state(path)["n"]) in (before, line) and others(path) == []
+        outcomes.add(found == line)
+        if left[0] > 0: break
+    assert line > 40 and outcomes == {True, False}
 
 
 def test_where(path, monkeypatch):

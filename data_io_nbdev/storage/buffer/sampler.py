@@ -129,7 +129,7 @@ class Sampler(abc.ABC):
         """
 
     def state_dict(self) -> dict[str, Any]:
-        "What to remember between batches: JSON values, and arrays of numbers that change no more"
+        "What to remember between batches: JSON values, and arrays of numbers that are not written to later"
         return {}
 
     def load_state_dict(self,

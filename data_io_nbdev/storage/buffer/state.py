@@ -100,7 +100,7 @@ def same_state(
         return a.keys() == b.keys() and all(same_state(a[key], b[key]) for key in a)
     if isinstance(a, (list, tuple)) and type(a) is type(b):
         return len(a) == len(b) and all(map(same_state, a, b))
-    return bool(a == b)
+    return a is b or bool(a == b)
 
 # %% ../../../nbs/storage/buffer/state.ipynb #455be32b
 FORMAT = 1  # of the file
@@ -188,7 +188,8 @@ def write_state(
         except OSError as e:
             raise PoolUnavailable(f"could not write {str(target)!r}: {e}; there is the old state or the new one; see "
                                   "that its folder exists, can be written and has room, and save again") from e
-        except ValueError as e: raise QueryError(f"JSON cannot hold this state: {brief(e, 200)}") from e
+        except (ValueError, RecursionError) as e:
+            raise QueryError(f"JSON cannot hold this state: {brief(e, 200)}") from e
         with suppress(PoolUnavailable): _leftovers(target, dry_run=False, first=_FIRST)
 
 # %% ../../../nbs/storage/buffer/state.ipynb #4c44ae18
