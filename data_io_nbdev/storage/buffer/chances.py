@@ -186,8 +186,7 @@ def _follow(self: Prioritized, rows: Drawable) -> Weights:
 @patch
 def state_dict(self: Prioritized) -> dict[str, Any]:
     "Priorities by serial number, and what was told and not taken in yet"
-    raw, begin, n = self._raw, self._low % len(self._raw), self._upto - self._low
-    chances = np.concatenate([raw[begin:begin + n], raw[:max(0, begin + n - len(raw))]])  # around the ring
+    chances = np.roll(self._raw, -self._low)[:self._upto - self._low]  # a copy, from the oldest on
     options = dict(alpha=self.alpha, beta=self.beta, eps=self.eps, top=self._top)
     return {**Chances.state_dict(self), **options, "low": self._low, "upto": self._upto, "chances": chances,
             "given": [[serials.copy(), chances.copy()] for serials, chances in self._given]}
@@ -209,10 +208,10 @@ def load_state_dict(self: Prioritized, state: dict[str, Any]) -> None:
     for all_of in (chances, *(b for _, b in given)):
         if not (np.isfinite(all_of) & (all_of >= 0)).all(): raise ValueError("chances that are none")
     raw = np.zeros(leaves(upto - low))
-    raw[np.arange(low, upto) % len(raw)] = chances
+    raw[:len(chances)] = chances
     options = {name: _number(name, state[name]) for name in ("alpha", "beta", "eps")}
-    self._forget(_line=None, _raw=raw, _low=low, _upto=upto, _top=_number("top", state["top"]), _given=given,
-                 _told=self._told + 1, **options)
+    self._forget(_line=None, _raw=np.roll(raw, low), _low=low, _upto=upto, _top=_number("top", state["top"]),
+                 _given=given, _told=self._told + 1, **options)
 
 # %% ../../../nbs/storage/buffer/chances.ipynb #4157ee9e
 class Recent(Chances):
