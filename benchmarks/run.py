@@ -19,7 +19,8 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from data_io_nbdev import Episode, MemoryBuffer
+from data_io_nbdev import Episode, MemoryBuffer, Prioritized
+from data_io_nbdev.storage.buffer.state import read_state
 
 STEPS = 1000  # of an episode
 
@@ -91,6 +92,25 @@ def adding(rounds: int) -> dict[str, float]:
                     "store, empty buffer": lambda: small.store(ready.pop()), "store, 1,000,000 rows": lambda: large.store(ready.pop())}, rounds, 1)
 
 
+def saving(rounds: int) -> dict[str, float]:
+    "Microseconds of a million priorities on their way to a file and back; the floor is numpy's own file, which the disk has, and which has a CRC"
+    buffer = filled(1, 1, 1_000_000, batch_size=256, sampler=Prioritized())
+    buffer.update_priorities(np.arange(1_000_000), np.random.default_rng(0).random(1_000_000))
+    buffer.sample()
+    chances, sampler = buffer.state_dict()["sampler"]["chances"], Prioritized()
+    with tempfile.TemporaryDirectory() as folder:
+        ours, theirs = f"{folder}/learner.state", f"{folder}/chances.npz"
+
+        def save():
+            with open(theirs, "wb") as f:
+                np.savez(f, chances=chances)
+                f.flush()
+                os.fsync(f.fileno())
+
+        return medians({"numpy's save and fsync": save, "save_state": lambda: buffer.save_state(ours), "numpy's load": lambda: np.load(theirs)["chances"],
+                        "read_state": lambda: read_state(ours), "and into the sampler": lambda: sampler.load_state_dict(read_state(ours)["sampler"])}, rounds, 1)
+
+
 def growth(state: int, action: int, rows: int) -> float:
     "Growth of a fresh process that fills a buffer, in bytes a row"
     code = (f"import sys, gc, psutil; sys.path.insert(0, 'benchmarks'); import run; run.filled({state}, {action}, 1000, batch_size=1)\n"
@@ -159,6 +179,13 @@ def main() -> int:
     show("Adding an episode of 1,000 steps, state 24, action 4", t, [
         ("store / 1 ms", t["store, 1,000,000 rows"] / 1000, 1.0),
         ("store: 1,000,000 rows / empty", t["store, 1,000,000 rows"] / t["store, empty buffer"], 1.5)])
+    gc.collect()
+    t = saving(rounds)
+    show("A state with a million priorities", t, [
+        ("save_state / numpy's save and fsync", t["save_state"] / t["numpy's save and fsync"], 2.0),
+        ("save_state / 50 ms", t["save_state"] / 50_000, 1.0),
+        ("read_state / numpy's load", t["read_state"] / t["numpy's load"], 2.0),
+        ("read_state, and into the sampler / 50 ms", t["and into the sampler"] / 50_000, 1.0)])
     gc.collect()
     packed = {24: episode(0, 24, 4), 600: episode(0, 600, 68)}
     dtype = {n: np.dtype([(r, b.dtype, b.shape[1:]) for r, b in e.blocks.items()]).itemsize for n, e in packed.items()}

@@ -21,7 +21,7 @@ EVIL = "<script>alert('&')</script>"
 OFFERED = {"learn", "anchor", "state", "action", "reward", "nstate", "terminated", "truncated", "mask", "weight", "episode", "step", "timestamp", "index",
            "fields", "frames"}
 USERS = {"pool", "batch_size", "query", "select", "sampler", "seed", "capacity", "states", "load", "close", "store", "writer", "find", "save", "sample", "refresh",
-         "state_dict", "load_state_dict", "nbytes", "update_priorities"}
+         "state_dict", "load_state_dict", "save_state", "load_state", "nbytes", "update_priorities"}
 
 
 def episode(steps=300, width=2, name="speed", who=None, **more):

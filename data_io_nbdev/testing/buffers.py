@@ -21,9 +21,10 @@ import pandas as pd  # type: ignore
 # %% auto #0
 __all__ = ['filled', 'BatchesOfBuffers', 'TracedBatches', 'RowsOfBuffers', 'Refreshing', 'RowsOfQueries', 'OtherQueries',
            'QueriesInLife', 'selected_from', 'RowsOfSelections', 'StatesOfSelections', 'Rings', 'chi_square', 'Chance',
-           'SameDraws', 'through_json', 'Resume', 'ResumeElsewhere', 'PaddedEpisodes', 'WholeEpisodes',
-           'BufferRefusals', 'ClosedBuffers', 'closings', 'Lifecycle', 'ClosedOnce', 'Finalizers', 'OwnBuffers',
-           'BufferInterface', 'BufferBystanders', 'BufferMachine', 'RingMachine', 'BufferStories', 'BufferContract']
+           'SameDraws', 'through_json', 'Resume', 'ResumeElsewhere', 'ResumeFromFile', 'PaddedEpisodes',
+           'WholeEpisodes', 'BufferRefusals', 'ClosedBuffers', 'closings', 'Lifecycle', 'ClosedOnce', 'Finalizers',
+           'OwnBuffers', 'BufferInterface', 'BufferBystanders', 'BufferMachine', 'RingMachine', 'BufferStories',
+           'BufferContract']
 
 # %% ../../nbs/testing/buffers.ipynb #673c8a6d
 from ..errors import (ClosedError, DataIOError, EpisodeConflict, NotEnoughData, QueryError,
@@ -34,6 +35,7 @@ from ..storage.pool.pool import Pool
 from ..storage.pool.memory import MemoryPool
 from ..storage.buffer.buffer import Batch, Buffer
 from ..storage.buffer.sampler import Episodes, Uniform
+from ..storage.buffer.chances import Prioritized
 from ..storage.buffer.memory import MemoryBuffer
 from .pools import selects
 from .harness import (BAD_FRAMES, HOURS, PARTS, Harness, at_once, batch_facts, bits,
@@ -695,6 +697,27 @@ class ResumeElsewhere:
             with pytest.raises(DataIOError): buffer.load_state_dict(wrong)
             assert draws(buffer) == right
 
+# %% ../../nbs/testing/buffers.ipynb #a786e2fe
+class ResumeFromFile:
+    "The next day, from a file"
+    def test_from_a_file(self, harness):
+        """Through a file, which is replaced by the next state, into a buffer over the pool as it was opened again
+
+        Raises
+        ------
+        QueryError
+            A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
+        """
+        buffer = filled(harness, *[drive(5, hour=h) for h in range(4)], sampler=Prioritized())
+        path = harness.folder / "learner.state"
+        for _ in range(2):
+            buffer.update_priorities(buffer.sample().index, np.linspace(0.1, 3, 32))
+            buffer.save_state(path)
+        right = draws(buffer)
+        other = harness.buffer(pool=harness.open(), batch_size=32, sampler=Prioritized())
+        other.load_state(path)
+        assert draws(other) == right
+
 # %% ../../nbs/testing/buffers.ipynb #33dd759f
 class PaddedEpisodes:
     "Episodes are padded to one length, with a mask"
@@ -1148,6 +1171,6 @@ class BufferStories:
 # %% ../../nbs/testing/buffers.ipynb #c04c1fb2
 class BufferContract(BatchesOfBuffers, TracedBatches, RowsOfBuffers, Refreshing, RowsOfQueries, OtherQueries,
                      QueriesInLife, RowsOfSelections, StatesOfSelections, Rings, Chance, SameDraws, Resume,
-                     ResumeElsewhere, WholeEpisodes, BufferRefusals, ClosedBuffers, Lifecycle, Finalizers,
-                     OwnBuffers, BufferInterface, BufferStories):
+                     ResumeElsewhere, ResumeFromFile, WholeEpisodes, BufferRefusals, ClosedBuffers, Lifecycle,
+                     Finalizers, OwnBuffers, BufferInterface, BufferStories):
     "What every buffer promises; a subclass brings a fixture `harness`, a `Harness` at an empty place"

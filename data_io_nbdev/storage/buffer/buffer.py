@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import multiprocessing
+import os
 import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -30,6 +31,7 @@ from ..pool.memory import MemoryPool
 from ..pool.writer import Writer
 from .chains import Rows
 from .sampler import Draw, Sampler, Sequences, Uniform, sampler_state
+from .state import read_state, take_apart, write_state
 from .view import Home, View
 
 # %% ../../../nbs/storage/buffer/buffer.ipynb #8afbb212
@@ -818,7 +820,7 @@ def _parse_state(state: Any) -> _State:
         _check_counts(told.capacity, told.serial, told.rows, told.trail)
         if not isinstance(sampler, dict) or not isinstance(sampler.get("kind"), str):
             raise _unlike("a sampler and its kind", sampler)
-        json.dumps(sampler)  # raises `TypeError` and others for what is no JSON
+        json.dumps(take_apart(sampler).plain)  # raises `ValueError` for what is no JSON
         return told._replace(query=query, select=selection(told.select), versions=versions,
                              rng=_generator(told.rng))
     except QueryError: raise
@@ -881,13 +883,13 @@ class BufferState(BufferDraws[ItemT]):
     states : str, default 'auto'
         Keep each state "once" or "twice"; batches are the same
     """
-    def state_dict(self) -> dict[str, Any]: # Plain JSON values
+    def state_dict(self) -> dict[str, Any]: # JSON values; for some samplers, as `Prioritized`, arrays among them
         """What is needed to go on, bit for bit: query, versions, sampler and generator
 
         Returns
         -------
         dict[str, Any]
-            Plain JSON values
+            JSON values; for some samplers, as `Prioritized`, arrays among them
 
         Raises
         ------
@@ -944,6 +946,57 @@ def _arrive(kind: type[BufferState], options: dict, state: Optional[dict], rng: 
     if state: buffer.load_state_dict(state)
     buffer._rng.bit_generator.state = rng
     return buffer
+
+# %% ../../../nbs/storage/buffer/buffer.ipynb #1bfdc505
+@patch
+def save_state(self: BufferState,
+    path: str | os.PathLike, # Of the file; a state that is there is replaced
+) -> None:
+    """Write the state to one file, in one step; the pool's steps are not in it
+
+    Parameters
+    ----------
+    path : str | os.PathLike
+        Of the file; a state that is there is replaced
+
+    Raises
+    ------
+    QueryError
+        A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
+    PoolUnavailable
+        A pool that cannot be reached, or written, just now
+    ClosedError
+        Use of a pool or buffer after it was closed
+    """
+    with at_the_door: write_state(path, self.state_dict())
+
+@patch
+def load_state(self: BufferState,
+    path: str | os.PathLike, # Of a file that `save_state` wrote
+) -> None:
+    """Go on from a file; raises `CorruptData` where it is damaged, and else what `load_state_dict` raises
+
+    Parameters
+    ----------
+    path : str | os.PathLike
+        Of a file that `save_state` wrote
+
+    Raises
+    ------
+    CorruptData
+        Where it is damaged, and else what `load_state_dict` raises
+    SnapshotNotFound
+        A version that the pool never had, or no longer holds
+    ClosedError
+        Use of a pool or buffer after it was closed
+    QueryError
+        A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
+    PoolNotFound
+        No pool at this place
+    PoolUnavailable
+        A pool that cannot be reached, or written, just now
+    """
+    with at_the_door: self.load_state_dict(read_state(path))
 
 # %% ../../../nbs/storage/buffer/buffer.ipynb #f3c4544f
 class Buffer(BufferState[ItemT]):

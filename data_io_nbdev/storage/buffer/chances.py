@@ -20,6 +20,7 @@ from ...data.schema import brief, is_whole
 from .rows import Growing
 from .sampler import Draw, Drawable, Items, Sampler, Tally, Uniform, Weights, leaves
 from .sampler import sampler_state
+from .state import same_state
 
 # %% ../../../nbs/storage/buffer/chances.ipynb #a2761be0
 class Chances(Sampler):
@@ -48,7 +49,7 @@ class Chances(Sampler):
         QueryError
             A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
         """
-        if (told := state["over"]) != (mine := sampler_state(self.over)):
+        if not same_state(told := state["over"], mine := sampler_state(self.over)):
             raise QueryError(f"expected a state over {mine}, got one over {brief(told)}")
 
     def _items(self, serials: np.ndarray, rows: Drawable, weight: Optional[np.ndarray] = None) -> Draw:
@@ -66,8 +67,18 @@ def _number(name: str, value: Any, least: float = 0.0, most: float = np.inf) -> 
     raise QueryError(f"{name}: expected a number from {least:g}, got {brief(value)}")
 
 # %% ../../../nbs/storage/buffer/chances.ipynb #81f1fcc2
-def _as_text(a: np.ndarray) -> str: return base64.b64encode(np.ascontiguousarray(a).tobytes()).decode()
-def _as_array(text: str, dtype: str) -> np.ndarray: return np.frombuffer(base64.b64decode(text), dtype).copy()
+def _as_array(told: Any, dtype: str) -> np.ndarray: # `(n,)`, a copy
+    """An array out of a state; raises `ValueError` for one of another kind
+
+    Returns
+    -------
+    np.ndarray
+        `(n,)`, a copy
+    """
+    if isinstance(told, str): told = np.frombuffer(base64.b64decode(told), dtype)
+    if not isinstance(told, np.ndarray) or told.dtype != dtype or told.ndim != 1:
+        raise ValueError(f"expected an array (n,) of {dtype}, got {brief(told)}")
+    return told.copy()
 
 # %% ../../../nbs/storage/buffer/chances.ipynb #b57c6655
 class Prioritized(Chances):
@@ -175,10 +186,10 @@ def _follow(self: Prioritized, rows: Drawable) -> Weights:
 @patch
 def state_dict(self: Prioritized) -> dict[str, Any]:
     "Priorities by serial number, and what was told and not taken in yet"
-    raw = self._raw[np.arange(self._low, self._upto) % len(self._raw)]
+    chances = np.roll(self._raw, -self._low)[:self._upto - self._low]  # a copy, from the oldest on
     options = dict(alpha=self.alpha, beta=self.beta, eps=self.eps, top=self._top)
-    return {**Chances.state_dict(self), **options, "low": self._low, "upto": self._upto, "chances": _as_text(raw),
-            "given": [[_as_text(serials), _as_text(chances)] for serials, chances in self._given]}
+    return {**Chances.state_dict(self), **options, "low": self._low, "upto": self._upto, "chances": chances,
+            "given": [[serials.copy(), chances.copy()] for serials, chances in self._given]}
 
 @patch
 def load_state_dict(self: Prioritized, state: dict[str, Any]) -> None:
@@ -197,10 +208,10 @@ def load_state_dict(self: Prioritized, state: dict[str, Any]) -> None:
     for all_of in (chances, *(b for _, b in given)):
         if not (np.isfinite(all_of) & (all_of >= 0)).all(): raise ValueError("chances that are none")
     raw = np.zeros(leaves(upto - low))
-    raw[np.arange(low, upto) % len(raw)] = chances
+    raw[:len(chances)] = chances
     options = {name: _number(name, state[name]) for name in ("alpha", "beta", "eps")}
-    self._forget(_line=None, _raw=raw, _low=low, _upto=upto, _top=_number("top", state["top"]), _given=given,
-                 _told=self._told + 1, **options)
+    self._forget(_line=None, _raw=np.roll(raw, low), _low=low, _upto=upto, _top=_number("top", state["top"]),
+                 _given=given, _told=self._told + 1, **options)
 
 # %% ../../../nbs/storage/buffer/chances.ipynb #4157ee9e
 class Recent(Chances):

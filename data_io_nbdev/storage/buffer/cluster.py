@@ -22,6 +22,7 @@ from ..pool.dask import in_order, read_parts, windows
 from ..pool.delta import Lake
 from .rows import Rows, Run
 from .sampler import Draw
+from .state import same_state
 from .buffer import Batch, Buffer, make_batch
 
 # %% ../../../nbs/storage/buffer/cluster.ipynb #5e3497ff
@@ -365,7 +366,7 @@ class Moment(NamedTuple):
         -------
         bool
         """
-        return self[:3] == other[:3] and all(a is b for a, b in zip(self.seen, other.seen))
+        return same_state(self[:3], other[:3]) and all(a is b for a, b in zip(self.seen, other.seen))
 
     def restore(self,
         buffer: Buffer, # Its lock is held

@@ -129,7 +129,7 @@ class Sampler(abc.ABC):
         """
 
     def state_dict(self) -> dict[str, Any]:
-        "What to remember between batches, as plain JSON values"
+        "What to remember between batches: JSON values, and arrays of numbers that are not written to later"
         return {}
 
     def load_state_dict(self,
@@ -143,13 +143,13 @@ class Sampler(abc.ABC):
             From `state_dict`; it may hold more, such as the sampler's kind
         """
 
-    def moment(self) -> Any: # Compared by `==`
+    def moment(self) -> Any: # Compared by `same_state`
         """What decides the next draw, and a draw may change
 
         Returns
         -------
         Any
-            Compared by `==`
+            Compared by `same_state`
         """
         return copy.deepcopy(self.state_dict())
 
@@ -540,5 +540,5 @@ def draw(self: Episodes, n: int, rng: np.random.Generator, rows: Drawable) -> Dr
 
 # %% ../../../nbs/storage/buffer/sampler.ipynb #d354bd43
 def sampler_state(sampler: Sampler) -> dict[str, Any]:
-    "The kind and state of a sampler, as plain JSON values"
+    "The kind and state of a sampler"
     return {"kind": type(sampler).__name__, **sampler.state_dict()}

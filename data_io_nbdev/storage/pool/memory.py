@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, ClassVar, Optional
+from typing import Any, ClassVar, NoReturn, Optional
 from fastcore.basics import patch
 import numpy as np
 
@@ -583,18 +583,33 @@ def _target(path: str | os.PathLike) -> Path:
     try: return Path(os.path.realpath(path))
     except ValueError as e: raise PoolUnavailable(f"{os.fspath(path)!r} cannot name a file: {e}") from e
 
-def _is_ours(path: str) -> bool:
-    "Whether a file begins as a saved pool does"
-    with open(path, "rb") as f:
-        return re.match(rb"PK\x03\x04.{26}(times\.npy|log\.json)", f.read(64), re.DOTALL) is not None
+_FIRST = rb"times\.npy|log\.json"  # members with which a saved pool begins
 
-def _leftovers(path: Optional[Path], dry_run: bool, grace: float = 86400) -> list[str]: # `grace`: seconds
+def _is_ours(path: str, first: bytes = _FIRST) -> bool:
+    "Whether a file begins as a saved pool does, or with other members"
+    with open(path, "rb") as f:
+        return re.match(rb"PK\x03\x04.{26}(" + first + rb")", f.read(64), re.DOTALL) is not None
+
+def _leftovers(
+    path: Optional[Path],
+    dry_run: bool,
+    grace: float = 86400, # Seconds
+    first: bytes = _FIRST, # Members with which a file of ours begins
+) -> list[str]:
     """What is, or would be, dropped: files that saves to a path were writing when they were killed
+
+    Parameters
+    ----------
+    path : Optional[Path]
+    dry_run : bool
+    grace : float, default 86400
+        Seconds
+    first : bytes, default _FIRST
+        Members with which a file of ours begins
 
     Returns
     -------
     list[str]
-        `grace`: seconds
     """
     if path is None: return []
     target, found = _target(path), []
@@ -602,7 +617,7 @@ def _leftovers(path: Optional[Path], dry_run: bool, grace: float = 86400) -> lis
     try:
         entries = [entry for entry in os.scandir(target.parent) if name.fullmatch(entry.name)]
         for entry in [entry for entry in entries if entry.is_file(follow_symlinks=False)]:
-            if time.time() - entry.stat().st_mtime < grace or not _is_ours(entry.path): continue
+            if time.time() - entry.stat().st_mtime < grace or not _is_ours(entry.path, first): continue
             if not dry_run: os.unlink(entry.path)
             found.append(f"{entry.name}: written by a save that was killed")
     except FileNotFoundError: pass  # the folder is, or another process repairs
@@ -625,6 +640,13 @@ def _unzip(f: Any) -> zipfile.ZipFile: # `f`: an open binary file
     except zipfile.BadZipFile as e:
         if isinstance(e.__context__, OSError) and e.__context__ is not before: raise e.__context__
         raise
+
+def _unreadable(e: Exception, place: str, what: str) -> NoReturn:
+    "Say of a file that could not be read whether the disk did not answer, or it is another file, or damaged"
+    senseless = isinstance(e, OSError) and e.errno == errno.EINVAL  # an offset that the file gives, not the disk
+    if isinstance(e, (OSError, MemoryError)) and not (senseless or isinstance(e, CorruptData)):
+        raise PoolUnavailable(f"{place!r} cannot be read now: {e or 'there is no room for it in memory'}") from e
+    raise CorruptData(f"{place!r} is no {what}, or is damaged: {e}") from e
 
 def _token(path: Path) -> str:
     "Which save a file is; empty where it is no saved pool"
@@ -841,12 +863,7 @@ def _take_in(self: MemoryPool) -> None:
         if self.mode == "a": return
         raise PoolNotFound(f"no pool at {self.url!r}; mode='a' creates one") from None
     except Exception as e:
-        # an offset that the file gives, not the disk
-        senseless = isinstance(e, OSError) and e.errno == errno.EINVAL
-        if isinstance(e, (OSError, MemoryError)) and not (senseless or isinstance(e, CorruptData)):
-            room = "there is no room for it in memory"
-            raise PoolUnavailable(f"{self.url!r} cannot be read now: {e or room}") from e
-        raise CorruptData(f"{self.url!r} is no pool that MemoryPool saved, or is damaged: {e}") from e
+        _unreadable(e, self.url, "pool that MemoryPool saved")
     boxes, numbers = [Kept(Cut(arrays, i)) for i in range(len(parts))], [c.number for c in commits]
     ends = [0, *np.searchsorted(parts.columns["version"], numbers, "right").tolist()]
     stretches = (Stretch(parts, boxes, a, b) if a < b else () for a, b in zip(ends, ends[1:]))
