@@ -18,12 +18,14 @@ _HOME = {name: module for module, names in {
     "data.layout": ("Layout",),
     "data.signals": ("resample",),
     "storage.pool.pool": ("Pool", "open_pool"),
+    "storage.pool.stats": ("Stats",),
     "storage.pool.memory": ("MemoryPool",),
     "storage.buffer.sampler": ("Episodes", "Sampler", "Uniform"),
     "storage.buffer.windows": ("Stack", "Windows"),
     "storage.buffer.chances": ("Balanced", "Epoch", "Fresh", "Once", "Prioritized", "Recent"),
     "storage.buffer.nstep": ("NStep",),
     "storage.buffer.buffer": ("Batch", "Buffer"),
+    "storage.buffer.normalize": ("Normalize",),
     "storage.buffer.memory": ("MemoryBuffer",),
     "storage.pool.dask": ("DaskPool",),
     "storage.buffer.dask": ("DaskBuffer",),
@@ -65,6 +67,7 @@ if TYPE_CHECKING:
     from data_io_nbdev.storage.buffer.dask import DaskBuffer
     from data_io_nbdev.storage.buffer.memory import MemoryBuffer
     from data_io_nbdev.storage.buffer.mongo import MongoBuffer
+    from data_io_nbdev.storage.buffer.normalize import Normalize
     from data_io_nbdev.storage.buffer.nstep import NStep
     from data_io_nbdev.storage.buffer.sampler import Episodes, Sampler, Uniform
     from data_io_nbdev.storage.buffer.windows import Stack, Windows
@@ -72,3 +75,4 @@ if TYPE_CHECKING:
     from data_io_nbdev.storage.pool.mongo import MongoPool
     from data_io_nbdev.storage.pool.memory import MemoryPool
     from data_io_nbdev.storage.pool.pool import Pool, open_pool
+    from data_io_nbdev.storage.pool.stats import Stats

@@ -39,6 +39,7 @@ from ...data.schema import Schema, brief, listed, offered, selection
 from ...data.core import (RESET, Episode, PoolQuery, as_episode, concat, from_us, narrowed,
                                      same_steps, state_digest, steps_in)
 from .writer import Writer
+from .stats import QUANTILES, Reading, Stats, stats_of
 from .columns import (Coded, Commit, Index, Part, Selection, in_one_step, in_runs_of,
                                               part_of)
 
@@ -229,10 +230,10 @@ class PoolHandle(PoolBackend):
         self.url, self.mode = url, mode
         self._at, self._parent = None, None  # a snapshot's version, and the pool that it was taken of
         self._closed, self._idle = False, False  # idle: closed because its last buffer was done
-        self._holders, self._guests = set(), set()  # buffers here, and on snapshots
-        self._left = False  # whether all of them were done once
+        self._holders, self._guests, self._left = set(), set(), False  # buffers; whether all were done once
         self._index, self._lock, self._writers = Index(), forkable_lock(), weakref.WeakSet()
         self._turn: tuple[float, Optional[int]] = (0, None)  # when it may commit again; its last commit
+        self._readings: dict[tuple, Reading] = {}  # what `stats` read, by version, query and fields
         forkable(self)
 
     @property
@@ -899,6 +900,52 @@ def snapshot(self: PoolReader,
         if version is None: version = newest
         if oldest <= version <= newest: return self._view(version)
         raise SnapshotNotFound(f"{self!r} has versions {oldest} to {newest}, got {version}")
+
+# %% ../../../nbs/storage/pool/pool.ipynb #732c6c2e
+@patch
+def stats(self: PoolReader,
+    query: Any = None, # A `PoolQuery`, an id or its beginning, or several; by default everything
+    select: Optional[Mapping[str, Any]] = None, # Some fields, `{"state": ["speed"]}`; by default all
+    quantiles: Iterable[float] = QUANTILES, # Shares from 0 to 1
+    threads: Optional[int] = None, # That read; by default up to four. The numbers are the same
+) -> Stats: # By field and element, as a frame by `frame()`
+    """Count, mean, std, range and quantiles of every field; raises `NotEnoughData` where no step matches
+
+    Parameters
+    ----------
+    query : Any, default None
+        A `PoolQuery`, an id or its beginning, or several; by default everything
+    select : Optional[Mapping[str, Any]], default None
+        Some fields, `{"state": ["speed"]}`; by default all
+    quantiles : Iterable[float], default QUANTILES
+        Shares from 0 to 1
+    threads : Optional[int], default None
+        That read; by default up to four. The numbers are the same
+
+    Returns
+    -------
+    Stats
+        By field and element, as a frame by `frame()`
+
+    Raises
+    ------
+    NotEnoughData
+        Where no step matches
+    QueryError
+        A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
+    ClosedError
+        Use of a pool or buffer after it was closed
+    EpisodeNotFound
+        No episode of this id at this version of the pool
+    SnapshotNotFound
+        A version that the pool never had, or no longer holds
+    CorruptData
+        Stored bytes that are damaged, cut short, or of a format this version does not know
+    """
+    with at_the_door:
+        asked, select = _as_query(query), selection(select)
+        version, (query, found, schema) = self._newest(lambda v: (v, self._ask(asked, v)))
+        return stats_of(self, version, found, schema, query, select, quantiles, threads)
 
 # %% ../../../nbs/storage/pool/pool.ipynb #0d68ece3
 def in_bulk(
