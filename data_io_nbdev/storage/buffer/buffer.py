@@ -29,7 +29,7 @@ from ..pool.pool import Pool, forkable, forkable_lock, safe_url
 from ..pool.memory import MemoryPool
 from ..pool.writer import Writer
 from .chains import Rows
-from .sampler import Draw, Sampler, Sequences, Uniform, sampler_state
+from .sampler import Draw, Sampler, Sequences, Uniform, sampler_state, unlike
 from .view import Home, View
 
 # %% ../../../nbs/storage/buffer/buffer.ipynb #8afbb212
@@ -191,8 +191,10 @@ def make_batch(
     wanted = draw.rows if mask is None else draw.rows[mask]
     transition, flags, slots = rows.take(wanted) if found is None else rows.arrange(rows.slots(wanted), found)
     if mask is not None: transition, flags = [_spread(a, mask) for a in transition], _spread(flags, mask)
-    if draw.fold: transition, flags, slots, mask, discount = draw.fold(
-        Sequences(tuple(transition), flags, _spread(slots, mask), mask))
+    if draw.fold:
+        folded = draw.fold(Sequences(tuple(transition), flags, _spread(slots, mask), mask))
+        transition, flags, slots, mask, discount = folded
+        if mask is not None: slots = slots[mask]
     anchor = None if draw.anchor is None else rows.serials(draw.anchor)
     return Batch(transition, {"schema": rows.schema, "_rows": flags, "_mask": mask, "_weight": draw.weight,
                               "_learn": draw.learn, "_anchor": anchor, "_discount": discount,
@@ -829,8 +831,7 @@ def _parse_state(state: Any) -> _State:
 @patch
 def _check_state(self: BufferDraws, told: _State) -> None:
     "Raise unless this sampler and this pool can go on from a state"
-    if (kind := told.sampler["kind"]) != type(self.sampler).__name__:
-        raise QueryError(f"this state was drawn by {brief(kind)}, and the buffer has {self.sampler!r}")
+    if why := unlike(told.sampler, self.sampler): raise QueryError(why)
     first, last = told.versions[0][0], told.versions[-1][1]
     oldest, newest = self.pool._oldest(), self.pool.version
     if last > newest or (first < oldest and told.capacity is None):
