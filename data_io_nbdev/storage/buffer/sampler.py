@@ -62,7 +62,7 @@ class Draw(NamedTuple):
     weight : Optional[np.ndarray], default None
         `(batch,)` importance weights; `None` means 1
     learn : Optional[np.ndarray], default None
-        As the batch's mask, bool: to be learned from; `None` means all of it
+        As the batch's mask, bool: to be learned from; `None` means all that is real
     anchor : Optional[np.ndarray], default None
         `(batch,)` int64: the rows by which items are known; `None`: `rows`
     fold : Optional[Callable], default None
@@ -71,7 +71,7 @@ class Draw(NamedTuple):
     rows: np.ndarray  # `(batch,)` int64, or `(batch, length)` for sequences
     mask: Optional[np.ndarray] = None  # Same shape, bool: False is padding; `None` means that nothing is
     weight: Optional[np.ndarray] = None  # `(batch,)` importance weights; `None` means 1
-    learn: Optional[np.ndarray] = None  # As the batch's mask, bool: to be learned from; `None` means all of it
+    learn: Optional[np.ndarray] = None  # As the batch's mask, bool: to be learned from; `None` means all that is real
     anchor: Optional[np.ndarray] = None  # `(batch,)` int64: the rows by which items are known; `None`: `rows`
     fold: Optional[Callable] = None  # Makes what a learner gets of `Sequences`; `None` leaves them as they are
 
@@ -569,7 +569,7 @@ def sampler_state(sampler: Sampler) -> dict[str, Any]:
     options = _options(sampler, state)
     return {"kind": type(sampler).__name__, **({"options": options} if options else {}), **state}
 
-# %% ../../../nbs/storage/buffer/sampler.ipynb #df0be02b
+# %% ../../../nbs/storage/buffer/sampler.ipynb #97f97044
 def unlike(
     told: Any, # From `sampler_state`, perhaps of another sampler, or from anywhere
     sampler: Sampler, # That is to go on
