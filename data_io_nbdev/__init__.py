@@ -24,6 +24,7 @@ _HOME = {name: module for module, names in {
     "storage.buffer.windows": ("Stack", "Windows"),
     "storage.buffer.chances": ("Balanced", "Epoch", "Fresh", "Once", "Prioritized", "Recent"),
     "storage.buffer.nstep": ("NStep",),
+    "storage.buffer.relabel": ("Relabel",),
     "storage.buffer.buffer": ("Batch", "Buffer"),
     "storage.buffer.normalize": ("Normalize",),
     "storage.buffer.memory": ("MemoryBuffer",),
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
     from data_io_nbdev.storage.buffer.mongo import MongoBuffer
     from data_io_nbdev.storage.buffer.normalize import Normalize
     from data_io_nbdev.storage.buffer.nstep import NStep
+    from data_io_nbdev.storage.buffer.relabel import Relabel
     from data_io_nbdev.storage.buffer.sampler import Episodes, Sampler, Uniform
     from data_io_nbdev.storage.buffer.windows import Stack, Windows
     from data_io_nbdev.storage.pool.dask import DaskPool

@@ -1,4 +1,5 @@
 """Samplers against slow and obvious oracles, while episodes come in parts, end, leave a ring and are hidden."""
+import copy
 import pickle
 import sys
 
@@ -6,16 +7,18 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from data_io_nbdev import DaskPool, Episodes, MemoryBuffer, MemoryPool, PoolQuery, Uniform
-from data_io_nbdev.errors import NotEnoughData, QueryError
+from data_io_nbdev import DaskPool, Episode, Episodes, MemoryBuffer, MemoryPool, PoolQuery, Uniform
+from data_io_nbdev.errors import NotEnoughData, QueryError, SchemaError
+from data_io_nbdev.storage.buffer.buffer import make_batch
 from data_io_nbdev.storage.buffer.chains import Rows
 from data_io_nbdev.storage.buffer.chances import Balanced, Epoch, Fresh, Once, Prioritized, Recent
 from data_io_nbdev.storage.buffer.dask import DaskBuffer
 from data_io_nbdev.storage.buffer.nstep import NStep
-from data_io_nbdev.storage.buffer.sampler import Sums, Tally
+from data_io_nbdev.storage.buffer.relabel import Relabel
+from data_io_nbdev.storage.buffer.sampler import Sums, Tally, sampler_state
 from data_io_nbdev.storage.buffer.state import same_state
 from data_io_nbdev.storage.buffer.windows import Stack, Windows
-from data_io_nbdev.testing import batch_facts, drive, through_json
+from data_io_nbdev.testing import batch_facts, drive, errand, through_json
 
 
 def life(seed, capacity=None, once=False, events=28):
@@ -310,9 +313,9 @@ def test_fresh(over, options):
         assert np.array_equal(weights_of(sampler._follow(rows), rows), right)
 
 
-def ended(seed, capacity=None):
+def ended(seed, capacity=None, drive=drive, once=False):
     "Rows of episodes that terminated, were cut off, or go on, with their first part before others"
-    rng, rows, es = np.random.default_rng(seed), Rows(drive().schema, capacity=capacity), {}
+    rng, rows, es = np.random.default_rng(seed), Rows(drive().schema, once, capacity), {}
     for h in range(12):
         e = drive(int(rng.choice([1, 2, 5, 12])), hour=h, end=[None, "terminated", "truncated"][h % 3], linked=bool(h % 2))
         es[e.id] = e
@@ -330,7 +333,6 @@ def ended(seed, capacity=None):
 @pytest.mark.parametrize("n, k", [(1, 0), (3, 0), (5, 3), (20, 2)])
 def test_nstep(n, k, seed, capacity):
     "Return, discount and states are those of a loop over the steps"
-    from data_io_nbdev.storage.buffer.buffer import make_batch
     rows, es = ended(seed, capacity)
     sampler, known, gamma = NStep(n, 0.9, over=Stack(k) if k else Uniform()), neighbours(rows), 0.9
     batch = make_batch(rows, sampler.draw(2000, np.random.default_rng(seed), rows))
@@ -353,7 +355,146 @@ def test_nstep(n, k, seed, capacity):
             assert np.array_equal(batch.nstate[b], [*(e.state[max(head, last + o)] for o in range(2 - k, 1)), e.nstate[last]])
 
 
-def filled(pool):
+def near(achieved, desired, info): return np.linalg.norm(achieved - desired, axis=-1) < 1
+def worth(achieved, desired, info): return 100 - np.linalg.norm(achieved - desired, axis=-1)   # no recorded reward is so large
+def relabel(*args, **options): return Relabel({"target": "position"}, worth, *args, **options)
+
+
+def goals_of(e, steps):
+    "For each of some steps what was achieved by it"
+    return {tuple(e.nstate[j, :2].tolist()): j for j in steps}
+
+
+def field_of(batch, role, name): return batch.fields(role)[name]
+
+
+def relabelled(rows, es, hidden=()):
+    "The rows of `ended`, with some episodes hidden"
+    for id in hidden:
+        fork = rows.fork(); fork.hide([id]); rows.merge(fork)()
+    return rows, es, {r: [int(s) for s in rows.places(np.array(e))[2]] for e in rows.episodes() for r in e.tolist()}
+
+
+@pytest.mark.parametrize("capacity, once", [(None, False), (None, True), (25, False), (25, True)])
+@pytest.mark.parametrize("ends", [None, near])
+@pytest.mark.parametrize("strategy", ["future", "final", "episode"])
+def test_relabel(strategy, ends, capacity, once):
+    "Goals were reached by steps that may be, rewards and flags are those of a loop, and all else is as it was recorded"
+    rows, es = ended(5, capacity, errand, once)
+    rows, es, steps = relabelled(rows, es, list(es)[9:10])
+    batch = make_batch(rows, relabel(strategy, share=0.5, terminated=ends).draw(1500, np.random.default_rng(1), rows))
+    assert set(batch.index.tolist()) == set(rows.serials(np.arange(len(rows))).tolist()) and batch.mask.shape == (1500,)
+    seen, new, now, after = set(), 0, batch.fields("state"), batch.fields("nstate")
+    for b, (id, step, at) in enumerate(zip(batch.episode, batch.step, rows.find(batch.index).tolist())):
+        e, there, target, position = es[id], steps[at], now["target"][b], after["position"][b]
+        assert np.array_equal([*now["position"][b], now["slope"][b]], e.state[step, [0, 1, 4]]) and np.array_equal(batch.action[b], e.action[step])
+        assert np.array_equal([*position, after["slope"][b]], e.nstate[step, [0, 1, 4]]) and np.array_equal(target, after["target"][b])
+        right, flags = e.reward[step], (bool(e.terminated[step]), bool(e.truncated[step]))
+        if not np.array_equal(target, e.state[step, 2:4]):
+            may = {"future": [j for j in there if j >= step], "final": there[-1:], "episode": there}[strategy]
+            seen.add((id, step, goals_of(e, may)[tuple(target.tolist())]))
+            right, new = np.float32(100 - np.linalg.norm(position - target)), new + 1
+            if ends: flags = (got := bool(np.linalg.norm(position - target) < 1)), any(flags) and not got
+        assert np.isclose(batch.reward[b], right) and (batch.terminated[b], batch.truncated[b]) == flags
+    assert abs(new - 750) < 4 * np.sqrt(375) and batch.reward.dtype == "float32"
+    assert len(seen) > 15 and (strategy != "episode" or any(j < step for _, step, j in seen))
+
+
+@pytest.mark.parametrize("strategy", ["future", "final", "episode"])
+def test_relabel_chances(strategy):
+    "Each step that may give the goal is as likely as any other, and the share is kept, both by chance and for each item alone"
+    rows, es = ended(2, 40, errand)
+    draw = relabel(strategy, share=0.7).draw(40_000, np.random.default_rng(3), rows)
+    at, goal, chosen = draw.rows[:, 0], draw.rows[:, 1], draw.mask[:, 1]
+    assert draw.mask[:, 0].all() and abs(chosen.sum() - 28_000) < 4 * np.sqrt(40_000 * 0.21)
+    assert abs((chosen[1:] & chosen[:-1]).mean() - 0.49) < 0.02
+    for r, (e, i) in neighbours(rows).items():
+        may = {"future": e[i:], "final": e[-1:], "episode": e}[strategy]
+        counts = np.bincount(goal[chosen & (at == r)], minlength=len(rows))
+        assert counts.sum() == counts[may].sum() and chi_square(counts[may], np.ones(len(may))) < 4
+
+
+@pytest.mark.parametrize("capacity", [None, 25])
+@pytest.mark.parametrize("ends", [None, near])
+def test_relabel_nstep(ends, capacity):
+    "A return of several steps has one goal, each of its steps the reward of that, and ends where an episode does"
+    rows, es = ended(6, capacity, errand)
+    rows, es, steps = relabelled(rows, es)
+    sampler = relabel(share=1, terminated=ends, over=NStep(4, 0.9, over=Prioritized()))
+    batch = make_batch(rows, sampler.draw(1000, np.random.default_rng(1), rows))
+    assert batch.weight.shape == (1000,) and np.array_equal(batch.anchor, batch.index)
+    for b, (id, step, at) in enumerate(zip(batch.episode, batch.step, rows.find(batch.index).tolist())):
+        e, there, target = es[id], steps[at], batch.state[b, 2:4]
+        assert goals_of(e, [j for j in there if j >= step])[tuple(target.tolist())] >= step
+        total, factor = 0.0, 1.0
+        for j in range(step, min(step + 4, there[-1] + 1)):
+            away, ended_there = np.linalg.norm(e.nstate[j, :2] - target), bool(e.terminated[j] or e.truncated[j])
+            total += factor * (100 - away); factor *= 0.9
+            done = away < 1 if ends else bool(e.terminated[j])
+            if done or ended_there: break
+        assert np.isclose(batch.reward[b], total, rtol=1e-5) and np.isclose(batch.discount[b], 0 if done else factor)
+        assert batch.terminated[b] == done and batch.truncated[b] == (ended_there and not done)
+        assert np.array_equal(batch.nstate[b], [*e.nstate[j, :2], *target, e.nstate[j, 4]]) and np.array_equal(batch.state[b, :2], e.state[step, :2])
+
+
+def test_relabel_sequences():
+    "All steps of a window, a stack or an episode have one goal; what is padding stays zero, and can be traced as ever"
+    rows, es = ended(7, None, errand)
+    for over in (Windows(4, burn_in=2, bootstrap=1), Windows(3, edge="cut"), Episodes(), Balanced("driver", over=Windows(2, edge="strict")), Stack(3), NStep(2, 1, over=Stack(3))):
+        if isinstance(over, Balanced): rows.about = lambda ids: pd.DataFrame({"driver": [es[id].who["driver"] for id in ids]}, index=ids)
+        old = make_batch(rows, over.draw(300, np.random.default_rng(1), rows))
+        new, none = (make_batch(rows, relabel(share=share, over=over).draw(300, np.random.default_rng(1), rows)) for share in (1, 0))
+        assert more(none) == more(old)
+        same = {name: x for name, x in more(new).items() if name not in ("state", "reward", "nstate")}
+        assert same == {name: x for name, x in more(none).items() if name in same}
+        stacked = isinstance(over, Stack) or isinstance(over, NStep)
+        real = np.ones(new.state.shape[:2], bool) if stacked else new.mask
+        for role in ("state", "nstate"):
+            goals, place = field_of(new, role, "target"), field_of(new, role, "position")
+            assert np.array_equal(place, field_of(old, role, "position")) and not goals[~real].any()
+            assert all(len(np.unique(g[r], axis=0)) == 1 for g, r in zip(goals, real))
+        if not stacked: assert np.allclose(new.reward, np.where(real, worth(place, goals, {}), 0))
+        elif isinstance(over, Stack): assert np.allclose(new.reward, worth(place[:, -1], goals[:, -1], {}))
+
+
+def test_relabel_asks():
+    "Several fields go by name, the info comes with them, kinds of fields lie as they lie, and no array is the batch's own"
+    n, t = 6, pd.date_range("2026-01-01", periods=6, freq="1s", tz="UTC")
+    count = np.arange(n)
+    fields = lambda k: {"image": np.tile((count + k).astype("uint8")[:, None, None], (1, 2, 3)), "wanted": np.zeros((n, 2, 3), "uint8"),
+                        "height": count + k + 0.25, "top": np.zeros(n)}
+    e = Episode.from_arrays(state=fields(0), nstate=fields(1), action=count.astype("float32"), reward=np.full(n, 7, "int16"), timestamp=t, who={"robot": "R2"},
+                            info={"grip": count.astype("int8")}, terminated=count == n - 1)
+    asked = []
+    def reward(achieved, desired, info):
+        asked.append((achieved, desired, info))
+        found = (achieved["wanted"] == desired["wanted"]).all((1, 2)) & (achieved["top"] == desired["top"])
+        for a in (*achieved.values(), *desired.values(), *info.values()): a[...] = 1
+        return found
+    buffer = MemoryBuffer(batch_size=500, seed=1, sampler=Relabel({"wanted": "image", "top": "height"}, reward, share=0.9))
+    buffer.store(e)
+    batch = buffer.sample()
+    state, after = batch.fields("state"), batch.fields("nstate")
+    new = state["top"] != 0
+    (achieved, desired, info), = asked
+    assert new.sum() == len(info["grip"]) and list(achieved) == list(desired) == ["wanted", "top"] and list(info) == ["grip"]
+    assert desired["wanted"].shape == (new.sum(), 2, 3) and desired["top"].shape == (new.sum(),)
+    assert np.array_equal(state["image"][:, 0, 0], batch.step) and np.array_equal(after["height"], batch.step + 1.25) and np.array_equal(batch.fields("info")["grip"], batch.step)
+    assert (state["wanted"][new] == np.floor(state["top"][new])[:, None, None].astype("uint8")).all() and not state["wanted"][~new].any()
+    assert np.array_equal(batch.reward, np.where(new, after["height"] == after["top"], 7)) and batch.reward.dtype == "int16"
+    assert np.array_equal(batch.terminated, batch.step == n - 1)
+    for wrong, error in ((lambda a, d, i: 0.0, QueryError), (lambda a, d, i: [None] * len(a["top"]), QueryError), (lambda a, d, i: a["top"] + 0.5, SchemaError),
+                         (lambda a, d, i: np.full(len(a["top"]), 1e9), SchemaError), (lambda a, d, i: a["top"][1:], QueryError)):
+        state, buffer.sampler = buffer.state_dict(), Relabel({"wanted": "image", "top": "height"}, wrong)
+        for _ in range(2):
+            with pytest.raises(error): buffer.sample()
+        assert buffer.state_dict()["rng"] == state["rng"], "a draw that failed leaves no trace"
+    for goal in ({"top": "image"}, {"wanted": "height"}, {"top": "grip"}, {"tip": "height"}):
+        buffer.sampler = Relabel(goal, reward)
+        with pytest.raises(QueryError, match="goal: "): buffer.sample()
+
+
+def filled(pool, drive=errand):
     "A pool of episodes of many lengths, two of which came in parts"
     pool.extend([drive(n, hour=h, driver=d) for h, (n, d) in enumerate([(1, "anna"), (9, "bo"), (30, "anna"), (4, "cleo"), (2, "bo")])])
     pool.store(drive(7, hour=9)[:3]); pool.store(drive(6, hour=8)[:2]); pool.store(drive(7, hour=9))
@@ -365,13 +506,19 @@ SAMPLERS = [Uniform, Episodes, lambda: Episodes(buckets=3), lambda: Windows(4, b
             lambda: Prioritized(over=Windows(4, edge="strict")), lambda: Recent(7), lambda: Recent("2h", over=Episodes()), Epoch,
             lambda: Epoch(drop_last=True, over=Windows(3, burn_in=1, edge="cut")), Once, lambda: Balanced("driver"),
             lambda: Balanced(lambda row: row["seq_len"] > 5, over=Windows(2, edge="strict")), lambda: NStep(3, 0.9),
-            lambda: NStep(3, 0.9, over=Prioritized(over=Stack(2))), lambda: NStep(2, 1, over=Epoch())]
+            lambda: NStep(3, 0.9, over=Prioritized(over=Stack(2))), lambda: NStep(2, 1, over=Epoch()),
+            relabel, lambda: relabel("final", over=Prioritized(over=Windows(3)), terminated=near), lambda: relabel("episode", over=NStep(3, 0.9, over=Epoch()))]
 
 
 def more(batch):
     "Everything that a batch says, also what only some samplers give"
     return {**batch_facts(batch), "learn": batch.learn.tolist(), "anchor": batch.anchor.tolist(),
             "discount": batch.discount.tolist() if "discount" in dir(batch) else None}
+
+
+def nest(sampler):
+    "A sampler, and what it goes around"
+    while sampler is not None: yield sampler; sampler = getattr(sampler, "over", None)
 
 
 def learn(buffer, batches=3):
@@ -381,7 +528,7 @@ def learn(buffer, batches=3):
         except NotEnoughData as e: yield str(e)
         else:
             yield more(batch)
-            if isinstance(getattr(buffer.sampler, "over", buffer.sampler), Prioritized) or isinstance(buffer.sampler, Prioritized):
+            if any(isinstance(s, Prioritized) for s in nest(buffer.sampler)):
                 buffer.update_priorities(batch.anchor, batch.anchor % 7 / 3)
 
 
@@ -397,7 +544,7 @@ def test_every_buffer(number, tmp_path):
         facts = [list(learn(b)) for b in buffers]
         assert all(f == facts[0] for f in facts)
         for pool in pools:
-            pool.delete(PoolQuery(driver="cleo")); pool.store(drive(12, hour=20)[:5]); pool.store(drive(6, hour=8))
+            pool.delete(PoolQuery(driver="cleo")); pool.store(errand(12, hour=20)[:5]); pool.store(errand(6, hour=8))
         for b in buffers: b.refresh()
 
 
@@ -413,7 +560,7 @@ def test_resume(number, capacity, tmp_path):
         buffer.save_state(tmp_path / "learner.state")
         other.load_state(tmp_path / "learner.state")
         assert list(learn(other)) == list(learn(buffer))
-        pool.store(drive(8, hour=30 + turn)); pool.store(drive(12, hour=20)[:3 * turn + 1])
+        pool.store(errand(8, hour=30 + turn)); pool.store(errand(12, hour=20)[:3 * turn + 1])
         if turn == 2: pool.delete(PoolQuery(driver="bo"))
         for b in (buffer, other): b.refresh()
         assert list(learn(other)) == list(learn(buffer))
@@ -426,7 +573,7 @@ def test_interrupted(number):
         pool, make, options = filled(MemoryPool()), SAMPLERS[number], dict(batch_size=3, seed=3, capacity=40)
         one, two, three = buffers = [MemoryBuffer(pool=pool, sampler=make(), **options) for _ in range(3)]
         for b in buffers: list(learn(b, 2))
-        pool.store(drive(8, hour=30))
+        pool.store(errand(8, hour=30))
         if line % 2: pool.delete(PoolQuery(driver="cleo"))
         for b in buffers: b.refresh()
         left = [line]
@@ -467,7 +614,9 @@ def test_look_ahead(number, tmp_path, cluster):
 def test_refused():
     "What cannot be nested, and what makes no sampler, is refused when it is made"
     for wrong in (lambda: Prioritized(over=Prioritized()), lambda: Epoch(over=NStep(3, 0.9)), lambda: NStep(3, 0.9, over=Episodes()),
-                  lambda: NStep(3, 0.9, over=NStep(3, 0.9)), lambda: Once(over=Windows(3, edge="strict")), lambda: Windows(0), lambda: NStep(3, 1.1),
+                  lambda: NStep(3, 0.9, over=NStep(3, 0.9)), lambda: NStep(3, 0.9, over=relabel()), lambda: Prioritized(over=relabel()),
+                  lambda: relabel(over=relabel()), lambda: relabel("past"), lambda: relabel(share=1.5), lambda: relabel(over=None), lambda: relabel(terminated=True),
+                  lambda: Relabel({"target": "position"}, None), lambda: Relabel({}, worth), lambda: Relabel({"a": "b", "b": "c"}, worth), lambda: Relabel({"a": ["b"]}, worth), lambda: Once(over=Windows(3, edge="strict")), lambda: Windows(0), lambda: NStep(3, 1.1),
                   lambda: Windows(3, edge="round"), lambda: Windows(3, seconds=-1), lambda: Stack(0), lambda: Recent(0), lambda: Recent("-3d"),
                   lambda: Balanced(by=[]), lambda: Balanced(by=3), lambda: Prioritized(alpha=-1), lambda: Prioritized(beta="much"), lambda: Fresh("version", most=-1)):
         with pytest.raises(QueryError): wrong()
@@ -487,6 +636,67 @@ def test_states_of_others():
         buffer.sample()
         state = through_json(buffer.state_dict())
         with pytest.raises(QueryError): buffer.load_state_dict({**state, "sampler": {**state["sampler"], "at": [1, 2]}})
+
+
+OTHERS = [(Windows(8), Windows(4)), (Windows(4), Windows(4, edge="cut")), (Epoch(drop_last=True), Epoch()), (Epoch(), Epoch(shuffle=False)), (Recent("30d"), Recent(7)),
+          (Prioritized(over=Windows(8)), Prioritized(over=Windows(4))), (NStep(3, 0.9), NStep(3, 0.8)), (NStep(3, 0.9, over=Epoch()), NStep(3, 0.9, over=Epoch(drop_last=True))),
+          (NStep(3, 0.9, over=Prioritized(over=Stack(2))), NStep(3, 0.9, over=Prioritized(over=Stack(4)))), (Balanced("driver"), Balanced(["driver", "vehicle"])),
+          (relabel("final"), relabel()), (relabel(share=0.5), relabel()), (relabel(over=NStep(3, 0.9)), relabel(over=NStep(2, 0.9))), (Episodes(buckets=2), Episodes()), (Episodes(), Uniform())]
+
+
+@pytest.mark.parametrize("told, mine", OTHERS, ids=str)
+def test_states_of_other_options(told, mine):
+    "A state that was drawn by other options is refused by an error that says both, either way; nothing changes"
+    pool = filled(MemoryPool())
+    for told, mine in ((told, mine), (mine, told)):
+        one, other = (MemoryBuffer(pool=pool, batch_size=3, seed=seed, sampler=copy.deepcopy(s)) for seed, s in enumerate((told, mine)))
+        for b in (one, other): b.sample()
+        before, state = other.state_dict(), one.state_dict()
+        with pytest.raises(QueryError) as e: other.load_state_dict(state)
+        inner, own = list(nest(told)), list(nest(mine))
+        which = next(i for i, (a, b) in enumerate(zip(inner, own)) if not same_state(sampler_state(a) | {"over": 0}, sampler_state(b) | {"over": 0}))
+        assert f"drawn by {type(inner[which]).__name__}(" in str(e.value) and f"the sampler here is {own[which]!r}" in str(e.value)
+        assert same_state(other.state_dict(), before)
+        again = MemoryBuffer(pool=pool, batch_size=3, seed=9, sampler=copy.deepcopy(told))
+        again.load_state_dict(state)
+        assert list(learn(again)) == list(learn(one))
+
+
+def without_options(state):
+    "A state as it was before it said the options of a sampler"
+    return {name: without_options(x) if isinstance(x, dict) else x for name, x in state.items() if name != "options"}
+
+
+@pytest.mark.parametrize("number", range(len(SAMPLERS)))
+def test_states_that_say_no_options(number):
+    "A state of former days says nothing about options, and is gone on from"
+    pool, options = filled(MemoryPool()), dict(batch_size=3)
+    one, other = (MemoryBuffer(pool=pool, sampler=SAMPLERS[number](), seed=seed, **options) for seed in (1, 2))
+    list(learn(one))
+    other.load_state_dict(without_options(one.state_dict()))
+    assert list(learn(other)) == list(learn(one))
+
+
+class Warm(Uniform):
+    "A user's sampler, whose option changes while it learns and is part of its state, and which has functions"
+    def __init__(self, heat=1.0, cool=None, **more): self.heat, self.cool = heat, cool
+    def state_dict(self): return {"heat": self.heat}
+    def load_state_dict(self, state): self.heat = state["heat"]
+
+
+def test_options_that_change():
+    "What a state restores, and what is no plain value, is no reason to refuse it; a state whose options are none is"
+    pool = filled(MemoryPool())
+    one = MemoryBuffer(pool=pool, batch_size=3, sampler=Warm(2.0, cool=np.tanh), seed=1)
+    one.sample()
+    other = MemoryBuffer(pool=pool, batch_size=3, sampler=Warm(cool=np.float64(0.5)))
+    other.load_state_dict(state := through_json(one.state_dict()))
+    assert other.sampler.heat == 2.0 and np.array_equal(other.sample().index, one.sample().index)
+    sampler = Prioritized()
+    sampler.beta = np.float32(0.5)
+    for options in (7, [], {"heat": 1, "cold": 2}, {"seed": None}):
+        with pytest.raises(QueryError): other.load_state_dict({**state, "sampler": {**state["sampler"], "options": options}})
+    assert sampler_state(Windows(np.int64(4)))["options"]["length"] == 4 and "by" not in sampler_state(Balanced(len)).get("options", {})
 
 
 def test_another_query():

@@ -278,6 +278,21 @@ def test_a_fork(tmp_path):
     assert [len(e) for e in pool] == [2]
 
 
+def test_a_fork_of_a_buffer():
+    "A child draws what its parent's buffer had; what waits in a writer of its parent's is not for it to store"
+    buffer = MemoryBuffer(batch_size=4, seed=0)
+    writer = buffer.writer({"car": "A"})
+    writer.append(**step(0), timestamp=at(0))
+    buffer.sample()
+    writer.append(**step(1), timestamp=at(1))
+    if not (pid := os.fork()):
+        code = 1
+        try: code = 0 if len(buffer) == 1 and len(buffer.sample().state) == 4 else 2
+        finally: os._exit(code)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert len(buffer) == 2
+
+
 def test_interrupts(attack):
     "Ctrl-C at any line of `append`: the step was taken or not, as the count says, and the pool is right in the end"
     def once(rng):
@@ -323,6 +338,26 @@ def test_an_own_pool_is_drawn_from_at_once():
         writer.append(**step(i), timestamp=at(i))
         assert len(buffer) == i + 1 and i in buffer.sample(400).state[:, 0]
     assert facts_of(buffer.pool) == obvious([({"car": "A"}, [[(i, False, False) for i in range(30)]])])
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_writers_that_go(own):
+    "The steps of a writer that is gone are drawn, and so are those of the next one, also where they are as many"
+    buffer, there = MemoryBuffer(batch_size=4, **({} if own else {"pool": MemoryPool()})), 0
+    len(buffer)
+    for name in "ABCD":
+        writer = buffer.writer({"car": name}, steps=2)
+        for i in range(4): writer.append(**step(i), timestamp=at(i))
+        assert len(buffer) == (there := there + 4)
+        writer.append(**step(4), timestamp=at(4))
+        writer.close()
+        del writer
+        gc.collect()
+        if name in "BD": assert len(buffer) == there + 1
+        there += 1
+    buffer.writer({"car": "E"}).append(**step(0), timestamp=at(0))   # gone before anybody looks
+    gc.collect()
+    assert len(buffer) == there + 1 and not buffer._desks
 
 
 def test_another_pool_is_drawn_from_once_steps_are_acknowledged(tmp_path):

@@ -12,19 +12,19 @@ import secrets
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Optional
 import numpy as np
 import pandas as pd  # type: ignore
 
 # %% auto #0
-__all__ = ['filled', 'BatchesOfBuffers', 'TracedBatches', 'RowsOfBuffers', 'Refreshing', 'RowsOfQueries', 'OtherQueries',
-           'QueriesInLife', 'selected_from', 'RowsOfSelections', 'StatesOfSelections', 'Rings', 'chi_square', 'Chance',
-           'SameDraws', 'through_json', 'Resume', 'ResumeElsewhere', 'ResumeFromFile', 'PaddedEpisodes',
-           'WholeEpisodes', 'BufferRefusals', 'ClosedBuffers', 'closings', 'Lifecycle', 'ClosedOnce', 'Finalizers',
-           'OwnBuffers', 'BufferInterface', 'BufferBystanders', 'BufferMachine', 'RingMachine', 'BufferStories',
-           'BufferContract']
+__all__ = ['SAMPLERS', 'filled', 'BatchesOfBuffers', 'TracedBatches', 'RowsOfBuffers', 'Refreshing', 'RowsOfQueries',
+           'OtherQueries', 'QueriesInLife', 'selected_from', 'RowsOfSelections', 'StatesOfSelections', 'Rings',
+           'chi_square', 'Chance', 'SameDraws', 'through_json', 'Resume', 'ResumeElsewhere', 'ResumeFromFile',
+           'PaddedEpisodes', 'WholeEpisodes', 'learned', 'SamplersOfBuffers', 'BufferRefusals', 'ClosedBuffers',
+           'closings', 'Lifecycle', 'ClosedOnce', 'Finalizers', 'OwnBuffers', 'BufferInterface', 'BufferBystanders',
+           'BufferMachine', 'RingMachine', 'BufferStories', 'BufferContract']
 
 # %% ../../nbs/testing/buffers.ipynb #673c8a6d
 from ..errors import (ClosedError, DataIOError, EpisodeConflict, NotEnoughData, QueryError,
@@ -34,9 +34,13 @@ from ..data.core import Episode, PoolQuery, records
 from ..storage.pool.pool import Pool
 from ..storage.pool.memory import MemoryPool
 from ..storage.buffer.buffer import Batch, Buffer
-from ..storage.buffer.sampler import Episodes, Uniform
-from ..storage.buffer.chances import Prioritized
+from ..storage.buffer.sampler import Episodes, Sampler, Uniform
+from ..storage.buffer.windows import Stack, Windows
+from ..storage.buffer.chances import Balanced, Epoch, Once, Prioritized, Recent
+from ..storage.buffer.nstep import NStep
+from ..storage.buffer.relabel import Relabel
 from ..storage.buffer.memory import MemoryBuffer
+from .drives import errand
 from .pools import selects
 from .harness import (BAD_FRAMES, HOURS, PARTS, Harness, at_once, batch_facts, bits,
                                            by_start, draws, drive, examples, facts_of, histories, python,
@@ -772,6 +776,87 @@ class WholeEpisodes(PaddedEpisodes):
         buffer.pool.delete(drive(hour=1).id); buffer.refresh()
         assert set(buffer.sample(50).mask.sum(1).tolist()) == {3}
 
+# %% ../../nbs/testing/buffers.ipynb #4a874720
+def _closeness(achieved: np.ndarray, desired: np.ndarray, info: dict) -> np.ndarray:
+    return -np.linalg.norm(achieved - desired, axis=-1)
+
+def _relabel(strategy: str, over: Sampler) -> Relabel:
+    return Relabel({"target": "position"}, _closeness, strategy, over=over)
+
+SAMPLERS: list[Callable[[], Sampler]] = [
+    Uniform, Episodes, lambda: Windows(4, burn_in=2, edge="strict"), lambda: Windows(3, edge="cut", seconds=9),
+    lambda: Recent("2h", over=Stack(3)), lambda: Balanced("driver", over=Episodes(buckets=2)),
+    lambda: Balanced(lambda row: row["seq_len"] > 5, over=Windows(2)), Prioritized, Once,
+    lambda: NStep(3, 0.9, over=Prioritized(over=Stack(2))), lambda: NStep(2, 1, over=Epoch(drop_last=True)),
+    lambda: _relabel("future", Uniform()), lambda: _relabel("final", Epoch(over=Windows(3))),
+    lambda: _relabel("episode", NStep(3, 0.9, over=Prioritized(alpha=1)))]
+
+def learned(
+    buffer: Buffer, # With any sampler
+    batches: int = 2, # How many
+) -> list: # Facts of each, or why there was none
+    """What a learner gets that tells priorities, where the sampler wants them
+
+    Parameters
+    ----------
+    buffer : Buffer
+        With any sampler
+    batches : int, default 2
+        How many
+
+    Returns
+    -------
+    list
+        Facts of each, or why there was none
+    """
+    found: list = []
+    for _ in range(batches):
+        try: batch = buffer.sample()
+        except NotEnoughData as e:
+            found.append(str(e))
+            break
+        discount = batch.discount.tolist() if "discount" in dir(batch) else None
+        found.append((batch_facts(batch), batch.learn.tolist(), batch.anchor.tolist(), discount))
+        try: buffer.update_priorities(batch.anchor, batch.anchor % 7 / 3)
+        except QueryError: pass  # it goes by none
+    return found
+
+# %% ../../nbs/testing/buffers.ipynb #808223b2
+class SamplersOfBuffers:
+    "Every sampler draws as in memory"
+    def test_samplers(self, harness):
+        """For a seed as in memory, in a ring, through refreshes and hiding; and on, bit for bit, from a saved state
+
+        Raises
+        ------
+        PoolNotFound
+            No pool at this place
+        QueryError
+            A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
+        PoolUnavailable
+            A pool that cannot be reached, or written, just now
+        CorruptData
+            Stored bytes that are damaged, cut short, or of a format this version does not know
+        """
+        pool, twin = pools = harness.open(), MemoryPool()
+        def all_do(call): return [call(p) for p in pools]
+        def buffers(kind, pool, **options):
+            return [kind(pool=pool, batch_size=6, sampler=make(), capacity=31 if n % 2 else None, **options)
+                    for n, make in enumerate(SAMPLERS)]
+        lengths = [(1, "anna"), (9, "bo"), (20, "anna"), (4, "cleo"), (2, "bo")]
+        all_do(lambda p: p.extend([errand(n, hour=h, driver=who) for h, (n, who) in enumerate(lengths)]))
+        all_do(lambda p: p.store(errand(12, hour=9)[:3])); all_do(lambda p: p.store(errand(6, hour=8)[:2]))
+        ours, theirs = buffers(harness.buffer, pool, seed=3), buffers(MemoryBuffer, twin, seed=3)
+        for change in (lambda p: p.store(errand(12, hour=9)), lambda p: p.delete(PoolQuery(driver="cleo")),
+                       lambda p: p.store(errand(6, hour=8)), lambda p: None):
+            for b, right in zip(ours, theirs): assert learned(b) == learned(right), b.sampler
+            all_do(change)
+            for b in (*ours, *theirs): b.refresh()
+        for b, other, right in zip(ours, buffers(harness.buffer, pool), theirs):
+            b.save_state(harness.folder / "sampler.state")
+            other.load_state(harness.folder / "sampler.state")
+            assert learned(other) == learned(b) == learned(right), b.sampler
+
 # %% ../../nbs/testing/buffers.ipynb #98d93ee4
 class BufferRefusals:
     "Calls that make no sense raise typed errors, and change nothing"
@@ -1171,6 +1256,6 @@ class BufferStories:
 # %% ../../nbs/testing/buffers.ipynb #c04c1fb2
 class BufferContract(BatchesOfBuffers, TracedBatches, RowsOfBuffers, Refreshing, RowsOfQueries, OtherQueries,
                      QueriesInLife, RowsOfSelections, StatesOfSelections, Rings, Chance, SameDraws, Resume,
-                     ResumeElsewhere, ResumeFromFile, WholeEpisodes, BufferRefusals, ClosedBuffers, Lifecycle,
-                     Finalizers, OwnBuffers, BufferInterface, BufferStories):
+                     ResumeElsewhere, ResumeFromFile, WholeEpisodes, SamplersOfBuffers, BufferRefusals, ClosedBuffers,
+                     Lifecycle, Finalizers, OwnBuffers, BufferInterface, BufferStories):
     "What every buffer promises; a subclass brings a fixture `harness`, a `Harness` at an empty place"

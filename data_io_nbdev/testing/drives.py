@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd  # type: ignore
 
 # %% auto #0
-__all__ = ['DRIVE', 'drive', 'bits', 'facts', 'facts_of', 'by_start']
+__all__ = ['DRIVE', 'drive', 'errand', 'bits', 'facts', 'facts_of', 'by_start']
 
 # %% ../../nbs/testing/drives.ipynb #5f5cc5a3
 from ..data.schema import Field, Schema
@@ -67,6 +67,32 @@ def drive(
     return Episode.from_arrays(
         state=state[:steps], nstate=nstate, action=action[:steps], reward=reward[:steps], step=step,
         timestamp=times, who=who, **({end: np.arange(steps) == steps - 1} if end else {}), schema=DRIVE)
+
+# %% ../../nbs/testing/drives.ipynb #6aa0c43f
+def errand(
+    *args, # As of `drive`
+    **options, # As of `drive`
+) -> Episode: # State: position (2,), target (2,), slope; action and reward as of a drive
+    """A drive with somewhere to go
+
+    Parameters
+    ----------
+    *args
+        As of `drive`
+    **options
+        As of `drive`
+
+    Returns
+    -------
+    Episode
+        State: position (2,), target (2,), slope; action and reward as of a drive
+    """
+    e = drive(*args, **options)
+    target = np.broadcast_to(e.times[:1] % 977 / np.float32(977), (len(e), 2)).astype("float32")
+    fields = lambda s: {"position": s[:, :2], "target": target, "slope": s[:, 2]}
+    return Episode.from_arrays(
+        state=fields(e.state), nstate=fields(e.nstate), action=e.action, reward=e.reward, step=e.first, who=e.who,
+        timestamp=e.timestamp, terminated=e.terminated, truncated=e.truncated)
 
 # %% ../../nbs/testing/drives.ipynb #19251415
 def bits(

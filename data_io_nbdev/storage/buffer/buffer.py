@@ -30,7 +30,7 @@ from ..pool.pool import Pool, forkable, forkable_lock, safe_url
 from ..pool.memory import MemoryPool
 from ..pool.writer import Writer
 from .chains import Rows
-from .sampler import Draw, Sampler, Sequences, Uniform, sampler_state
+from .sampler import Draw, Sampler, Sequences, Uniform, sampler_state, unlike
 from .state import read_state, take_apart, write_state
 from .view import Home, View
 
@@ -193,8 +193,10 @@ def make_batch(
     wanted = draw.rows if mask is None else draw.rows[mask]
     transition, flags, slots = rows.take(wanted) if found is None else rows.arrange(rows.slots(wanted), found)
     if mask is not None: transition, flags = [_spread(a, mask) for a in transition], _spread(flags, mask)
-    if draw.fold: transition, flags, slots, mask, discount = draw.fold(
-        Sequences(tuple(transition), flags, _spread(slots, mask), mask))
+    if draw.fold:
+        folded = draw.fold(Sequences(tuple(transition), flags, _spread(slots, mask), mask))
+        transition, flags, slots, mask, discount = folded
+        if mask is not None: slots = slots[mask]
     anchor = None if draw.anchor is None else rows.serials(draw.anchor)
     return Batch(transition, {"schema": rows.schema, "_rows": flags, "_mask": mask, "_weight": draw.weight,
                               "_learn": draw.learn, "_anchor": anchor, "_discount": discount,
@@ -331,7 +333,13 @@ class BufferHandle(abc.ABC, Generic[ItemT]):
             self._set_up()
 
     def _home(self) -> Home: return Home()  # where the rows of a view live
-    def _forked(self) -> None: self._astray = True  # the generator is the parent's, and so are its numbers
+    def _forked(self) -> None:  # the generator is the parent's, and so are its numbers and its writers
+        """Returns
+        -------
+        None
+            the generator is the parent's, and so are its numbers and its writers
+        """
+        vars(self).update(_astray=True, _writers=None, _desks=(), _taken={})
 
 # %% ../../../nbs/storage/buffer/buffer.ipynb #b2ca0934
 def _item_type(cls: type) -> Optional[str]:
@@ -412,7 +420,7 @@ def _set_up(self: BufferHandle) -> None:
     self._lock = forkable_lock()  # held while rows change or are drawn
     self._moving = forkable_lock()  # held while the view moves on; always taken before the other
     self._view, self._astray = self._new_view(), False
-    self._writers, self._taken = None, 0  # a weak set, once there are some; steps of theirs that were looked for
+    self._writers, self._desks, self._taken = None, (), {}  # a weak set; what counts their steps; as at the last look
     self._acquire()
     forkable(self)
     if self._own: self._load()
@@ -634,29 +642,31 @@ def writer(self: BufferRows,
     with at_the_door:
         self._check_open()
         writer = self.pool.writer(who, **options)
-        self._writers = weakref.WeakSet() if self._writers is None else self._writers
-        self._writers.add(writer)
+        with self._lock:  # whoever looks meanwhile goes through the old ones
+            writers, desks = weakref.WeakSet([*(self._writers or ()), writer]), (*self._desks, writer._desk)
+            vars(self).update(_writers=writers, _desks=desks)
         return writer
 
 @patch
-def _heed_writers(self: BufferRows) -> int: # Steps that they stored
+def _heed_writers(self: BufferRows) -> dict[Any, int]: # Steps that each stored, also where it is gone since
     """Have what waits for a pool of the buffer's own stored
 
     Returns
     -------
-    int
-        Steps that they stored
+    dict[Any, int]
+        Steps that each stored, also where it is gone since
     """
-    writers = list(self._writers)
-    for writer in writers if self._own else (): writer.flush()
-    return sum(writer.acknowledged for writer in writers)
+    for writer in list(self._writers) if self._own else (): writer.flush()
+    return {desk: desk.acknowledged for desk in self._desks}
 
 @patch
 def _take_in(self: BufferRows) -> None:
     "Have rows for what writers stored since"
     if (stored := self._heed_writers()) == self._taken or not self._has_loaded(): return
     self.refresh()
-    self._taken = stored
+    with self._lock:  # one that is closed has nothing more to tell
+        desks = tuple(d for d in self._desks if not d.closed or stored.get(d) != d.acknowledged)
+        vars(self).update(_desks=desks, _taken={d: stored.get(d) for d in desks})
 
 # %% ../../../nbs/storage/buffer/buffer.ipynb #2d4033fe
 class BufferDraws(BufferRows[ItemT]):
@@ -831,8 +841,7 @@ def _parse_state(state: Any) -> _State:
 @patch
 def _check_state(self: BufferDraws, told: _State) -> None:
     "Raise unless this sampler and this pool can go on from a state"
-    if (kind := told.sampler["kind"]) != type(self.sampler).__name__:
-        raise QueryError(f"this state was drawn by {brief(kind)}, and the buffer has {self.sampler!r}")
+    if why := unlike(told.sampler, self.sampler): raise QueryError(why)
     first, last = told.versions[0][0], told.versions[-1][1]
     oldest, newest = self.pool._oldest(), self.pool.version
     if last > newest or (first < oldest and told.capacity is None):

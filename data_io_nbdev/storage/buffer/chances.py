@@ -12,19 +12,18 @@ import pandas as pd  # type: ignore
 from fastcore.basics import patch
 
 # %% auto #0
-__all__ = ['Chances', 'Prioritized', 'Recent', 'Epoch', 'Once', 'Balanced', 'Fresh']
+__all__ = ['Nested', 'Chances', 'Prioritized', 'Recent', 'Epoch', 'Once', 'Balanced', 'Fresh']
 
 # %% ../../../nbs/storage/buffer/chances.ipynb #b3cd1376
 from ...errors import NotEnoughData, QueryError
 from ...data.schema import brief, is_whole
 from .rows import Growing
 from .sampler import Draw, Drawable, Items, Sampler, Tally, Uniform, Weights, leaves
-from .sampler import sampler_state
-from .state import same_state
+from .sampler import sampler_state, unlike
 
 # %% ../../../nbs/storage/buffer/chances.ipynb #a2761be0
-class Chances(Sampler):
-    """Chooses among items
+class Nested(Sampler):
+    """Draws by way of another sampler
 
     Attributes
     ----------
@@ -34,12 +33,7 @@ class Chances(Sampler):
         True where a draw changes nothing but `rng`, by one call
     """
     in_range = True
-    def __init__(self, over: Items):
-        if not isinstance(over, Items):
-            name = type(self).__name__
-            raise QueryError(f"{name}(over=…): expected what items are, Uniform(), Episodes(), Windows(…) or "
-                             f"Stack(…), got {brief(over)}; NStep goes around: NStep(…, over={name}(…))")
-        self.over = over
+    over: Sampler
 
     def state_dict(self) -> dict[str, Any]: return {"over": sampler_state(self.over)}
 
@@ -49,8 +43,26 @@ class Chances(Sampler):
         QueryError
             A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
         """
-        if not same_state(told := state["over"], mine := sampler_state(self.over)):
-            raise QueryError(f"expected a state over {mine}, got one over {brief(told)}")
+        if why := unlike(state["over"], self.over): raise QueryError(why)
+        self.over.load_state_dict(state["over"])
+
+class Chances(Nested):
+    """Chooses among items
+
+    Attributes
+    ----------
+    in_range : ClassVar[bool]
+        True where every draw is a row that exists, which saves checking
+    in_one_step : ClassVar[bool]
+        True where a draw changes nothing but `rng`, by one call
+    """
+    def __init__(self, over: Items):
+        if not isinstance(over, Items):
+            name = type(self).__name__
+            raise QueryError(f"{name}(over=…): expected what items are, Uniform(), Episodes(), Windows(…) or "
+                             f"Stack(…), got {brief(over)}; NStep and Relabel go around: "
+                             f"NStep(…, over={name}(…))")
+        self.over = over
 
     def _items(self, serials: np.ndarray, rows: Drawable, weight: Optional[np.ndarray] = None) -> Draw:
         return self.over.around(rows.find(serials), rows)._replace(weight=weight)
@@ -188,7 +200,7 @@ def state_dict(self: Prioritized) -> dict[str, Any]:
     "Priorities by serial number, and what was told and not taken in yet"
     chances = np.roll(self._raw, -self._low)[:self._upto - self._low]  # a copy, from the oldest on
     options = dict(alpha=self.alpha, beta=self.beta, eps=self.eps, top=self._top)
-    return {**Chances.state_dict(self), **options, "low": self._low, "upto": self._upto, "chances": chances,
+    return {**Nested.state_dict(self), **options, "low": self._low, "upto": self._upto, "chances": chances,
             "given": [[serials.copy(), chances.copy()] for serials, chances in self._given]}
 
 @patch
@@ -200,7 +212,7 @@ def load_state_dict(self: Prioritized, state: dict[str, Any]) -> None:
     QueryError
         A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
     """
-    Chances.load_state_dict(self, state)
+    Nested.load_state_dict(self, state)
     low, upto, chances = state["low"], state["upto"], _as_array(state["chances"], "float64")
     given = tuple((_as_array(a, "int64"), _as_array(b, "float64")) for a, b in state["given"])
     fine = all(len(a) == len(b) for a, b in given) and is_whole(low, 0, 2**53) and is_whole(upto, low, 2**53)

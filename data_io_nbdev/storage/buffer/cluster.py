@@ -440,7 +440,7 @@ class LookAhead:
         try:
             if not (self._queue and self._queue[0].before.same(now)):
                 self._queue.clear()
-                self._draw(buffer, now)
+                self._draw(buffer, now, due=True)
             due = self._queue.popleft()
             if len(self._queue) < self.batches:
                 self._draw(buffer, self._queue[-1].after if self._queue else due.after)
@@ -452,13 +452,16 @@ class LookAhead:
             now.restore(buffer)
             raise
 
-    def _draw(self, buffer: Buffer, moment: Moment) -> None:
+    def _draw(self, buffer: Buffer, moment: Moment, due: bool = False) -> None:
         "Let the next batches take off, drawn as they will be after a moment"
         rows, flight, slots = moment.seen[0], [None], []
         moment.restore(buffer)
         for i in range(self.batches):
-            draw = buffer._choose(moment.n, rows)
+            try: draw = buffer._choose(moment.n, rows)
+            except Exception:  # of a batch that is not due: it is drawn again when it is
+                if due and not i: raise
+                break
             before, moment = moment, Moment.of(buffer, moment.n, rows)
             self._queue.append(_Ahead(before, moment, draw, flight, i))
             slots.append(rows.slots(draw.rows if draw.mask is None else draw.rows[draw.mask]))
-        flight[0] = rows.launch(slots)
+        if slots: flight[0] = rows.launch(slots)

@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 # %% auto #0
-__all__ = ['Returns', 'NStep']
+__all__ = ['Returns', 'Around', 'NStep']
 
 # %% ../../../nbs/storage/buffer/nstep.ipynb #81ec2cf9
 from ...errors import QueryError
 from ...data.schema import brief, check_whole
-from .sampler import Draw, Drawable, Sampler, Sequences, Uniform, sampler_state
+from .sampler import Draw, Drawable, Sampler, Sequences, Uniform
 from .windows import Stack
-from .chances import Chances, Prioritized
+from .chances import Chances, Nested, Prioritized
 
 # %% ../../../nbs/storage/buffer/nstep.ipynb #9dedb615
 class Returns(NamedTuple):
@@ -49,16 +49,40 @@ class Returns(NamedTuple):
             now, after = state[:, :first + 1], np.concatenate([before, after[:, None]], axis=1)
         return Sequences((now, action[:, first], summed, after), rows, s.slots[:, first], None, discount)
 
+# %% ../../../nbs/storage/buffer/nstep.ipynb #d17d29f7
+class Around(Nested):
+    """Makes something else of what another sampler draws
+
+    Attributes
+    ----------
+    in_range : ClassVar[bool]
+        True where every draw is a row that exists, which saves checking
+    in_one_step : ClassVar[bool]
+        True where a draw changes nothing but `rng`, by one call
+    """
+    def update(self, serials: np.ndarray, priority: np.ndarray) -> None:
+        """Raises
+        ------
+        QueryError
+            A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
+        """
+        if hasattr(self.over, "update"): return self.over.update(serials, priority)
+        raise QueryError(f"{self!r} draws by no priorities; over=Prioritized() does")
+
+    def moment(self) -> Any: return self.over.moment()
+    def go_back(self, moment: Any) -> None: self.over.go_back(moment)
+
 # %% ../../../nbs/storage/buffer/nstep.ipynb #3784bee0
 def _items(over: Any) -> Uniform | Stack:
     "What a sampler draws; raises `QueryError` for anything but single steps"
     items = over.over if isinstance(over, Chances) else over
     if isinstance(items, (Uniform, Stack)): return items
     raise QueryError(f"NStep(over=…): expected a sampler of single steps, Uniform(), Stack(…) or one of these by "
-                     f"chance, as Prioritized(), got {brief(over)}; windows have all their rewards in batch.reward")
+                     f"chance, as Prioritized(), got {brief(over)}; windows have all their rewards in batch.reward; "
+                     "Relabel goes around: Relabel(…, over=NStep(…))")
 
 # %% ../../../nbs/storage/buffer/nstep.ipynb #82a61990
-class NStep(Sampler):
+class NStep(Around):
     """Single steps with the return of the next n, and the discount that goes with it
 
     Parameters
@@ -77,7 +101,6 @@ class NStep(Sampler):
     in_one_step : ClassVar[bool]
         True where a draw changes nothing but `rng`, by one call
     """
-    in_range = True
     def __init__(self,
         n: int, # Steps that are summed up
         gamma: float, # Discount for each, from 0 to 1
@@ -97,27 +120,3 @@ class NStep(Sampler):
         found = rows.beside(at[:, None], steps)
         mask = found >= 0
         return Draw(np.where(mask, found, 0), mask, drawn.weight, anchor=at, fold=Returns(self.gamma, self._states))
-
-    def update(self, serials: np.ndarray, priority: np.ndarray) -> None:
-        """Raises
-        ------
-        QueryError
-            A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
-        """
-        if hasattr(self.over, "update"): return self.over.update(serials, priority)
-        raise QueryError(f"{self!r} draws by no priorities; over=Prioritized() does")
-
-    def state_dict(self) -> dict[str, Any]: return {"over": sampler_state(self.over)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises
-        ------
-        QueryError
-            A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
-        """
-        if (kind := state["over"]["kind"]) != type(self.over).__name__:
-            raise QueryError(f"expected a state over {self.over!r}, got one over {brief(kind)}")
-        self.over.load_state_dict(state["over"])
-
-    def moment(self) -> Any: return self.over.moment()
-    def go_back(self, moment: Any) -> None: self.over.go_back(moment)

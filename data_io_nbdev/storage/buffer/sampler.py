@@ -6,14 +6,16 @@
 import abc
 import copy
 import inspect
+import json
 from collections.abc import Callable
+from operator import methodcaller
 from typing import Any, ClassVar, NamedTuple, Optional, Protocol
 import numpy as np
 from fastcore.basics import patch
 
 # %% auto #0
 __all__ = ['Drawable', 'Draw', 'Sequences', 'Sampler', 'Items', 'Sums', 'Weights', 'leaves', 'Tally', 'Uniform', 'Episodes',
-           'sampler_state']
+           'sampler_state', 'unlike']
 
 # %% ../../../nbs/storage/buffer/sampler.ipynb #dd38ae64
 class Drawable(Protocol):
@@ -21,6 +23,8 @@ class Drawable(Protocol):
 
     Attributes
     ----------
+    schema : Any
+        Of the steps, a `Schema`
     line : Any
         Another object where serial numbers begin anew, as after `load`
     era : int
@@ -28,6 +32,7 @@ class Drawable(Protocol):
     serial : int
         Number of the row that will come next
     """
+    schema: Any  # Of the steps, a `Schema`
     line: Any  # Another object where serial numbers begin anew, as after `load`
     era: int  # Goes up where rows are hidden
     serial: int  # Number of the row that will come next
@@ -57,7 +62,7 @@ class Draw(NamedTuple):
     weight : Optional[np.ndarray], default None
         `(batch,)` importance weights; `None` means 1
     learn : Optional[np.ndarray], default None
-        Same shape as `rows`, bool: to be learned from; `None` means `mask`
+        As the batch's mask, bool: to be learned from; `None` means all that is real
     anchor : Optional[np.ndarray], default None
         `(batch,)` int64: the rows by which items are known; `None`: `rows`
     fold : Optional[Callable], default None
@@ -66,7 +71,7 @@ class Draw(NamedTuple):
     rows: np.ndarray  # `(batch,)` int64, or `(batch, length)` for sequences
     mask: Optional[np.ndarray] = None  # Same shape, bool: False is padding; `None` means that nothing is
     weight: Optional[np.ndarray] = None  # `(batch,)` importance weights; `None` means 1
-    learn: Optional[np.ndarray] = None  # Same shape as `rows`, bool: to be learned from; `None` means `mask`
+    learn: Optional[np.ndarray] = None  # As the batch's mask, bool: to be learned from; `None` means all that is real
     anchor: Optional[np.ndarray] = None  # `(batch,)` int64: the rows by which items are known; `None`: `rows`
     fold: Optional[Callable] = None  # Makes what a learner gets of `Sequences`; `None` leaves them as they are
 
@@ -81,15 +86,15 @@ class Sequences(NamedTuple):
         `(batch, length)`, then `(batch,)`, structured: flags and `info`
     slots : np.ndarray
         The same, int64: where they were
-    mask : np.ndarray
-        `(batch, length)` bool
+    mask : Optional[np.ndarray]
+        `(batch, length)` bool; `None` where each item has become a single step
     discount : Optional[np.ndarray], default None
         `(batch,)` float32: what the value of `nstate` counts
     """
     transition: tuple  # state, action, reward, nstate: each `(batch, length, *block)`, then `(batch, *block)`
     rows: np.ndarray  # `(batch, length)`, then `(batch,)`, structured: flags and `info`
     slots: np.ndarray  # The same, int64: where they were
-    mask: np.ndarray  # `(batch, length)` bool
+    mask: Optional[np.ndarray]  # `(batch, length)` bool; `None` where each item has become a single step
     discount: Optional[np.ndarray] = None  # `(batch,)` float32: what the value of `nstate` counts
 
 # %% ../../../nbs/storage/buffer/sampler.ipynb #7ddf4f12
@@ -167,8 +172,18 @@ class Sampler(abc.ABC):
 
     def __repr__(self) -> str:
         options = inspect.signature(type(self)).parameters.values()
-        told = [(p.name, repr(getattr(self, p.name, None)), repr(p.default)) for p in options]
+        told = [(p.name, _shown(getattr(self, p.name, None)), _shown(p.default)) for p in options]
         return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value, usual in told if value != usual)})"
+
+def _shown(option: Any) -> str: # The same in every process
+    """An option as text: a function by its name
+
+    Returns
+    -------
+    str
+        The same in every process
+    """
+    return option.__name__ if inspect.isroutine(option) else repr(option)
 
 # %% ../../../nbs/storage/buffer/sampler.ipynb #74943d72
 class Items(Sampler):
@@ -539,6 +554,55 @@ def draw(self: Episodes, n: int, rng: np.random.Generator, rows: Drawable) -> Dr
     return self.around(at[alike[int(rng.integers(self.buckets))]], rows)
 
 # %% ../../../nbs/storage/buffer/sampler.ipynb #d354bd43
+def _plain(option: Any) -> Any: # Raises where it is none, as a function
+    """An option in plain JSON values
+
+    Returns
+    -------
+    Any
+        Raises where it is none, as a function
+    """
+    return json.loads(json.dumps(option, default=methodcaller("item")))
+
+def _options(sampler: Sampler, known: dict[str, Any]) -> dict[str, Any]:
+    "The options of a sampler in plain JSON values; without those that are known, and those that have no such values"
+    found = {}
+    for name in inspect.signature(type(sampler)).parameters:
+        if name in known or not hasattr(sampler, name): continue
+        try: found[name] = _plain(getattr(sampler, name))
+        except (AttributeError, TypeError, ValueError, RecursionError): pass
+    return found
+
 def sampler_state(sampler: Sampler) -> dict[str, Any]:
-    "The kind and state of a sampler"
-    return {"kind": type(sampler).__name__, **sampler.state_dict()}
+    "The kind, options and state of a sampler"
+    state = sampler.state_dict()
+    options = _options(sampler, state)
+    return {"kind": type(sampler).__name__, **({"options": options} if options else {}), **state}
+
+# %% ../../../nbs/storage/buffer/sampler.ipynb #97f97044
+def unlike(
+    told: Any, # From `sampler_state`, perhaps of another sampler, or from anywhere
+    sampler: Sampler, # That is to go on
+) -> str: # Empty where it can
+    """What a state was drawn by, and that this is something else
+
+    Parameters
+    ----------
+    told : Any
+        From `sampler_state`, perhaps of another sampler, or from anywhere
+    sampler : Sampler
+        That is to go on
+
+    Returns
+    -------
+    str
+        Empty where it can
+    """
+    options = told.get("options", {}) if isinstance(told, dict) else None
+    if not isinstance(options, dict) or not isinstance(told.get("kind"), str):
+        return f"expected the state of a sampler, with its kind, got {str(told)[:80]}; the sampler here is {sampler!r}"
+    mine = _options(sampler, {})
+    other = {name: value for name, value in options.items() if name not in mine or mine[name] != value}
+    if told["kind"] == type(sampler).__name__ and not other: return ""
+    said = ", ".join(f"{name}={value!r}" for name, value in other.items())
+    return f"this state was drawn by {told['kind'][:80]}({said[:200]}), and the sampler here is {sampler!r}"
