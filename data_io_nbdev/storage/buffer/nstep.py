@@ -98,14 +98,14 @@ class NStep(Sampler):
         mask = found >= 0
         return Draw(np.where(mask, found, 0), mask, drawn.weight, anchor=at, fold=Returns(self.gamma, self._states))
 
-    def update(self, serials: np.ndarray, priority: np.ndarray) -> None:
-        """Raises
-        ------
-        QueryError
-            A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
+    def __getattr__(self, name: str) -> Any:  # priorities are told to what it goes around, if that draws by some
+        """Returns
+        -------
+        Any
+            priorities are told to what it goes around, if that draws by some
         """
-        if hasattr(self.over, "update"): return self.over.update(serials, priority)
-        raise QueryError(f"{self!r} draws by no priorities; over=Prioritized() does")
+        if name in ("update", "_noting"): return getattr(self.over, name)
+        raise AttributeError(f"{type(self).__name__} has no {name!r}")
 
     def state_dict(self) -> dict[str, Any]: return {"over": sampler_state(self.over)}
 
