@@ -287,11 +287,11 @@ def test_interrupted_loads(lake):
     mixture.sample(); own.store(drive(5, hour=70)); pool.store(drive(5, hour=70)); mixture.refresh(); mixture.sample()
     late = through_json(mixture.state_dict())
     total, found = 10**6 - interrupted(10**6, lambda: mixture.load_state_dict(early)), []
-    for line in (*range(1, total, total // 15), *range(total - 110, total)):     # the last ones install what was read
+    for line in (*range(1, total, total // 15), *range(total - 110, total, 2)):     # the last ones install what was read
         mixture.load_state_dict(late)
         interrupted(line, lambda: mixture.load_state_dict(early))
         found.append([early, late].index(through_json(mixture.state_dict())))
-    assert found.count(1) > 60
+    assert found.count(1) > 40
     mixture.load_state_dict(early)
     assert through_json(mixture.state_dict()) == early
     mixture.load_state_dict(late)

@@ -595,7 +595,7 @@ class RowReader(RowLog):
         """
         if self.once: slots = slots[:, None] + _PAIR
         if self.capacity: slots = slots % len(self.data)
-        return self.data.take(slots) if into is None else self.data.take(slots, out=into, mode="clip")  # unbuffered
+        return self.data.take(slots) if into is None else self.data.take(slots, None, into, "clip")  # unbuffered
 
     def arrange(self,
         slots: np.ndarray, # `(n,)` int64
