@@ -28,6 +28,7 @@ _HOME = {name: module for module, names in {
     "storage.buffer.buffer": ("Batch", "Buffer"),
     "storage.buffer.normalize": ("Normalize",),
     "storage.buffer.memory": ("MemoryBuffer",),
+    "storage.buffer.mixture": ("Mixture",),
     "storage.pool.dask": ("DaskPool",),
     "storage.buffer.dask": ("DaskBuffer",),
     "storage.pool.mongo": ("MongoPool",),
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from data_io_nbdev.storage.buffer.chances import Balanced, Epoch, Fresh, Once, Prioritized, Recent
     from data_io_nbdev.storage.buffer.dask import DaskBuffer
     from data_io_nbdev.storage.buffer.memory import MemoryBuffer
+    from data_io_nbdev.storage.buffer.mixture import Mixture
     from data_io_nbdev.storage.buffer.mongo import MongoBuffer
     from data_io_nbdev.storage.buffer.normalize import Normalize
     from data_io_nbdev.storage.buffer.nstep import NStep

@@ -172,6 +172,7 @@ def make_batch(
     rows: Rows, # Where the steps are
     draw: Draw, # Which of them
     found: Optional[np.ndarray] = None, # What `rows.fetch` gave for them, if it was asked already
+    into: Optional[np.ndarray] = None, # Where single steps go, if they are as many
 ) -> Batch: # What a mask hides is zero
     """The rows of a draw as a batch
 
@@ -183,6 +184,8 @@ def make_batch(
         Which of them
     found : Optional[np.ndarray], default None
         What `rows.fetch` gave for them, if it was asked already
+    into : Optional[np.ndarray], default None
+        Where single steps go, if they are as many
 
     Returns
     -------
@@ -191,7 +194,9 @@ def make_batch(
     """
     mask, discount = draw.mask, None
     wanted = draw.rows if mask is None else draw.rows[mask]
-    transition, flags, slots = rows.take(wanted) if found is None else rows.arrange(rows.slots(wanted), found)
+    if into is not None and (mask is not None or draw.fold or len(into) != len(wanted)): into = None
+    transition, flags, slots = (rows.take(wanted, into) if found is None else
+                                rows.arrange(rows.slots(wanted), found))
     if mask is not None: transition, flags = [_spread(a, mask) for a in transition], _spread(flags, mask)
     if draw.fold:
         folded = draw.fold(Sequences(tuple(transition), flags, _spread(slots, mask), mask))
@@ -695,33 +700,61 @@ class BufferDraws(BufferRows[ItemT]):
         "A batch of `n` items, by default `batch_size`; raises `NotEnoughData` where there is no row"
         if n is None: n = self.batch_size
         else: _positive("n", n)
-        if self._writers is not None: self._take_in()
-        view = self._view
-        if not view.versions: view = self._loaded()
+        view = self._plan(n)
         with self._lock:
             if self._astray: self._go_own_way()
-            if not view.rows: raise NotEnoughData(self._emptiness(view))
-            if self.sampler.in_one_step: return self._batch(n, view.rows)
-            before = self._rng.bit_generator.state, self.sampler.moment()
-            try: return self._batch(n, view.rows)
+            if self.sampler.in_one_step: return self._drawn(n, view)
+            before = self._moment()
+            try: return self._drawn(n, view)
             except BaseException:  # the next draw is the one that this would have been
-                self._rng.bit_generator.state = before[0]
-                self.sampler.go_back(before[1])
+                self._go_back(before)
                 raise
 
-    def _batch(self, n: int, rows: Rows) -> Batch:  # under the lock
+    def _plan(self, n: int) -> Any:  # before the lock is taken
+        """Returns
+        -------
+        Any
+            before the lock is taken
+        """
+        if self._writers is not None: self._take_in()
+        return self._view if self._view.versions else self._loaded()
+
+    def _drawn(self, n: int, view: View, into: Optional[np.ndarray] = None) -> Batch:  # under the lock
         """Returns
         -------
         Batch
             under the lock
         """
-        return make_batch(rows, self._choose(n, rows))
+        if not view.rows: raise NotEnoughData(self._emptiness(view))
+        return self._batch(n, view.rows, into)
+
+    def _batch(self, n: int, rows: Rows, into: Optional[np.ndarray] = None) -> Batch:
+        return make_batch(rows, self._choose(n, rows), into=into)
 
     def _choose(self, n: int, rows: Rows) -> Draw:
         "What the sampler wants next"
         draw = self.sampler.draw(n, self._rng, rows)
         if not self.sampler.in_range: rows.check(draw.rows)
         return draw
+
+# %% ../../../nbs/storage/buffer/buffer.ipynb #4f760d41
+@patch
+def _moment(self: BufferDraws) -> tuple: # Under the lock
+    """What decides the next draw
+
+    Returns
+    -------
+    tuple
+        Under the lock
+    """
+    if self._astray: self._go_own_way()
+    return self._rng.bit_generator.state, None if self.sampler.in_one_step else self.sampler.moment()
+
+@patch
+def _go_back(self: BufferDraws, moment: tuple) -> None:
+    "Be as at a moment"
+    self._rng.bit_generator.state = moment[0]
+    if moment[1] is not None: self.sampler.go_back(moment[1])
 
 # %% ../../../nbs/storage/buffer/buffer.ipynb #e1fa6b97
 @patch
@@ -744,9 +777,24 @@ def update_priorities(self: BufferDraws,
         A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
     """
     with at_the_door:
-        if not hasattr(self.sampler, "update"):
+        if not self._heeds():
             raise QueryError(f"{self.sampler!r} draws by no priorities; sampler=Prioritized() does")
-        with self._lock: self.sampler.update(index, priority)
+        with self._lock: self._note(index, priority)()
+
+@patch
+def _heeds(self: BufferDraws) -> bool: return hasattr(self.sampler, "update")
+
+@patch
+def _note(self: BufferDraws, index: np.ndarray, priority: np.ndarray) -> partial:  # under the lock, as its call
+    """What tells the sampler; of those of this package one call of C
+
+    Returns
+    -------
+    partial
+        under the lock, as its call
+    """
+    if hasattr(self.sampler, "_noting"): return self.sampler._noting(index, priority)
+    return partial(self.sampler.update, index, priority)
 
 # %% ../../../nbs/storage/buffer/buffer.ipynb #6958edda
 @patch
@@ -907,12 +955,19 @@ class BufferState(BufferDraws[ItemT]):
         """
         with at_the_door:
             view = self._loaded()
-            with self._lock:
-                asked = dict(query=view.query.to_json(), capacity=view.capacity)
-                if view.select: asked["select"] = {role: list(names) for role, names in view.select.items()}
-                seen = dict(versions=[list(v) for v in view.versions], serial=view.serial, rows=len(view))
-                drawn = dict(sampler=sampler_state(self.sampler), rng=self._rng.bit_generator.state)
-                return dict(format=_format(view.select), **asked, **seen, trail=view.trail, **drawn)
+            with self._lock: return self._said(view)
+
+    def _said(self, view: View) -> dict[str, Any]:  # under the lock
+        """Returns
+        -------
+        dict[str, Any]
+            under the lock
+        """
+        asked = dict(query=view.query.to_json(), capacity=view.capacity)
+        if view.select: asked["select"] = {role: list(names) for role, names in view.select.items()}
+        seen = dict(versions=[list(v) for v in view.versions], serial=view.serial, rows=len(view))
+        drawn = dict(sampler=sampler_state(self.sampler), rng=self._rng.bit_generator.state)
+        return dict(format=_format(view.select), **asked, **seen, trail=view.trail, **drawn)
 
     def load_state_dict(self,
         state: dict[str, Any], # From `state_dict`; of a buffer on this pool, or on the one it was saved from
@@ -933,15 +988,23 @@ class BufferState(BufferDraws[ItemT]):
         QueryError
             A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
         """
-        with at_the_door:
-            self._check_open()
-            told = _parse_state(state)
-            self._check_state(told)
-            with self._moving:
-                view, sampler = self._replayed(told), self._resumed(told.sampler)
-                resume = partial(dict.update, vars(self.sampler), vars(sampler))
-                asked = dict(query=told.query, select=told.select, capacity=told.capacity)
-                self._install(view, resume, **asked, _rng=told.rng, _astray=False)
+        with at_the_door, self._moving: self._resuming(state)()
+
+    def _resuming(self, state: dict[str, Any]) -> Callable[[], None]:  # while nothing else moves the view
+        """What is to be done to go on from a state, once all of it is read
+
+        Returns
+        -------
+        Callable[[], None]
+            while nothing else moves the view
+        """
+        self._check_open()
+        told = _parse_state(state)
+        self._check_state(told)
+        view, sampler = self._replayed(told), self._resumed(told.sampler)
+        resume = partial(dict.update, vars(self.sampler), vars(sampler))
+        asked = dict(query=told.query, select=told.select, capacity=told.capacity)
+        return partial(self._install, view, resume, **asked, _rng=told.rng, _astray=False)
 
     def __reduce__(self):
         names = [f.name for f in fields(self) if f.init and f.name not in self._STAYS]
@@ -996,12 +1059,12 @@ def load_state(self: BufferState,
         Where it is damaged, and else what `load_state_dict` raises
     SnapshotNotFound
         A version that the pool never had, or no longer holds
+    PoolNotFound
+        No pool at this place
     ClosedError
         Use of a pool or buffer after it was closed
     QueryError
         A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
-    PoolNotFound
-        No pool at this place
     PoolUnavailable
         A pool that cannot be reached, or written, just now
     """

@@ -6,6 +6,7 @@
 import base64
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Optional
 import numpy as np
 import pandas as pd  # type: ignore
@@ -163,6 +164,17 @@ def update(self: Prioritized,
     QueryError
         A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
     """
+    self._noting(serials, priority)()
+
+@patch
+def _noting(self: Prioritized, serials: np.ndarray, priority: np.ndarray) -> partial:  # to be called at once
+    """What tells them, in one call of C
+
+    Returns
+    -------
+    partial
+        to be called at once
+    """
     serials, p = np.array(serials), np.array(priority, dtype="float64")
     if serials.ndim != 1 or serials.dtype.kind not in "iu" or p.shape != serials.shape:
         raise QueryError(f"expected serial numbers (n,), as batch.anchor, and priorities of this shape, "
@@ -170,7 +182,7 @@ def update(self: Prioritized,
     if len(wrong := p[~(np.isfinite(p) & (p >= 0))]):
         raise QueryError(f"expected finite priorities from 0, such as abs(error), got {brief(wrong[0])}")
     given = serials.astype("int64"), (p + self.eps) ** self.alpha
-    vars(self).update(_given=(*self._given, given), _told=self._told + 1)
+    return partial(dict.update, vars(self), _given=(*self._given, given), _told=self._told + 1)
 
 @patch
 def _follow(self: Prioritized, rows: Drawable) -> Weights:

@@ -538,8 +538,8 @@ class DaskBuffer(Buffer[Episode]):
 
     def _home(self) -> Home: return ClusterHome(self) if self.resident == "cluster" else LakeHome(self)
 
-    def _batch(self, n: int, rows: Rows) -> Batch:
-        if not isinstance(rows, ClusterRows): return super()._batch(n, rows)
+    def _batch(self, n: int, rows: Rows, into: Optional[np.ndarray] = None) -> Batch:
+        if not isinstance(rows, ClusterRows): return super()._batch(n, rows, into)
         _check_client(rows.client)
         return self._ahead.next(self, n, rows)
 

@@ -60,14 +60,10 @@ class Around(Nested):
     in_one_step : ClassVar[bool]
         True where a draw changes nothing but `rng`, by one call
     """
-    def update(self, serials: np.ndarray, priority: np.ndarray) -> None:
-        """Raises
-        ------
-        QueryError
-            A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
-        """
-        if hasattr(self.over, "update"): return self.over.update(serials, priority)
-        raise QueryError(f"{self!r} draws by no priorities; over=Prioritized() does")
+    def __getattr__(self, name: str) -> Any:
+        "Priorities are told to what it goes around, if that draws by some"
+        if name in ("update", "_noting"): return getattr(self.over, name)
+        raise AttributeError(f"{type(self).__name__} has no {name!r}")
 
     def moment(self) -> Any: return self.over.moment()
     def go_back(self, moment: Any) -> None: self.over.go_back(moment)

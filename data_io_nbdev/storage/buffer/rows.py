@@ -539,6 +539,7 @@ class RowReader(RowLog):
     """
     def take(self,
         rows: np.ndarray, # `(n,)` int64 logical row numbers, which must exist
+        into: Optional[np.ndarray] = None, # Where to, as of `fetch`
     ) -> Taken:
         """Rows for a batch, copied
 
@@ -546,12 +547,15 @@ class RowReader(RowLog):
         ----------
         rows : np.ndarray
             `(n,)` int64 logical row numbers, which must exist
+        into : Optional[np.ndarray], default None
+            Where to, as of `fetch`
 
         Returns
         -------
         Taken
         """
-        return self.arrange(slots := self.slots(rows), self.fetch(slots))
+        slots = self.slots(rows)
+        return self.arrange(slots, self.fetch(slots) if into is None else self.fetch(slots, into))
 
     def slots(self,
         rows: np.ndarray, # `(n,)` int64 logical row numbers, which must exist
@@ -573,6 +577,7 @@ class RowReader(RowLog):
 
     def fetch(self,
         slots: np.ndarray, # `(n,)` int64
+        into: Optional[np.ndarray] = None, # Where to; by default a new array
     ) -> np.ndarray: # `(n,)` structured; where states are kept once `(n, 2)`: rows, and those behind
         """What is in some slots, copied
 
@@ -580,6 +585,8 @@ class RowReader(RowLog):
         ----------
         slots : np.ndarray
             `(n,)` int64
+        into : Optional[np.ndarray], default None
+            Where to; by default a new array
 
         Returns
         -------
@@ -587,7 +594,8 @@ class RowReader(RowLog):
             `(n,)` structured; where states are kept once `(n, 2)`: rows, and those behind
         """
         if self.once: slots = slots[:, None] + _PAIR
-        return self.data.take(slots % len(self.data) if self.capacity else slots)
+        if self.capacity: slots = slots % len(self.data)
+        return self.data.take(slots) if into is None else self.data.take(slots, None, into, "clip")  # unbuffered
 
     def arrange(self,
         slots: np.ndarray, # `(n,)` int64
