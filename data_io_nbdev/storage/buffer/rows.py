@@ -539,6 +539,7 @@ class RowReader(RowLog):
     """
     def take(self,
         rows: np.ndarray, # `(n,)` int64 logical row numbers, which must exist
+        found: Optional[np.ndarray] = None, # What `fetch` gave for them, if it was asked already
     ) -> Taken:
         """Rows for a batch, copied
 
@@ -546,12 +547,15 @@ class RowReader(RowLog):
         ----------
         rows : np.ndarray
             `(n,)` int64 logical row numbers, which must exist
+        found : Optional[np.ndarray], default None
+            What `fetch` gave for them, if it was asked already
 
         Returns
         -------
         Taken
         """
-        return self.arrange(slots := self.slots(rows), self.fetch(slots))
+        slots = self.slots(rows)
+        return self.arrange(slots, self.fetch(slots) if found is None else found)
 
     def slots(self,
         rows: np.ndarray, # `(n,)` int64 logical row numbers, which must exist
