@@ -208,7 +208,7 @@ def _why(e: Exception) -> str:
     return text.splitlines()[0][:100].replace("|", "/")
 
 
-def measured(rows: int, rounds: int, calls: int = 5) -> dict[str, dict[str, Any]]:
+def measured(rows: int, rounds: int, calls: int = 20) -> dict[str, dict[str, Any]]:
     "Microseconds a batch by contender and kind, or why not"
     with suppress(ImportError):
         import torch
@@ -252,7 +252,7 @@ def report(found: dict[str, dict[str, Any]], rows: int, remark: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--remark", default=os.environ.get("REMARK", ""), help="a line for results.md, such as what else the machine did")
     parser.add_argument("--dry", action="store_true", help="print, and leave results.md as it is")
     given = parser.parse_args()

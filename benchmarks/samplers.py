@@ -82,19 +82,18 @@ def peer() -> Callable[[], None]:
     return learn
 
 
-def floors() -> dict[str, Callable[[], object]]:
-    "One `take` out of a packed array, with its index draw: of rows anywhere, and of 32 × 64 side by side"
-    e, rng, steps = nth(0), np.random.default_rng(0), np.arange(64)
-    packed = np.empty(ROWS, np.dtype([(r, b.dtype, b.shape[1:]) for r, b in e.blocks.items()], align=True))
-    for role, block in e.blocks.items(): packed[role] = np.tile(block, (ROWS // STEPS, *[1] * (block.ndim - 1)))
+def floors(buffer: MemoryBuffer) -> dict[str, Callable[[], object]]:
+    "One `take` out of the buffer's own rows, with its index draw: of rows anywhere, and of 32 × 64 side by side"
+    packed, rng, steps = buffer._view.rows.data, np.random.default_rng(0), np.arange(64)
     return {"floor": lambda: packed.take(rng.integers(ROWS, size=BATCH)),
             "floor of windows": lambda: packed.take(rng.integers(ROWS - 64, size=32)[:, None] + steps)}
 
 
 def show_all(show, rounds: int) -> None:
     "In one run: floors, the peer, every sampler, and every sampler again with a tenth of the rows"
-    large, small = every(filled(ROWS)), every(filled(ROWS // 10))
-    t = medians({**floors(), "cpprb, prioritized": peer(), **large, **{f"{name}, 100,000": draw for name, draw in small.items()}}, 5 * rounds, 8)
+    buffer = filled(ROWS)
+    large, small = every(buffer), every(filled(ROWS // 10))
+    t = medians({**floors(buffer), "cpprb, prioritized": peer(), **large, **{f"{name}, 100,000": draw for name, draw in small.items()}}, 2 * rounds, 40)
     uniform, theirs = t["uniform"], t["cpprb, prioritized"]
     claims = [("uniform / floor", uniform / t["floor"], 1.3),
               ("prioritized, sample and update, numpy / cpprb", t["prioritized, numpy"] / theirs, 1.0),

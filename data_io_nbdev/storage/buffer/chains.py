@@ -373,14 +373,15 @@ def _ahead(at, serials, last, sums, steps, gammas, links, reward, ends):
     terminated, truncated = ends
     for i in range(len(at)):
         j, serial, n, total = at[i], serials[i], 0, 0.0
+        slot = serial % len(reward)
         while True:
-            slot = serial % len(reward)
             total += gammas[n] * reward[slot]
             n += 1
             if n == len(gammas) - 1 or terminated[slot] or truncated[slot]: break
-            if serial + 1 < first[j] + length[j]: serial += 1
+            if serial + 1 < first[j] + length[j]: serial, slot = serial + 1, slot + 1
             elif on[j] < 0: break
-            else: j, serial = on[j], first[on[j]]
+            else: j, serial, slot = on[j], first[on[j]], first[on[j]]
+            if slot >= len(reward): slot %= len(reward)
         last[i], sums[i], steps[i] = serial, total, n
 
 @patch

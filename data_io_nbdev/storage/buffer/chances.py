@@ -54,7 +54,7 @@ class Chances(Sampler):
     def _items(self, serials: np.ndarray, rows: Drawable, weight: Optional[np.ndarray] = None) -> Draw:
         at = rows.find(serials)
         draw = self.over.around(at, rows)
-        return draw._replace(weight=weight, anchor=at) if draw.anchor is None else draw._replace(weight=weight)
+        return Draw(draw.rows, draw.mask, weight, draw.learn, at, draw.fold)
 
     def _of_anchors(self, chances: np.ndarray, at: np.ndarray, rows: Drawable) -> np.ndarray:
         return chances if self.over.every else chances * self.over.anchors(at, rows)

@@ -420,11 +420,11 @@ def _go_down(nodes, begins, at, left):
     for k in range(len(at)):
         node, rest = at[k], left[k]
         for floor in range(len(begins) - 3, -1, -1):
-            first, total = begins[floor] + (node << _BITS), 0.0
-            for i in range(first, first + 8): total += nodes[i]
-            if rest >= total: rest = np.nextafter(total, 0.0)
+            first = begins[floor] + (node << _BITS)
             i, upto, more = first, 0.0, nodes[first]
-            while more <= rest: i, upto, more = i + 1, more, more + nodes[i + 1]
+            while more <= rest:
+                if i < first + 7: i, upto, more = i + 1, more, more + nodes[i + 1]
+                else: i, upto, more, rest = first, 0.0, nodes[first], np.nextafter(more, 0.0)
             node, rest = i - begins[floor], rest - upto
         at[k] = node
 
