@@ -15,7 +15,7 @@ FERRETDB := .tools/ferretdb
 SERVER := $(or $(MONGODB_URI),$(shell command -v mongod || command -v ferretdb || { command -v go >/dev/null && echo $(FERRETDB); }))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage soak bench docs lab readme export outputs clean-notebooks check-export wheel clean
+.PHONY: help demo test coverage soak bench bench-peers docs lab readme export outputs clean-notebooks check-export wheel clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,19 @@ $(FERRETDB): tools/ferretdb/go.mod tools/ferretdb/go.sum
 
 bench: $(VENV)/with-dev $(VENV)/with-bench $(filter $(FERRETDB),$(SERVER)) ## run the benchmarks
 	@PATH="$(CURDIR)/.tools:$$PATH" $(BIN)/python benchmarks/run.py
+
+# Optional, one by one: what cannot be installed has a line in the table that says why. The newest of everything, so no constraints.
+PEERS := cpprb stable-baselines3 torchrl tianshou flashbax
+.venv-peers/made: settings.ini
+	@echo "Making .venv-peers with $(PY); torch and what it needs take several gigabytes and minutes"
+	@rm -rf .venv-peers
+	@$(PY) -m venv .venv-peers
+	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -e '.[fast]'
+	@for peer in $(PEERS); do .venv-peers/bin/python -m pip install --quiet --disable-pip-version-check $$peer || echo "NOT INSTALLED: $$peer"; done
+	@touch $@
+
+bench-peers: .venv-peers/made ## measure beside other replay buffers, and write benchmarks/results.md; REMARK="…" goes into it
+	@REMARK="$(REMARK)" .venv-peers/bin/python benchmarks/peers.py
 
 docs: export ## build the site into _docs/; DOCS_OPTIONS=--draft leaves out pages not written yet
 	@$(BIN)/python docs/website.py $(DOCS_OPTIONS)

@@ -201,8 +201,11 @@ def main() -> int:
     import catalogue
     import lake
     import mongo
+    import samplers
     import tables
     import writer
+    samplers.show_all(show, rounds)
+    gc.collect()
     writer.show_all(show, rounds)
     gc.collect()
     tables.show_all(show, rounds)

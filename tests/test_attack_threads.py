@@ -87,7 +87,7 @@ def kept(buffer, serials, p):
     sums = sampler._follow(rows).sums
     here = rows.find(serials) >= 0
     serials, right = serials[here], (p[here] + sampler.eps) ** sampler.alpha
-    for what, found in (("kept", sampler._raw[serials % len(sampler._raw)]), ("counted", sums.nodes[sums.size:][serials % sums.size])):
+    for what, found in (("kept", sampler._raw[serials % len(sampler._raw)]), ("counted", sums.weights[serials % sums.size])):
         wrong = ~np.isclose(found, right, rtol=1e-12, atol=0)
         assert not wrong.any(), f"rows {serials[wrong]} were told {right[wrong]}, and {found[wrong]} is {what}"
     return len(right)

@@ -9,6 +9,7 @@ import pytest
 
 from data_io_nbdev import DaskPool, Episode, Episodes, MemoryBuffer, MemoryPool, PoolQuery, Uniform
 from data_io_nbdev.errors import NotEnoughData, QueryError, SchemaError
+from data_io_nbdev.storage.buffer import chains, sampler as trees
 from data_io_nbdev.storage.buffer.buffer import make_batch
 from data_io_nbdev.storage.buffer.chains import Rows
 from data_io_nbdev.storage.buffer.chances import Balanced, Epoch, Fresh, Once, Prioritized, Recent
@@ -128,16 +129,48 @@ def test_sums():
     "Sums and searches are those of a plain list"
     rng = np.random.default_rng(0)
     for size in (1, 2, 64, 1024):
-        sums, plain = Sums(size), np.zeros(size)
+        tree, plain = Sums(size), np.zeros(size)
         for n in (1, 3, size, 5):
             at = rng.integers(size, size=n)
             at = np.unique(at)
             plain[at] = rng.integers(0, 4, len(at))
-            sums.set(at, plain[at])
-            assert sums.nodes[1] == plain.sum() and [sums.upto(i) for i in range(size)] == [plain[:i].sum() for i in range(size)]
+            tree.set(at, plain[at])
+            assert tree.total == plain.sum() and [tree.upto(i) for i in range(size)] == [plain[:i].sum() for i in range(size)]
             if plain.sum():
                 k = np.arange(plain.sum()) + 0.5
-                assert np.array_equal(sums.select(k), np.searchsorted(np.cumsum(plain), k, side="right"))
+                assert np.array_equal(tree.select(k), np.searchsorted(np.cumsum(plain), k, side="right"))
+
+
+@pytest.mark.parametrize("size", [4096, 2**16])
+def test_sums_compiled(size):
+    "The loops give the bits that numpy gives, compiled where numba is installed; and a large tree finds what a plain list does"
+    rng, plain, looped = np.random.default_rng(size), Sums(size), Sums(size)
+    plain.add_up = plain.go_down = None
+    looped.add_up, looped.go_down = (trees.fast(loop) or loop for loop in (trees._add_up, trees._go_down))
+    for n in (size, 256, 1, 300, 256):
+        at = rng.integers(size, size=n)
+        weights = rng.exponential(size=n) ** 5 * (rng.random(n) < 0.7)
+        for tree in (plain, looped): tree.set(at, weights)
+        asked = np.append(rng.random(500) * plain.total, [0, np.nextafter(plain.total, 0)])
+        found = plain.select(asked)
+        assert np.array_equal(plain.nodes, looped.nodes) and np.array_equal(found, looped.select(asked)) and (plain.weights[found] > 0).all()
+        running = np.cumsum(plain.weights)
+        near = 1e-9 * running[-1]
+        assert (running[found] > asked - near).all() and (running[found] - plain.weights[found] <= asked + near).all()
+        assert np.isclose(plain.upto(int(at[0])), running[at[0]] - plain.weights[at[0]], atol=near)
+
+
+def test_returns_compiled(monkeypatch):
+    "The loop that looks ahead gives the bits that numpy gives, compiled where numba is installed"
+    for capacity in (None, 30):
+        rows, _ = ended(5, capacity)
+        drawn = []
+        for kind in (lambda loop: None, trees.fast if trees.fast(chains._ahead) else lambda loop: loop):
+            monkeypatch.setattr(chains, "fast", kind)
+            batch = make_batch(rows, NStep(4, 0.97).draw(300, np.random.default_rng(0), rows))
+            assert (rows.ahead(np.array([0]), np.ones(2)) is None) == (not drawn)
+            drawn.append([*batch, batch.discount, batch.terminated, batch.truncated, batch.index])
+        assert all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(*drawn))
 
 
 def chi_square(counts, chances):
@@ -164,7 +197,7 @@ def test_uniform(sampler):
 
 def weights_of(weights, rows):
     "The weight of each row, as a sampler's tree has it"
-    return weights.sums.nodes[weights.sums.size:][rows.serials(np.arange(len(rows))) % weights.sums.size]
+    return weights.sums.weights[rows.serials(np.arange(len(rows))) % weights.sums.size]
 
 
 OVER = [Uniform, lambda: Windows(2, burn_in=1, bootstrap=1, edge="strict"), Episodes, lambda: Windows(3, edge="cut")]

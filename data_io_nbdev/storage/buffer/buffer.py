@@ -30,6 +30,7 @@ from ..pool.pool import Pool, forkable, forkable_lock, safe_url
 from ..pool.memory import MemoryPool
 from ..pool.writer import Writer
 from .chains import Rows
+from .rows import Taken
 from .sampler import Draw, Sampler, Sequences, Uniform, sampler_state, unlike
 from .state import read_state, take_apart, write_state
 from .view import Home, View
@@ -167,6 +168,17 @@ def _spread(values: np.ndarray, mask: np.ndarray, blank: Any = None) -> np.ndarr
     out[mask] = values
     return out
 
+# %% ../../../nbs/storage/buffer/buffer.ipynb #1990962d
+def _sequences(rows: Rows, wanted: np.ndarray, mask: Optional[np.ndarray], found: Optional[np.ndarray]) -> Taken:
+    "Rows `(batch, length)` for a batch, zeros where the mask hides them"
+    shape, whole, wanted = wanted.shape, mask is None or mask.all(), wanted.ravel()
+    if found is None: found = rows.fetch(rows.slots(wanted))
+    if not whole and len(found) == len(wanted): found.view("u1").reshape(len(found), -1)[~mask.ravel()] = 0
+    elif not whole: found = _spread(found, mask).reshape(-1, *found.shape[1:])
+    transition, flags, slots = rows.take(wanted, found)
+    shaped = (a.reshape(*shape, *a.shape[1:]) for a in transition)
+    return Taken(tuple(shaped), flags.reshape(shape), slots.reshape(shape))
+
 # %% ../../../nbs/storage/buffer/buffer.ipynb #1332c345
 def make_batch(
     rows: Rows, # Where the steps are
@@ -193,15 +205,11 @@ def make_batch(
         What a mask hides is zero
     """
     mask, discount = draw.mask, None
-    wanted = draw.rows if mask is None else draw.rows[mask]
-    if into is not None and (mask is not None or draw.fold or len(into) != len(wanted)): into = None
-    transition, flags, slots = (rows.take(wanted, into) if found is None else
-                                rows.arrange(rows.slots(wanted), found))
-    if mask is not None: transition, flags = [_spread(a, mask) for a in transition], _spread(flags, mask)
-    if draw.fold:
-        folded = draw.fold(Sequences(tuple(transition), flags, _spread(slots, mask), mask))
-        transition, flags, slots, mask, discount = folded
-        if mask is not None: slots = slots[mask]
+    if draw.rows.ndim == 1 and mask is None:
+        fits = into is not None and not draw.fold and len(into) == len(draw.rows)
+        transition, flags, slots = rows.take(draw.rows, found, into if fits else None)
+    else: transition, flags, slots = _sequences(rows, draw.rows, mask, found)
+    if draw.fold: transition, flags, slots, mask, discount = draw.fold(Sequences(transition, flags, slots, mask))
     anchor = None if draw.anchor is None else rows.serials(draw.anchor)
     return Batch(transition, {"schema": rows.schema, "_rows": flags, "_mask": mask, "_weight": draw.weight,
                               "_learn": draw.learn, "_anchor": anchor, "_discount": discount,
@@ -233,8 +241,8 @@ def _names(self: Batch) -> list[str]:
 @patch
 def _trace(self: Batch) -> dict[str, np.ndarray]:
     "Where the rows came from"
-    found = self._ledger.trace(self._slots)
-    if self._mask is None: return found
+    if self._mask is None: return self._ledger.trace(self._slots)
+    found = self._ledger.trace(self._slots[self._mask])
     blank = dict(index=-1, episode="", step=-1, timestamp=np.datetime64("NaT", "us"))
     return {name: _spread(values, self._mask, blank[name]) for name, values in found.items()}
 
@@ -265,7 +273,7 @@ def _element_names(self: Batch) -> Iterator[str]:
 def _first_rows(self: Batch, most: int, columns: int) -> Iterator[tuple]:
     "The first real steps as text: whose, which, when, and some of their numbers"
     places = [tuple(place) for place in np.argwhere(self.mask)[:most]]
-    traced = self._ledger.trace(self._slots[:most]) if "episode" not in self.__dict__ else {
+    traced = self._ledger.trace(self._slots[self.mask][:most]) if "episode" not in self.__dict__ else {
         name: [self.__dict__[name][place] for place in places] for name in ("episode", "step", "timestamp")}
     for place, id, step, time in zip(places, traced["episode"], traced["step"], traced["timestamp"]):
         numbers = islice((x for block in self[:3] for x in block[place].ravel()[:columns]), columns)

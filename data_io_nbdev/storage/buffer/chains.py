@@ -11,7 +11,8 @@ from fastcore.basics import patch
 __all__ = ['Chains']
 
 # %% ../../../nbs/storage/buffer/chains.ipynb #4bbdcba2
-from .rows import _HIDDEN, Growing, Rows, Run
+from .rows import _HIDDEN, Growing, RowReader, Rows, Run
+from .sampler import fast
 
 # %% ../../../nbs/storage/buffer/chains.ipynb #0b03e71f
 class Chains:
@@ -132,11 +133,24 @@ def walk(self: Chains,
     np.ndarray
         Serial numbers; -1 where the episode has no such row
     """
+    first, at = self.first.values, self.at(serials)
+    if (loop := fast(_walk)) and np.ndim(steps) == 1 and np.shape(serials)[1:] == (1,):
+        found = np.empty((len(at), len(steps)), "int64")
+        links = first, self.length.values, self.on.values, self.back.values
+        loop(at.ravel(), serials.ravel(), steps, self.low, links, found)
+        return found
+    begin, found = first[at], serials + steps
+    away = np.flatnonzero((found < np.maximum(begin, self.low)) | (found >= begin + self.length.values[at]))
+    if len(away):
+        places = np.unravel_index(away, found.shape)
+        some = np.broadcast_to(at, found.shape)[places]
+        found[places] = self._hop(some, found[places] - first[some])
+    return found
+
+@patch
+def _hop(self: Chains, at: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    "The same for rows that are elsewhere: so far behind the begin of the stretches in which the walk began"
     first, length = self.first.values, self.length.values
-    shape = np.broadcast_shapes(np.shape(serials), np.shape(steps))
-    at = self.at(serials)
-    inside = (serials - first[at] + steps).ravel()
-    at = np.broadcast_to(at, shape).flatten()
     todo = np.flatnonzero(inside >= length[at])
     while len(todo):
         inside[todo] -= length[at[todo]]
@@ -150,7 +164,20 @@ def walk(self: Chains,
         inside[todo] += length[at[todo]]
         todo = todo[inside[todo] < 0]
     found = first[at] + inside
-    return np.where((at >= 0) & (found >= self.low), found, -1).reshape(shape)
+    return np.where((at >= 0) & (found >= self.low), found, -1)
+
+# %% ../../../nbs/storage/buffer/chains.ipynb #d50694af
+def _walk(at, serials, steps, low, links, found):
+    "The same as `walk`, step by step, for a compiler"
+    first, length, on, back = links
+    for i in range(len(at)):
+        for k in range(len(steps)):
+            j, inside = at[i], serials[i] - first[at[i]] + steps[k]
+            while j >= 0 and inside >= length[j]: inside, j = inside - length[j], on[j]
+            while j >= 0 and inside < 0:
+                j = back[j]
+                if j >= 0: inside += length[j]
+            found[i, k] = first[j] + inside if j >= 0 and first[j] + inside >= low else -1
 
 # %% ../../../nbs/storage/buffer/chains.ipynb #c5dc1f86
 @patch
@@ -188,7 +215,8 @@ def find(self: Rows,
         Of the same shape: logical rows; -1 for what has left, is hidden, or never came
     """
     if self._serials is None:
-        return np.where((serials >= self.oldest()) & (serials < self.serial), serials - self.oldest(), -1)
+        at = serials - self.oldest()
+        return np.where(at.view("uint64") < self.serial - self.oldest(), at, -1)  # below 0 is far above all
     known = self._serials.values
     if not len(known): return np.full(np.shape(serials), -1)
     at = np.minimum(known.searchsorted(serials), len(known) - 1)
@@ -213,7 +241,8 @@ def beside(self: Rows,
     np.ndarray
         Logical rows; -1 where the episode has no such row
     """
-    return self.find(self.chains().walk(self.serials(at), steps))
+    found = self.chains().walk(self.serials(at), steps)
+    return found if self._serials is None and not self.oldest() else self.find(found)  # counted from 0, both are one
 
 # %% ../../../nbs/storage/buffer/chains.ipynb #1981b049
 @patch
@@ -336,6 +365,52 @@ def column(self: Rows,
     pieces = np.array_split(at, max(1, -(-len(at) // 65536)))
     found = (self.arrange(slots := self.slots(some), self.fetch(slots)).rows["info"] for some in pieces)
     return np.concatenate([self.schema.split("info", info)[name] for info in found])
+
+# %% ../../../nbs/storage/buffer/chains.ipynb #6d015878
+def _ahead(at, serials, last, sums, steps, gammas, links, reward, ends):
+    "For each row the last of the steps that follow, the sum of their discounted rewards, and how many they are"
+    first, length, on = links
+    terminated, truncated = ends
+    for i in range(len(at)):
+        j, serial, n, total = at[i], serials[i], 0, 0.0
+        slot = serial % len(reward)
+        while True:
+            total += gammas[n] * reward[slot]
+            n += 1
+            if n == len(gammas) - 1 or terminated[slot] or truncated[slot]: break
+            if serial + 1 < first[j] + length[j]: serial, slot = serial + 1, slot + 1
+            elif on[j] < 0: break
+            else: j, serial, slot = on[j], first[on[j]], first[on[j]]
+            if slot >= len(reward): slot %= len(reward)
+        last[i], sums[i], steps[i] = serial, total, n
+
+@patch
+def ahead(self: Rows,
+    at: np.ndarray, # `(n,)` int64 logical rows
+    gammas: np.ndarray, # `(steps + 1,)` float64: what the rewards count, and then the value
+) -> Optional[tuple[np.ndarray, np.ndarray, np.ndarray]]: # Each `(n,)`: last row, return, how many steps
+    """What follows some rows, up to the end of an episode; `None` where it cannot be looked up in place
+
+    Parameters
+    ----------
+    at : np.ndarray
+        `(n,)` int64 logical rows
+    gammas : np.ndarray
+        `(steps + 1,)` float64: what the rewards count, and then the value
+
+    Returns
+    -------
+    Optional[tuple[np.ndarray, np.ndarray, np.ndarray]]
+        Each `(n,)`: last row, return, how many steps
+    """
+    data, loop = self.data, fast(_ahead)
+    ordered = self._slots is None and type(self).fetch is RowReader.fetch
+    if loop is None or not ordered or data["reward"].ndim > 1: return None
+    c, serials = self.chains(), self.serials(at)
+    last, sums, steps = np.empty(len(at), "int64"), np.empty(len(at)), np.empty(len(at), "int64")
+    loop(c.at(serials), serials, last, sums, steps, gammas,
+         (c.first.values, c.length.values, c.on.values), data["reward"], (data["terminated"], data["truncated"]))
+    return last - self.oldest(), sums, steps
 
 # %% ../../../nbs/storage/buffer/chains.ipynb #f3599400
 @patch

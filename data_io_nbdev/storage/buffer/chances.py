@@ -66,7 +66,9 @@ class Chances(Nested):
         self.over = over
 
     def _items(self, serials: np.ndarray, rows: Drawable, weight: Optional[np.ndarray] = None) -> Draw:
-        return self.over.around(rows.find(serials), rows)._replace(weight=weight)
+        at = rows.find(serials)
+        draw = self.over.around(at, rows)
+        return Draw(draw.rows, draw.mask, weight, draw.learn, at, draw.fold)
 
     def _of_anchors(self, chances: np.ndarray, at: np.ndarray, rows: Drawable) -> np.ndarray:
         return chances if self.over.every else chances * self.over.anchors(at, rows)
@@ -138,7 +140,7 @@ class Prioritized(Chances):
         weights = self._follow(rows)
         if not weights.total: raise _none(self, "no item, or no priority above 0")
         serials = weights.draw(n, rng)
-        chances = self._raw[serials % len(self._raw)]
+        chances = weights.sums.weights[serials % weights.sums.size]
         return self._items(serials, rows, ((chances / chances.min()) ** -self.beta).astype("float32"))
 
     def moment(self) -> Any: return self._told, self.alpha, self.beta, self.eps
@@ -199,9 +201,9 @@ def _follow(self: Prioritized, rows: Drawable) -> Weights:
         here = (serials >= low) & (serials < self._upto)
         raw[serials[here] % size] = chances[here]
         top = max(top, chances[here].max(initial=0))
-    raw[np.arange(max(low, self._upto), upto) % size] = top
+    if upto > self._upto: raw[np.arange(max(low, self._upto), upto) % size] = top
     vars(self).update(_raw=raw, _low=low, _upto=upto, _top=top)
-    told = np.unique(np.concatenate([serials for serials, _ in given])) if given else None
+    told = np.concatenate([serials for serials, _ in given]) if given else None
     weights = self._tally.follow(rows, self._weigh, told)
     self._given = self._given[len(given):]
     return weights
@@ -467,9 +469,11 @@ class Balanced(Chances):
         if not (groups := self._follow(rows)): raise _none(self, "there is no item")
         chance, serials = rng.random((2, n)), np.empty(n, "int64")
         which = (chance[0] * len(groups)).astype("int64")
-        for i in np.unique(which).tolist():
-            there, mine = groups[i].values, which == i
-            serials[mine] = there[(chance[1, mine] * len(there)).astype("int64")]
+        at = (chance[1] * np.array([len(group) for group in groups])[which]).astype("int64")
+        order, ends = np.argsort(which, kind="stable"), np.bincount(which).cumsum().tolist()
+        for group, begin, end in zip(groups, [0, *ends], ends):
+            mine = order[begin:end]
+            serials[mine] = group.values[at[mine]]
         return self._items(serials, rows)
 
 # %% ../../../nbs/storage/buffer/chances.ipynb #ae83a121

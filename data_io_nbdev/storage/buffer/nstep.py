@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 # %% auto #0
-__all__ = ['Returns', 'Around', 'NStep']
+__all__ = ['Summed', 'Returns', 'Around', 'NStep']
 
 # %% ../../../nbs/storage/buffer/nstep.ipynb #81ec2cf9
 from ...errors import QueryError
@@ -15,6 +15,34 @@ from ...data.schema import brief, check_whole
 from .sampler import Draw, Drawable, Sampler, Sequences, Uniform
 from .windows import Stack
 from .chances import Chances, Nested, Prioritized
+
+# %% ../../../nbs/storage/buffer/nstep.ipynb #54d51648
+def _discount(rows: np.ndarray, last: np.ndarray, gammas: np.ndarray) -> np.ndarray:
+    "What the value behind the last step counts, after the rows got its flags"
+    for flag in ("terminated", "truncated"): rows[flag] = last[flag]
+    return (gammas * ~last["terminated"]).astype("float32")
+
+def _as_reward(summed: np.ndarray, reward: np.ndarray) -> np.ndarray:
+    return summed.astype(reward.dtype if reward.dtype.kind == "f" else "float32")
+
+class Summed(NamedTuple):
+    """Folds a first and a last step to an n-step transition, where the return between them is known
+
+    Parameters
+    ----------
+    summed : np.ndarray
+        `(batch,)` float64 returns
+    gammas : np.ndarray
+        `(batch,)` float64: what the value behind them counts
+    """
+    summed: np.ndarray  # `(batch,)` float64 returns
+    gammas: np.ndarray  # `(batch,)` float64: what the value behind them counts
+
+    def __call__(self, s: Sequences) -> Sequences:
+        state, action, reward, nstate = s.transition
+        rows, discount = s.rows[:, 0], _discount(s.rows[:, 0], s.rows[:, 1], self.gammas)  # they are the batch's own
+        transition = (state[:, 0], action[:, 0], _as_reward(self.summed, reward), nstate[:, 1])
+        return Sequences(transition, rows, s.slots[:, 0], None, discount)
 
 # %% ../../../nbs/storage/buffer/nstep.ipynb #9dedb615
 class Returns(NamedTuple):
@@ -36,13 +64,13 @@ class Returns(NamedTuple):
         ended = s.rows["terminated"] | s.rows["truncated"]
         goes_on = s.mask[:, first:].copy()
         goes_on[:, 1:] &= ~np.logical_or.accumulate(ended[:, first:-1], axis=1)
-        steps = goes_on.sum(1)
-        last, gammas = first + steps - 1, self.gamma ** np.arange(goes_on.shape[1]) * goes_on
-        summed = np.einsum("bn,bn...->b...", gammas, reward[:, first:].astype("float64"))
-        summed = summed.astype(reward.dtype if reward.dtype.kind == "f" else "float32")
-        rows, after = s.rows[:, first].copy(), nstate[each, last]
-        for flag in ("terminated", "truncated"): rows[flag] = s.rows[flag][each, last]
-        discount = (self.gamma ** steps * ~rows["terminated"]).astype("float32")
+        steps, gammas = goes_on.sum(1), self.gamma ** np.arange(goes_on.shape[1] + 1)
+        last, weights = first + steps - 1, gammas[:-1] * goes_on
+        weights = weights.reshape(*weights.shape, *[1] * (reward.ndim - 2))
+        summed = (weights * reward[:, first:]).cumsum(1)[:, -1]  # from left to right, as a loop does
+        rows = s.rows[:, first].copy()
+        discount = _discount(rows, s.rows[each, last], gammas[steps])
+        summed, after = _as_reward(summed, reward), nstate[each, last]
         if not self.states: now = state[:, 0]
         else:
             before = state[each[:, None], last[:, None] + np.arange(1 - first, 1)]
@@ -110,6 +138,29 @@ class NStep(Around):
 
     def draw(self, n: int, rng: np.random.Generator, rows: Drawable) -> Draw:
         drawn = self.over.draw(n, rng, rows)
+        at, gammas = drawn.rows if drawn.anchor is None else drawn.anchor, self.gamma ** np.arange(self.n + 1)
+        if self._states or not (ahead := rows.ahead(at, gammas)): return self.whole(drawn, rows)
+        last, summed, steps = ahead
+        both = np.stack([at, last], axis=1)
+        return Draw(both, None, drawn.weight, anchor=at, fold=Summed(summed, gammas[steps]))
+
+    def whole(self,
+        drawn: Draw, # Of what it goes around
+        rows: Drawable, # The rows that there are
+    ) -> Draw:
+        """The same with every step that is summed up, for who gives rewards of his own
+
+        Parameters
+        ----------
+        drawn : Draw
+            Of what it goes around
+        rows : Drawable
+            The rows that there are
+
+        Returns
+        -------
+        Draw
+        """
         at = drawn.rows if drawn.anchor is None else drawn.anchor
         back = np.minimum(np.arange(max(self._states, 1) - 1, 0, -1), rows.places(at)[0][:, None])
         steps = np.concatenate([-back, np.broadcast_to(np.arange(self.n), (len(at), self.n))], axis=1)

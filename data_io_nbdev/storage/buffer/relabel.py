@@ -188,7 +188,8 @@ class Relabel(Around):
             Data that does not fit its schema: a role, shape, dtype, unit, identity or time stamp
         """
         _check_fields(self.goal, rows.schema)
-        drawn = self.over.draw(n, rng, rows)
+        over = self.over
+        drawn = over.whole(over.over.draw(n, rng, rows), rows) if isinstance(over, NStep) else over.draw(n, rng, rows)
         at = drawn.rows if drawn.anchor is None else drawn.anchor
         (chance, which), (before, behind, _) = rng.random((2, len(at))), rows.places(at)
         first = {"future": 0 * behind, "final": behind, "episode": -before}[self.strategy]

@@ -539,6 +539,7 @@ class RowReader(RowLog):
     """
     def take(self,
         rows: np.ndarray, # `(n,)` int64 logical row numbers, which must exist
+        found: Optional[np.ndarray] = None, # What `fetch` gave for them, if it was asked already
         into: Optional[np.ndarray] = None, # Where to, as of `fetch`
     ) -> Taken:
         """Rows for a batch, copied
@@ -547,6 +548,8 @@ class RowReader(RowLog):
         ----------
         rows : np.ndarray
             `(n,)` int64 logical row numbers, which must exist
+        found : Optional[np.ndarray], default None
+            What `fetch` gave for them, if it was asked already
         into : Optional[np.ndarray], default None
             Where to, as of `fetch`
 
@@ -555,7 +558,8 @@ class RowReader(RowLog):
         Taken
         """
         slots = self.slots(rows)
-        return self.arrange(slots, self.fetch(slots) if into is None else self.fetch(slots, into))
+        if found is None: found = self.fetch(slots) if into is None else self.fetch(slots, into)
+        return self.arrange(slots, found)
 
     def slots(self,
         rows: np.ndarray, # `(n,)` int64 logical row numbers, which must exist

@@ -8,14 +8,15 @@ import copy
 import inspect
 import json
 from collections.abc import Callable
+from functools import lru_cache
 from operator import methodcaller
 from typing import Any, ClassVar, NamedTuple, Optional, Protocol
 import numpy as np
 from fastcore.basics import patch
 
 # %% auto #0
-__all__ = ['Drawable', 'Draw', 'Sequences', 'Sampler', 'Items', 'Sums', 'Weights', 'leaves', 'Tally', 'Uniform', 'Episodes',
-           'sampler_state', 'unlike']
+__all__ = ['Drawable', 'Draw', 'Sequences', 'Sampler', 'Items', 'Sums', 'fast', 'Weights', 'leaves', 'Tally', 'Uniform',
+           'Episodes', 'sampler_state', 'unlike']
 
 # %% ../../../nbs/storage/buffer/sampler.ipynb #dd38ae64
 class Drawable(Protocol):
@@ -47,6 +48,7 @@ class Drawable(Protocol):
     def owners(self, at: np.ndarray) -> tuple: ...  # Ids of their episodes, and for each row which of these
     def times(self, at: np.ndarray) -> np.ndarray: ...  # int64 UTC microseconds
     def column(self, name: str, at: np.ndarray) -> np.ndarray: ...  # A field of `info`
+    def ahead(self, at: np.ndarray, gammas: np.ndarray) -> Optional[tuple]: ...  # Returns of several steps
     def changed(self, low: int, upto: int, back: int = 0, ahead: int = 0) -> Optional[np.ndarray]: ...
     def about(self, ids: list[str]) -> Any: ...  # Their rows in the pool's catalogue, a frame
 
@@ -298,9 +300,11 @@ class Items(Sampler):
         if "_tally" not in vars(self): self._tally = Tally(self.reach)
         return self._tally.follow(rows, self.anchors)
 
-# %% ../../../nbs/storage/buffer/sampler.ipynb #5689758a
+# %% ../../../nbs/storage/buffer/sampler.ipynb #29fced96
+_TOP, _BITS = 2048, 3  # Most nodes of the top floor; a node is the sum of 2 ** 3 below it
+
 class Sums:
-    """A sum tree over so many leaves
+    """Weights of so many leaves, and a tree of their sums
 
     Parameters
     ----------
@@ -310,61 +314,149 @@ class Sums:
     def __init__(self,
         size: int, # How many leaves, a power of 2
     ):
-        self.size, self.nodes = size, np.zeros(2 * size)
+        floors = [size]
+        while floors[-1] > _TOP: floors.append(floors[-1] >> _BITS)
+        self.size, self.begins = size, np.cumsum([0, *floors])  # where each floor begins
+        self.nodes, self.running = np.zeros(self.begins[-1]), np.zeros(floors[-1])  # sums of the top floor
+        self.add_up, self.go_down = (fast(loop) if len(floors) > 1 else None for loop in (_add_up, _go_down))
 
-    def set(self,
-        leaves: np.ndarray, # `(n,)` int64
-        weights: np.ndarray, # `(n,)`, from 0
-    ) -> None:
-        """Change leaves; done twice it is as if done once
-
-        Parameters
-        ----------
-        leaves : np.ndarray
-            `(n,)` int64
-        weights : np.ndarray
-            `(n,)`, from 0
-        """
-        at, nodes = leaves + self.size, self.nodes
-        nodes[at] = weights
-        many = 8 * len(at) > self.size
-        while self.size > 1 and len(at) and at[0] > 1:
-            level = 1 << (int(at[0]).bit_length() - 2)
-            at = np.arange(level, 2 * level) if many else at >> 1
-            nodes[at] = nodes[2 * at] + nodes[2 * at + 1]
-
-    def select(self,
-        sums: np.ndarray, # `(n,)` from 0, below the sum of all
-    ) -> np.ndarray: # `(n,)` leaves, each with a weight above 0
-        """The leaves at which the running sum of weights exceeds some numbers
-
-        Parameters
-        ----------
-        sums : np.ndarray
-            `(n,)` from 0, below the sum of all
+    @property
+    def weights(self) -> np.ndarray: # A view
+        """The weight of each leaf
 
         Returns
         -------
         np.ndarray
-            `(n,)` leaves, each with a weight above 0
+            A view
         """
-        at, sums = np.ones(len(sums), "int64"), np.array(sums)
-        while at[0] < self.size:
-            left = self.nodes[2 * at]
-            right = ((sums >= left) & (self.nodes[2 * at + 1] > 0)) | (left == 0)
-            sums -= left * right
-            at = 2 * at + right
-        return at - self.size
+        return self.nodes[:self.size]
 
-    def upto(self,
-        leaf: int,
-    ) -> float:
-        "The sum of the weights before a leaf"
-        at, found = leaf + self.size, 0.0
-        while at > 1:
-            if at & 1: found += float(self.nodes[at - 1])
-            at >>= 1
-        return found
+    @property
+    def total(self) -> float: return float(self.running[-1])
+
+    def _eights(self, floor: int) -> np.ndarray:  # `(n, 8)`: what the nodes above are the sums of
+        """Returns
+        -------
+        np.ndarray
+            `(n, 8)`: what the nodes above are the sums of
+        """
+        return self.nodes[self.begins[floor]:self.begins[floor + 1]].reshape(-1, 1 << _BITS)
+
+# %% ../../../nbs/storage/buffer/sampler.ipynb #724618a6
+@patch
+def set(self: Sums,
+    leaves: np.ndarray, # `(n,)` int64
+    weights: np.ndarray, # `(n,)` from 0
+) -> None:
+    """Change leaves; done twice it is as if done once
+
+    Parameters
+    ----------
+    leaves : np.ndarray
+        `(n,)` int64
+    weights : np.ndarray
+        `(n,)` from 0
+    """
+    self.nodes[leaves] = weights
+    if self.add_up and 8 * len(leaves) < self.size: self.add_up(self.nodes, self.begins, leaves)
+    else: self._add_up(leaves)
+    np.cumsum(self.nodes[self.begins[-2]:], out=self.running)
+
+@patch
+def _add_up(self: Sums, at: np.ndarray) -> None:
+    "Make the sums above some leaves"
+    many = 8 * len(at) >= self.size
+    for floor in range(len(self.begins) - 2):
+        at = slice(None) if many else at >> _BITS if len(at) < _TOP else np.unique(at >> _BITS)
+        some = self._eights(floor)[at]
+        while some.shape[1] > 1: some = some[:, ::2] + some[:, 1::2]
+        self.nodes[self.begins[floor + 1]:self.begins[floor + 2]][at] = some[:, 0]
+
+# %% ../../../nbs/storage/buffer/sampler.ipynb #a5dbd70d
+@patch
+def select(self: Sums,
+    sums: np.ndarray, # `(n,)` from 0, below `total`
+) -> np.ndarray: # `(n,)` int64 leaves, each with a weight above 0
+    """The leaves at which the running sum of weights exceeds some numbers
+
+    Parameters
+    ----------
+    sums : np.ndarray
+        `(n,)` from 0, below `total`
+
+    Returns
+    -------
+    np.ndarray
+        `(n,)` int64 leaves, each with a weight above 0
+    """
+    left = np.minimum(sums, np.nextafter(self.total, 0))
+    at = self.running.searchsorted(left, side="right")
+    left -= self.running[at - 1] * (at > 0)
+    if self.go_down: self.go_down(self.nodes, self.begins, at, left)
+    else:
+        for floor in range(len(self.begins) - 3, -1, -1): at, left = _down(self._eights(floor).take(at, 0), at, left)
+    return at
+
+def _down(eight: np.ndarray, at: np.ndarray, left: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    "Which of the eight below each node, and what is left of the number"
+    running = eight.T.copy()
+    for before, one in zip(running, running[1:]): np.add(before, one, out=one)  # cumsum would take twice as long
+    left = np.minimum(left, np.nextafter(running[-1], 0))
+    k = (running <= left).sum(0)
+    return (at << _BITS) + k, left - running[k - 1, np.arange(len(at))] * (k > 0)
+
+@patch
+def upto(self: Sums,
+    leaf: int,
+) -> float:
+    "The sum of the weights before a leaf"
+    found = 0.0
+    for begin in self.begins[:-2].tolist():
+        first = leaf >> _BITS << _BITS
+        found += float(self.nodes[begin + first:begin + leaf].sum())
+        leaf >>= _BITS
+    return found + float(self.running[leaf - 1] if leaf else 0)
+
+# %% ../../../nbs/storage/buffer/sampler.ipynb #7a21c219
+def _add_up(nodes, begins, leaves):
+    "Make the sums above some leaves"
+    for floor in range(1, len(begins) - 1):
+        last = -1
+        for leaf in leaves:
+            at = leaf >> _BITS * floor
+            if at == last: continue
+            i = begins[floor - 1] + (at << _BITS)
+            a, b = nodes[i] + nodes[i + 1], nodes[i + 2] + nodes[i + 3]
+            c, d = nodes[i + 4] + nodes[i + 5], nodes[i + 6] + nodes[i + 7]
+            nodes[begins[floor] + at], last = (a + b) + (c + d), at
+
+def _go_down(nodes, begins, at, left):
+    "From nodes of the top floor to leaves, in place"
+    for k in range(len(at)):
+        node, rest = at[k], left[k]
+        for floor in range(len(begins) - 3, -1, -1):
+            first = begins[floor] + (node << _BITS)
+            i, upto, more = first, 0.0, nodes[first]
+            while more <= rest:
+                if i < first + 7: i, upto, more = i + 1, more, more + nodes[i + 1]
+                else: i, upto, more, rest = first, 0.0, nodes[first], np.nextafter(more, 0.0)
+            node, rest = i - begins[floor], rest - upto
+        at[k] = node
+
+# %% ../../../nbs/storage/buffer/sampler.ipynb #596615a5
+@lru_cache(None)
+def fast(loop: Callable) -> Optional[Callable]: # `None` without a numba that works
+    """A loop compiled: when it is first called, and kept beside the package for the next process
+
+    Returns
+    -------
+    Optional[Callable]
+        `None` without a numba that works
+    """
+    try: from numba import njit
+    except ImportError: return None
+    try: return njit(loop, cache=True)
+    except RuntimeError: return njit(loop)  # nowhere to keep it
 
 # %% ../../../nbs/storage/buffer/sampler.ipynb #ca674274
 class Weights(NamedTuple):
@@ -381,7 +473,7 @@ class Weights(NamedTuple):
     sums: Sums  # Of each row, by its serial number
 
     @property
-    def total(self) -> float: return float(self.sums.nodes[1])
+    def total(self) -> float: return self.sums.total
 
     def select(self,
         sums: np.ndarray, # `(n,)` from 0, below `total`
@@ -399,9 +491,10 @@ class Weights(NamedTuple):
             `(n,)` int64
         """
         size = self.sums.size
-        sums = sums + self.sums.upto(self.low % size)
-        sums = np.where(sums >= self.total, sums - self.total, sums)
-        return self.low + (self.sums.select(sums) - self.low) % size
+        if begin := self.low % size:
+            sums = sums + self.sums.upto(begin)
+            sums = np.where(sums >= self.total, sums - self.total, sums)
+        return self.low + (self.sums.select(sums) - begin) % size
 
     def draw(self,
         n: int, # How many
@@ -476,13 +569,14 @@ class Tally:
         (line, era, low, upto, sums), oldest, serial = self._seen, rows.oldest(), rows.serial
         size = leaves(serial - oldest)
         fresh = line is not rows.line or era != rows.era or size != sums.size
-        if not fresh and also is None and (low, upto) == (oldest, serial): return Weights(low, sums)
-        serials = None if fresh else rows.changed(low, upto, *self.reach)
+        same = (low, upto) == (oldest, serial)
+        if same and not fresh and also is None: return Weights(low, sums)
+        serials = None if fresh else also if same else rows.changed(low, upto, *self.reach)
         if serials is None: serials, sums = rows.serials(np.arange(len(rows))), Sums(size)
         else:
             gone = np.arange(low, min(oldest, low + size)) % size
-            sums.set(gone, np.zeros(len(gone)))
-            if also is not None: serials = np.union1d(serials, also)
+            if len(gone): sums.set(gone, np.zeros(len(gone)))
+            if also is not None and not same: serials = np.union1d(serials, also)
         at = rows.find(serials)
         here = at >= 0
         sums.set(serials[here] % size, weigh(at[here], rows))

@@ -116,7 +116,8 @@ class Windows(Items):
         if self.edge == "cut":
             length = (self.length - rows.places(at)[2] % self.length)[:, None]
             mask &= self.steps < length + self.bootstrap
-        learn = mask & (self.steps >= 0) & (self.steps < length * self.dilation)
+        learn = mask  # whole, unless there is something around it
+        if self.burn_in or self.bootstrap: learn = mask & (self.steps >= 0) & (self.steps < length * self.dilation)
         return Draw(np.where(mask, found, 0), mask, learn=learn, anchor=at)
 
     def draw(self, n: int, rng: np.random.Generator, rows: Drawable) -> Draw:
