@@ -567,6 +567,15 @@ class SameDraws:
         buffer.pool.copy_to(pool)
         assert draws(buffer) == draws(MemoryBuffer(pool=pool, batch_size=32, seed=7))
 
+    def test_drawn_ahead(self, harness):
+        "`batches` gives what `sample` gives, in its order, though a thread draws ahead; also when rows come"
+        one, two = (filled(harness.fresh(), *[drive(9, hour=h) for h in range(3)]) for _ in range(2))
+        with one.batches() as batches:
+            for hour in (5, 6):
+                assert [batch_facts(next(batches)) for _ in range(3)] == draws(two, 3)
+                for b in (one, two): b.store(drive(4, hour=hour))
+        assert draws(one) == draws(two)
+
     @examples(40)
     @given(data=st.data())
     def test_once_and_twice(self, harness, data):

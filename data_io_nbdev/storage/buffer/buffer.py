@@ -411,6 +411,7 @@ def _set_up(self: BufferHandle) -> None:
     self._moving = forkable_lock()  # held while the view moves on; always taken before the other
     self._view, self._astray = self._new_view(), False
     self._writers, self._taken = None, 0  # a weak set, once there are some; steps of theirs that were looked for
+    self._limits: list = []  # of iterators that hold back those who store; writers have the same list
     self._acquire()
     forkable(self)
     if self._own: self._load()
@@ -422,6 +423,7 @@ def _install(self: BufferHandle, view: View, *changes: Callable[[], None], **opt
     before = self._view  # let go when all is done
     view.adopt(*changes, partial(dict.update, vars(self), {"_view": view, **options}))
     del before
+    for limit in self._limits: limit.tell()
 
 @patch
 def _load(self: BufferHandle) -> None:
@@ -534,43 +536,10 @@ class BufferRows(BufferHandle[ItemT]):
         """
         with at_the_door:
             self._check_storable(episode)
+            for limit in self._limits: limit.wait_to_insert()
             id = self.pool.store(episode)
             if self._has_loaded(): self.refresh()
             return id
-
-    def find(self,
-        query: PoolQuery, # Or an id, or several
-    ) -> Iterator[Episode]: # As the pool gives them
-        """
-        find items by query, id or ids
-
-        Parameters
-        ----------
-        query : PoolQuery
-            Or an id, or several
-
-        Returns
-        -------
-        Iterator[Episode]
-            As the pool gives them
-        """
-        with at_the_door: return self.pool.find(query)
-
-    def save(self,
-        path=None, # Where to; None is where the pool came from
-        overwrite=False, # Replace another file that is there
-    ):
-        """
-        save the pool, with all that it holds, to one file that MemoryPool opens
-
-        Parameters
-        ----------
-        path : default None
-            Where to; None is where the pool came from
-        overwrite : default False
-            Replace another file that is there
-        """
-        with at_the_door: self.pool.save(path, overwrite)
 
     def refresh(self) -> int: # How many rows are new
         """Take in what others have committed since: new rows go to the end, hidden episodes are drawn no more
@@ -588,7 +557,9 @@ class BufferRows(BufferHandle[ItemT]):
         with at_the_door, self._moving:
             if self._writers is not None: self._heed_writers()
             if not self._view.versions: return len(self._loaded())
-            return self._view.look(self.pool.version)
+            new = self._view.look(self.pool.version)
+            for limit in self._limits: limit.tell()
+            return new
 
     @property
     def nbytes(self) -> int: # Of the rows
@@ -603,6 +574,43 @@ class BufferRows(BufferHandle[ItemT]):
 
     def __len__(self) -> int: return len(self._loaded())  # rows that can be drawn
     def __bool__(self) -> bool: return True  # an empty buffer is still a buffer
+
+# %% ../../../nbs/storage/buffer/buffer.ipynb #d9e56737
+@patch
+def find(self: BufferRows,
+    query: PoolQuery, # Or an id, or several
+) -> Iterator[Episode]: # As the pool gives them
+    """
+    find items by query, id or ids
+
+    Parameters
+    ----------
+    query : PoolQuery
+        Or an id, or several
+
+    Returns
+    -------
+    Iterator[Episode]
+        As the pool gives them
+    """
+    with at_the_door: return self.pool.find(query)
+
+@patch
+def save(self: BufferRows,
+    path=None, # Where to; None is where the pool came from
+    overwrite=False, # Replace another file that is there
+):
+    """
+    save the pool, with all that it holds, to one file that MemoryPool opens
+
+    Parameters
+    ----------
+    path : default None
+        Where to; None is where the pool came from
+    overwrite : default False
+        Replace another file that is there
+    """
+    with at_the_door: self.pool.save(path, overwrite)
 
 # %% ../../../nbs/storage/buffer/buffer.ipynb #2d5b124d
 @patch
@@ -634,6 +642,7 @@ def writer(self: BufferRows,
         writer = self.pool.writer(who, **options)
         self._writers = weakref.WeakSet() if self._writers is None else self._writers
         self._writers.add(writer)
+        writer._limits = self._limits
         return writer
 
 @patch
@@ -683,19 +692,29 @@ class BufferDraws(BufferRows[ItemT]):
         "A batch of `n` items, by default `batch_size`; raises `NotEnoughData` where there is no row"
         if n is None: n = self.batch_size
         else: _positive("n", n)
+        view = self._ready()
+        with self._lock: return self._drawn(n, view)
+
+    def _ready(self) -> View:
+        "What is drawn from, with what writers stored since"
         if self._writers is not None: self._take_in()
-        view = self._view
-        if not view.versions: view = self._loaded()
-        with self._lock:
-            if self._astray: self._go_own_way()
-            if not view.rows: raise NotEnoughData(self._emptiness(view))
-            if self.sampler.in_one_step: return self._batch(n, view.rows)
-            before = self._rng.bit_generator.state, self.sampler.moment()
-            try: return self._batch(n, view.rows)
-            except BaseException:  # the next draw is the one that this would have been
-                self._rng.bit_generator.state = before[0]
-                self.sampler.go_back(before[1])
-                raise
+        return self._view if self._view.versions else self._loaded()
+
+    def _drawn(self, n: int, view: View) -> Batch:  # under the lock
+        """Returns
+        -------
+        Batch
+            under the lock
+        """
+        if self._astray: self._go_own_way()
+        if not view.rows: raise NotEnoughData(self._emptiness(view))
+        if self.sampler.in_one_step: return self._batch(n, view.rows)
+        before = self._rng.bit_generator.state, self.sampler.moment()
+        try: return self._batch(n, view.rows)
+        except BaseException:  # the next draw is the one that this would have been
+            self._rng.bit_generator.state = before[0]
+            self.sampler.go_back(before[1])
+            raise
 
     def _batch(self, n: int, rows: Rows) -> Batch:  # under the lock
         """Returns
@@ -745,11 +764,61 @@ def _emptiness(self: BufferDraws, view: View) -> str:
     remedy = "store() an episode, or refresh() once others did"
     return f"this buffer is empty, there is no step to draw: {what}; {remedy}"
 
+# %% ../../../nbs/storage/buffer/buffer.ipynb #ec4cae5c
+@patch
+def batches(self: BufferDraws,
+    n: Optional[int] = None, # How many; by default one after the other for ever
+    prefetch: int = 2, # Batches that a thread draws ahead; with 0 there is no thread
+    to: str = "numpy", # What arrays are of: "numpy", "torch" or "jax"
+    device: Any = None, # Where PyTorch or JAX shall have them; by default where they put what comes from numpy
+    pin: bool = False, # Through pinned memory, from where PyTorch copies to a GPU without waiting
+    min_size: Optional[int] = None, # Rows that there must be before the first batch
+    samples_per_insert: Optional[float] = None, # Items drawn for each row that comes: the faster side waits
+    margin: Optional[float] = None, # Items by which one side may be ahead; by default two batches, or more
+    timeout: Optional[float] = None, # Seconds that a side waits for the other; then it raises `TimedOut`
+) -> Any: # A `Batches`: an iterator, and a context manager
+    """The batches that `sample` would give, one after the other, drawn ahead of their turn
+
+    Parameters
+    ----------
+    n : Optional[int], default None
+        How many; by default one after the other for ever
+    prefetch : int, default 2
+        Batches that a thread draws ahead; with 0 there is no thread
+    to : str, default 'numpy'
+        What arrays are of: "numpy", "torch" or "jax"
+    device : Any, default None
+        Where PyTorch or JAX shall have them; by default where they put what comes from numpy
+    pin : bool, default False
+        Through pinned memory, from where PyTorch copies to a GPU without waiting
+    min_size : Optional[int], default None
+        Rows that there must be before the first batch
+    samples_per_insert : Optional[float], default None
+        Items drawn for each row that comes: the faster side waits
+    margin : Optional[float], default None
+        Items by which one side may be ahead; by default two batches, or more
+    timeout : Optional[float], default None
+        Seconds that a side waits for the other; then it raises `TimedOut`
+
+    Returns
+    -------
+    Any
+        A `Batches`: an iterator, and a context manager
+
+    Raises
+    ------
+    TimedOut
+        A learner that waited too long for new rows, or a writer that waited too long for the learner
+    """
+    from data_io_nbdev.storage.buffer.batches import Batches
+    with at_the_door:
+        return Batches(self, n, prefetch, to, device, pin, min_size, samples_per_insert, margin, timeout)
+
 # %% ../../../nbs/storage/buffer/buffer.ipynb #111a438d
 @patch
-def _go_own_way(self: BufferDraws) -> None:
-    "In a forked child: a generator by the parent's and the number of the worker, where it has one"
-    worker = multiprocessing.current_process()._identity
+def _go_own_way(self: BufferDraws, worker: Optional[tuple[int, ...]] = None) -> None:
+    "In another process: a generator by the parent's and the number of the worker, where it has one"
+    if worker is None: worker = multiprocessing.current_process()._identity
     state = json.dumps(self._rng.bit_generator.state, sort_keys=True)
     entropy = int(hashlib.sha256(state.encode()).hexdigest(), 16) if worker else None
     rng = np.random.default_rng(np.random.SeedSequence(entropy, spawn_key=worker))
@@ -936,7 +1005,7 @@ class BufferState(BufferDraws[ItemT]):
         names = [f.name for f in fields(self) if f.init and f.name not in self._STAYS]
         options = {name: getattr(self, name) for name in names}
         state = self.state_dict() if self._view.versions else None
-        return _arrive, (type(self), options, state, self._rng.bit_generator.state)
+        with self._lock: return _arrive, (type(self), options, state, self._rng.bit_generator.state)
 
 def _arrive(kind: type[BufferState], options: dict, state: Optional[dict], rng: dict) -> BufferState:
     "A buffer in another process"
