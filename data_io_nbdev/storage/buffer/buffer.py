@@ -575,7 +575,7 @@ class BufferRows(BufferHandle[ItemT]):
     def __len__(self) -> int: return len(self._loaded())  # rows that can be drawn
     def __bool__(self) -> bool: return True  # an empty buffer is still a buffer
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #d9e56737
+# %% ../../../nbs/storage/buffer/buffer.ipynb #82fc20e6
 @patch
 def find(self: BufferRows,
     query: PoolQuery, # Or an id, or several
@@ -753,7 +753,8 @@ def update_priorities(self: BufferDraws,
     with at_the_door:
         if not hasattr(self.sampler, "update"):
             raise QueryError(f"{self.sampler!r} draws by no priorities; sampler=Prioritized() does")
-        with self._lock: self.sampler.update(index, priority)
+        told = np.asarray(index), np.asarray(priority)  # which may be tensors
+        with self._lock: self.sampler.update(*told)
 
 # %% ../../../nbs/storage/buffer/buffer.ipynb #6958edda
 @patch
@@ -764,7 +765,7 @@ def _emptiness(self: BufferDraws, view: View) -> str:
     remedy = "store() an episode, or refresh() once others did"
     return f"this buffer is empty, there is no step to draw: {what}; {remedy}"
 
-# %% ../../../nbs/storage/buffer/buffer.ipynb #ec4cae5c
+# %% ../../../nbs/storage/buffer/buffer.ipynb #608618f4
 @patch
 def batches(self: BufferDraws,
     n: Optional[int] = None, # How many; by default one after the other for ever
