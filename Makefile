@@ -41,7 +41,7 @@ test: export $(filter $(FERRETDB),$(SERVER)) ## run the tests and every notebook
 	@echo 'NOT TESTED: PyTorch and JAX, which are large; make frameworks installs and tests them'
 	@PATH="$(CURDIR)/.tools:$$PATH" $(BIN)/python -m pytest --cov --numprocesses 2 --dist loadscope --flags "$(FLAGS)"
 
-# PyTorch and JAX are large, so they have a venv of their own; where PYPI_TORCH names an index with builds for CPUs only, PyTorch comes from there.
+# PyTorch and JAX are large: on Linux, PyTorch brings its CUDA libraries, some 5 GB. So they have a venv of their own.
 frameworks: export $(FRAMEWORKS)/made ## test what needs PyTorch and JAX: tests/test_frameworks.py, and flagged cells
 	@FRAMEWORKS=1 $(FRAMEWORKS)/bin/python -m pytest --flags "torch jax" tests/test_frameworks.py nbs/interop/torch.ipynb nbs/storage/buffer/batches.ipynb
 
