@@ -4,6 +4,7 @@ PY ?= $(shell for p in python3.11 python3; do $$p -c '' 2>/dev/null && echo $$p 
 VENV ?= .venv
 BIN := $(VENV)/bin
 PACKAGE := data_io_nbdev
+FRAMEWORKS := .venv-frameworks
 FLAGS ?= $(if $(SERVER),mongo)
 DOCS_OPTIONS ?=
 
@@ -15,7 +16,7 @@ FERRETDB := .tools/ferretdb
 SERVER := $(or $(MONGODB_URI),$(shell command -v mongod || command -v ferretdb || { command -v go >/dev/null && echo $(FERRETDB); }))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage soak bench bench-peers docs lab readme export outputs clean-notebooks check-export wheel clean
+.PHONY: help demo test coverage frameworks soak bench bench-peers docs lab readme export outputs clean-notebooks check-export wheel clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,10 +38,22 @@ demo: $(VENV)/with-demo ## run the demonstration
 test: export $(filter $(FERRETDB),$(SERVER)) ## run the tests and every notebook; FLAGS="mongo slow" adds the flagged cells
 	@echo "Testing tests/ and every notebook under nbs/$(if $(FLAGS), with $(FLAGS))"
 	@$(if $(SERVER),,echo 'NOT TESTED: MongoPool. Set MONGODB_URI, or put mongod on the PATH, or install Go')
+	@echo 'NOT TESTED: PyTorch and JAX, which are large; make frameworks installs and tests them'
 	@PATH="$(CURDIR)/.tools:$$PATH" $(BIN)/python -m pytest $(COVERAGE) --numprocesses 2 --dist loadscope --flags "$(FLAGS)"
 
 coverage: ## run the tests as above, and list the lines that none of them runs
 	@$(MAKE) --no-print-directory test COVERAGE=--cov
+
+# PyTorch and JAX are large: on Linux, PyTorch brings its CUDA libraries, some 5 GB. So they have a venv of their own.
+frameworks: export $(FRAMEWORKS)/made ## test what needs PyTorch and JAX: tests/test_frameworks.py, and flagged cells
+	@FRAMEWORKS=1 $(FRAMEWORKS)/bin/python -m pytest --flags "torch jax" tests/test_frameworks.py nbs/interop/torch.ipynb nbs/storage/buffer/batches.ipynb
+
+$(FRAMEWORKS)/made: settings.ini constraints.txt setup.py
+	@echo "Installing PyTorch and JAX into $(FRAMEWORKS); the first time takes some minutes"
+	@rm -rf $(FRAMEWORKS)
+	@$(PY) -m venv $(FRAMEWORKS)
+	@$(FRAMEWORKS)/bin/python -m pip install --quiet --disable-pip-version-check $(PINS) -e '.[dev,torch,jax]'
+	@touch $@
 
 soak: export $(filter $(FERRETDB),$(SERVER)) ## attack the package ten times as often as the tests do, and print a table; takes an hour or so
 	@$(if $(SERVER),,echo 'NOT TESTED: MongoPool. Set MONGODB_URI, or put mongod on the PATH, or install Go')

@@ -11,8 +11,8 @@ from typing import Optional
 
 # %% auto #0
 __all__ = ['at_the_door', 'DataIOError', 'SchemaError', 'QueryError', 'EpisodeConflict', 'EpisodeNotFound', 'SnapshotNotFound',
-           'NotEnoughData', 'PoolNotFound', 'PoolUnavailable', 'ReadOnly', 'CorruptData', 'ClosedError', 'MissingExtra',
-           'require', 'cut', 'tell']
+           'NotEnoughData', 'PoolNotFound', 'PoolUnavailable', 'ReadOnly', 'CorruptData', 'TimedOut', 'ClosedError',
+           'MissingExtra', 'require', 'cut', 'tell']
 
 # %% ../nbs/errors.ipynb #b02778c0
 class DataIOError(Exception):
@@ -51,6 +51,9 @@ class ReadOnly(DataIOError, PermissionError):
 
 class CorruptData(DataIOError, OSError):
     "Stored bytes that are damaged, cut short, or of a format this version does not know"
+
+class TimedOut(DataIOError, TimeoutError):
+    "A learner that waited too long for new rows, or a writer that waited too long for the learner"
 
 class ClosedError(DataIOError, RuntimeError):
     "Use of a pool or buffer after it was closed"

@@ -116,7 +116,13 @@ def learn(buffer, check, own, done):
 
 @pytest.fixture
 def restless():
-    "Threads take turns five hundred times as often as usual, and so at many more places"
+    "Threads take turns five hundred times as often as usual, and so at many more places; what numba compiles is compiled before"
+    for make, _ in LEARNERS:
+        buffer = MemoryBuffer(batch_size=8, sampler=make(), capacity=CAPACITY)
+        with buffer.writer({"machine": "m0"}) as writer:
+            for k in range(STEPS): writer.append(state=state(k), action=np.float64(0), reward=np.float64(0), nstate=state(k + 1))
+        batch = buffer.sample()
+        if priorities(buffer.sampler): buffer.update_priorities(batch.anchor, np.ones(len(batch.anchor))); buffer.sample()
     before = sys.getswitchinterval()
     sys.setswitchinterval(before / 500)
     yield

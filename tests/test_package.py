@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-HEAVY = ("dask", "distributed", "deltalake", "pyarrow", "pymongo", "bson", "matplotlib", "torch", "nbdev", "gymnasium", "minari", "pytest", "hypothesis", "IPython",
+HEAVY = ("dask", "distributed", "deltalake", "pyarrow", "pymongo", "bson", "matplotlib", "torch", "jax", "nbdev", "gymnasium", "minari", "pytest", "hypothesis", "IPython",
          "tqdm", "asyncio", "sqlite3", "xml")  # the last few of the standard library
 NEW = """
 import sys, pandas

@@ -14,6 +14,8 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import getitem
 from typing import Any, Optional
 import numpy as np
 import pandas as pd  # type: ignore
@@ -40,6 +42,7 @@ from ..storage.buffer.chances import Balanced, Epoch, Once, Prioritized, Recent
 from ..storage.buffer.nstep import NStep
 from ..storage.buffer.relabel import Relabel
 from ..storage.buffer.memory import MemoryBuffer
+from ..storage.buffer.state import take_apart
 from .drives import errand
 from .pools import selects
 from .harness import (BAD_FRAMES, HOURS, PARTS, Harness, at_once, batch_facts, bits,
@@ -422,7 +425,13 @@ class RowsOfSelections:
 class StatesOfSelections:
     "A selection is stopped, resumed and refused like a query"
     def test_selected_state(self, harness):
-        "A buffer with another selection, or with none, takes over that of a state"
+        """A buffer with another selection, or with none, takes over that of a state
+
+        Raises
+        ------
+        QueryError
+            A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
+        """
         select = {"action": ["brake"], "state": ["slope"]}
         buffer = filled(harness, *[drive(5, hour=h) for h in range(3)], select=select)
         buffer.sample()
@@ -573,6 +582,15 @@ class SameDraws:
         buffer.pool.copy_to(pool)
         assert draws(buffer) == draws(MemoryBuffer(pool=pool, batch_size=32, seed=7))
 
+    def test_drawn_ahead(self, harness):
+        "`batches` gives what `sample` gives, in its order, though a thread draws ahead; also when rows come"
+        one, two = (filled(harness.fresh(), *[drive(9, hour=h) for h in range(3)]) for _ in range(2))
+        with one.batches() as batches:
+            for hour in (5, 6):
+                assert [batch_facts(next(batches)) for _ in range(3)] == draws(two, 3)
+                for b in (one, two): b.store(drive(4, hour=hour))
+        assert draws(one) == draws(two)
+
     @examples(40)
     @given(data=st.data())
     def test_once_and_twice(self, harness, data):
@@ -600,7 +618,7 @@ class SameDraws:
 def through_json(
     state: dict, # From `state_dict`
 ) -> dict: # For `load_state_dict`
-    """A state as another process gets it
+    """A state as another process gets it: through JSON, but for the arrays that some samplers have
 
     Parameters
     ----------
@@ -611,8 +629,16 @@ def through_json(
     -------
     dict
         For `load_state_dict`
+
+    Raises
+    ------
+    QueryError
+        A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
     """
-    return json.loads(json.dumps(state))
+    plain, arrays = take_apart(state)
+    arrived = json.loads(json.dumps(plain))
+    for (*way, last), a in arrays: reduce(getitem, way, arrived)[last] = a.copy()
+    return arrived
 
 class Resume:
     "A run that was stopped goes on as if it had not been"
@@ -641,7 +667,13 @@ class Resume:
 
     @pytest.mark.parametrize("capacity", [None, 12])
     def test_through_refreshes(self, harness, capacity):
-        "The rows are those of the versions that it had read, and the same refreshes follow"
+        """The rows are those of the versions that it had read, and the same refreshes follow
+
+        Raises
+        ------
+        QueryError
+            A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
+        """
         pool = harness.open()
         pool.extend([drive(4, hour=2), drive(6, hour=5)[:3]])
         buffer = harness.buffer(pool=pool, batch_size=16, seed=1, capacity=capacity)
@@ -661,7 +693,13 @@ class Resume:
 class ResumeElsewhere:
     "The next day, beside another buffer, or from something that is no state"
     def test_from_storage(self, harness):
-        "Into a buffer over the pool as it was opened again, the next day"
+        """Into a buffer over the pool as it was opened again, the next day
+
+        Raises
+        ------
+        QueryError
+            A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
+        """
         buffer = filled(harness, *[drive(5, hour=h) for h in range(4)])
         buffer.store(drive(5, hour=0, driver="zoe")); buffer.sample()
         state, right = through_json(buffer.state_dict()), draws(buffer)
@@ -1201,6 +1239,11 @@ class BufferMachine(BufferBystanders):
 
     @rule(which=st.sampled_from(["once", "twice", "auto"]))
     def resume(self, which):
+        """Raises
+        ------
+        QueryError
+            A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
+        """
         state = through_json(self.buffers[0].state_dict())
         self.buffers[1] = self.make(which, seed=None)
         self.buffers[1].load_state_dict(state)

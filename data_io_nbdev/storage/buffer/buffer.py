@@ -434,6 +434,7 @@ def _set_up(self: BufferHandle) -> None:
     self._moving = forkable_lock()  # held while the view moves on; always taken before the other
     self._view, self._astray = self._new_view(), False
     self._writers, self._desks, self._taken = None, (), {}  # a weak set; what counts their steps; as at the last look
+    self._limits: list = []  # of iterators that hold back those who store; writers have the same list
     self._acquire()
     forkable(self)
     if self._own: self._load()
@@ -445,6 +446,7 @@ def _install(self: BufferHandle, view: View, *changes: Callable[[], None], **opt
     before = self._view  # let go when all is done
     view.adopt(*changes, partial(dict.update, vars(self), {"_view": view, **options}))
     del before
+    for limit in self._limits: limit.tell()
 
 @patch
 def _load(self: BufferHandle) -> None:
@@ -557,43 +559,10 @@ class BufferRows(BufferHandle[ItemT]):
         """
         with at_the_door:
             self._check_storable(episode)
+            for limit in self._limits: limit.wait_to_insert()
             id = self.pool.store(episode)
             if self._has_loaded(): self.refresh()
             return id
-
-    def find(self,
-        query: PoolQuery, # Or an id, or several
-    ) -> Iterator[Episode]: # As the pool gives them
-        """
-        find items by query, id or ids
-
-        Parameters
-        ----------
-        query : PoolQuery
-            Or an id, or several
-
-        Returns
-        -------
-        Iterator[Episode]
-            As the pool gives them
-        """
-        with at_the_door: return self.pool.find(query)
-
-    def save(self,
-        path=None, # Where to; None is where the pool came from
-        overwrite=False, # Replace another file that is there
-    ):
-        """
-        save the pool, with all that it holds, to one file that MemoryPool opens
-
-        Parameters
-        ----------
-        path : default None
-            Where to; None is where the pool came from
-        overwrite : default False
-            Replace another file that is there
-        """
-        with at_the_door: self.pool.save(path, overwrite)
 
     def refresh(self) -> int: # How many rows are new
         """Take in what others have committed since: new rows go to the end, hidden episodes are drawn no more
@@ -611,7 +580,9 @@ class BufferRows(BufferHandle[ItemT]):
         with at_the_door, self._moving:
             if self._writers is not None: self._heed_writers()
             if not self._view.versions: return len(self._loaded())
-            return self._view.look(self.pool.version)
+            new = self._view.look(self.pool.version)
+            for limit in self._limits: limit.tell()
+            return new
 
     @property
     def nbytes(self) -> int: # Of the rows
@@ -626,6 +597,43 @@ class BufferRows(BufferHandle[ItemT]):
 
     def __len__(self) -> int: return len(self._loaded())  # rows that can be drawn
     def __bool__(self) -> bool: return True  # an empty buffer is still a buffer
+
+# %% ../../../nbs/storage/buffer/buffer.ipynb #82fc20e6
+@patch
+def find(self: BufferRows,
+    query: PoolQuery, # Or an id, or several
+) -> Iterator[Episode]: # As the pool gives them
+    """
+    find items by query, id or ids
+
+    Parameters
+    ----------
+    query : PoolQuery
+        Or an id, or several
+
+    Returns
+    -------
+    Iterator[Episode]
+        As the pool gives them
+    """
+    with at_the_door: return self.pool.find(query)
+
+@patch
+def save(self: BufferRows,
+    path=None, # Where to; None is where the pool came from
+    overwrite=False, # Replace another file that is there
+):
+    """
+    save the pool, with all that it holds, to one file that MemoryPool opens
+
+    Parameters
+    ----------
+    path : default None
+        Where to; None is where the pool came from
+    overwrite : default False
+        Replace another file that is there
+    """
+    with at_the_door: self.pool.save(path, overwrite)
 
 # %% ../../../nbs/storage/buffer/buffer.ipynb #2d5b124d
 @patch
@@ -658,6 +666,7 @@ def writer(self: BufferRows,
         with self._lock:  # whoever looks meanwhile goes through the old ones
             writers, desks = weakref.WeakSet([*(self._writers or ()), writer]), (*self._desks, writer._desk)
             vars(self).update(_writers=writers, _desks=desks)
+        writer._limits = self._limits
         return writer
 
 @patch
@@ -709,14 +718,7 @@ class BufferDraws(BufferRows[ItemT]):
         if n is None: n = self.batch_size
         else: _positive("n", n)
         view = self._plan(n)
-        with self._lock:
-            if self._astray: self._go_own_way()
-            if self.sampler.in_one_step: return self._drawn(n, view)
-            before = self._moment()
-            try: return self._drawn(n, view)
-            except BaseException:  # the next draw is the one that this would have been
-                self._go_back(before)
-                raise
+        with self._lock: return self._drawn(n, view)
 
     def _plan(self, n: int) -> Any:  # before the lock is taken
         """Returns
@@ -733,8 +735,14 @@ class BufferDraws(BufferRows[ItemT]):
         Batch
             under the lock
         """
+        if self._astray: self._go_own_way()
         if not view.rows: raise NotEnoughData(self._emptiness(view))
-        return self._batch(n, view.rows, into)
+        if self.sampler.in_one_step: return self._batch(n, view.rows, into)
+        before = self._moment()
+        try: return self._batch(n, view.rows, into)
+        except BaseException:  # the next draw is the one that this would have been
+            self._go_back(before)
+            raise
 
     def _batch(self, n: int, rows: Rows, into: Optional[np.ndarray] = None) -> Batch:
         return make_batch(rows, self._choose(n, rows), into=into)
@@ -787,7 +795,8 @@ def update_priorities(self: BufferDraws,
     with at_the_door:
         if not self._heeds():
             raise QueryError(f"{self.sampler!r} draws by no priorities; sampler=Prioritized() does")
-        with self._lock: self._note(index, priority)()
+        told = np.asarray(index), np.asarray(priority)  # which may be tensors
+        with self._lock: self._note(*told)()
 
 @patch
 def _heeds(self: BufferDraws) -> bool: return hasattr(self.sampler, "update")
@@ -815,9 +824,9 @@ def _emptiness(self: BufferDraws, view: View) -> str:
 
 # %% ../../../nbs/storage/buffer/buffer.ipynb #111a438d
 @patch
-def _go_own_way(self: BufferDraws) -> None:
-    "In a forked child: a generator by the parent's and the number of the worker, where it has one"
-    worker = multiprocessing.current_process()._identity
+def _go_own_way(self: BufferDraws, worker: Optional[tuple[int, ...]] = None) -> None:
+    "In another process: a generator by the parent's and the number of the worker, where it has one"
+    if worker is None: worker = multiprocessing.current_process()._identity
     state = json.dumps(self._rng.bit_generator.state, sort_keys=True)
     entropy = int(hashlib.sha256(state.encode()).hexdigest(), 16) if worker else None
     rng = np.random.default_rng(np.random.SeedSequence(entropy, spawn_key=worker))
@@ -1018,7 +1027,7 @@ class BufferState(BufferDraws[ItemT]):
         names = [f.name for f in fields(self) if f.init and f.name not in self._STAYS]
         options = {name: getattr(self, name) for name in names}
         state = self.state_dict() if self._view.versions else None
-        return _arrive, (type(self), options, state, self._rng.bit_generator.state)
+        with self._lock: return _arrive, (type(self), options, state, self._rng.bit_generator.state)
 
 def _arrive(kind: type[BufferState], options: dict, state: Optional[dict], rng: dict) -> BufferState:
     "A buffer in another process"

@@ -356,8 +356,8 @@ class Epoch(Chances):
             raise ValueError(f"no place in an epoch: {brief(at)}")
         vars(self).update(_at=at and tuple(at), _line=None)
 
-    def moment(self) -> Any: return self._at
-    def go_back(self, moment: Any) -> None: self._at = moment
+    def moment(self) -> Any: return self._at, self._line
+    def go_back(self, moment: Any) -> None: self._at, self._line = moment
 
 # %% ../../../nbs/storage/buffer/chances.ipynb #96dd238c
 @patch
@@ -427,8 +427,8 @@ class Once(Chances):
         if not is_whole(state["at"], 0, 2**53): raise ValueError(f"no serial number: {brief(state['at'])}")
         vars(self).update(_at=state["at"], _line=None)
 
-    def moment(self) -> Any: return self._at
-    def go_back(self, moment: Any) -> None: self._at = moment
+    def moment(self) -> Any: return self._at, self._line
+    def go_back(self, moment: Any) -> None: self._at, self._line = moment
 
 # %% ../../../nbs/storage/buffer/chances.ipynb #58462e1c
 class Balanced(Chances):

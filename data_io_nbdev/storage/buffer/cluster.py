@@ -23,7 +23,8 @@ from ..pool.delta import Lake
 from .rows import Rows, Run
 from .sampler import Draw
 from .state import same_state
-from .buffer import Batch, Buffer, make_batch
+from .buffer import Batch, make_batch
+from .batches import Buffer
 
 # %% ../../../nbs/storage/buffer/cluster.ipynb #5e3497ff
 def pack(

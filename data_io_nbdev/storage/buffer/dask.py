@@ -30,7 +30,8 @@ from ..pool.dask import DaskPool, by_file, in_order, read_parts, windows
 from ..pool.parquet import Steps
 from .rows import Room, Rows, row_dtype
 from .view import Home, View, keep_once
-from .buffer import Batch, Buffer
+from .buffer import Batch
+from .batches import Buffer
 from .mapped import Cache, cache_key, move_out, still
 from .cluster import ClusterRows, LookAhead
 

@@ -13,7 +13,8 @@ __all__ = ['MemoryBuffer']
 from ...errors import DataIOError, at_the_door
 from ...data.core import Episode
 from ..pool.pool import Pool
-from .buffer import Batch, Buffer
+from .buffer import Batch
+from .batches import Buffer
 
 # %% ../../../nbs/storage/buffer/memory.ipynb #7cb669c5
 @dataclass(kw_only=True, eq=False)

@@ -22,7 +22,8 @@ from ...data.show import shortened
 from ..pool.columns import in_one_step
 from ..pool.pool import forkable_lock
 from .rows import Rows
-from .buffer import Batch, Buffer
+from .buffer import Batch
+from .batches import Buffer
 
 # %% ../../../nbs/storage/buffer/mixture.ipynb #e1834493
 @lru_cache(1024)

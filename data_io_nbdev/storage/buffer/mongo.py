@@ -19,7 +19,8 @@ from ...data.core import Episode
 from ..pool.columns import Part
 from ..pool.pool import Pool
 from .view import Home, View
-from .buffer import Batch, Buffer
+from .buffer import Batch
+from .batches import Buffer
 
 # %% ../../../nbs/storage/buffer/mongo.ipynb #63662497
 class WatchedHome(Home):

@@ -318,6 +318,7 @@ class Writer:
     most : int, default 1000000
         Steps that may wait while the pool cannot be reached
     """
+    _limits: Sequence[Any] = ()  # of learners that may be slower, where a buffer made this writer
     def __init__(self,
         pool: Any, # A `Pool`
         who: Any = None, # Identity, `{"vehicle": "VB7"}`; for environments side by side a list with one each
@@ -449,6 +450,7 @@ def append(self: Writer,
                   truncated=truncated, info=info)
     with at_the_door:
         if desk.process != os.getpid(): self._check_own()
+        for limit in self._limits: limit.wait_to_insert()
     with at_the_door, desk.lock:
         if desk.closed or desk.trouble: self._check()
         if (sheet := desk.sheet) is None: sheet = desk.sheet = self._begin(values, timestamp)
@@ -461,6 +463,7 @@ def append(self: Writer,
         elif ended: desk.cut(sheet.ended())
     if full or ended: self._due()
     elif desk.thread is None and not self._inline: desk.wake()
+    for limit in self._limits: limit.tell(len(self.who))
 
 @patch
 def _due(self: Writer) -> None:
