@@ -640,6 +640,7 @@ def through_json(
     for (*way, last), a in arrays: reduce(getitem, way, arrived)[last] = a.copy()
     return arrived
 
+# %% ../../nbs/testing/buffers.ipynb #953013fc
 class Resume:
     "A run that was stopped goes on as if it had not been"
     @pytest.mark.parametrize("sampler", [Uniform, Episodes])
