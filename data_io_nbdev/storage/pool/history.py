@@ -44,7 +44,7 @@ def _noted(commits: Iterable[Commit], moved: np.ndarray, notes: dict[int, str]) 
         moved[c.number] = sum(part.length for part in c.move)
         if c.units: notes[c.number] = "units were given"
         if c.oldest: notes[c.number] = f"versions before {c.oldest} were given up"
-        yield c._replace(move=(), oldest=0)
+        yield c._replace(move=(), oldest=0, units=None)
 
 def history_of(
     commits: Iterable[Commit], # From the first on
