@@ -18,9 +18,9 @@ import pandas as pd  # type: ignore
 # %% auto #0
 __all__ = ['LISTS', 'SPLITS', 'SEEDS', 'CUTS', 'RoundTrip', 'Spellings', 'Queries', 'Returns', 'ListLikes', 'Splits',
            'GeneratedSplits', 'Choices', 'selects', 'has_selected', 'SomeFields', 'Catalogue', 'InParts',
-           'InGeneratedParts', 'Conflicts', 'GapsAndEnds', 'Overwriting', 'Deleting', 'Snapshots', 'Past', 'Races',
-           'LostRaces', 'Handles', 'OtherProcesses', 'PoolRefusals', 'ReadOnlyPools', 'Damage', 'Copies', 'grown',
-           'drive_part', 'PoolChanges', 'PoolMachine', 'PoolStories', 'PoolContract']
+           'InGeneratedParts', 'Conflicts', 'GapsAndEnds', 'Overwriting', 'Deleting', 'Snapshots', 'Histories', 'Past',
+           'Races', 'LostRaces', 'Handles', 'OtherProcesses', 'PoolRefusals', 'ReadOnlyPools', 'Damage', 'Copies',
+           'grown', 'drive_part', 'PoolChanges', 'PoolMachine', 'PoolStories', 'PoolContract']
 
 # %% ../../nbs/testing/pools.ipynb #49ab18e4
 from ..errors import (ClosedError, CorruptData, DataIOError, EpisodeConflict, EpisodeNotFound,
@@ -854,6 +854,35 @@ class Snapshots:
                       lambda: past.delete(ids[0]), lambda: past.delete(everything=True)):
             with unchanged(harness, pool, ReadOnly): write()
 
+# %% ../../nbs/testing/pools.ipynb #3d24edef
+class Histories:
+    "Each version says what came and what went, and when, where that is known"
+    def test_history(self, harness):
+        "Stores, parts, replacements and deletions are counted, in every handle and in snapshots"
+        pool, long = harness.open(), drive(8, hour=2)
+        assert not len(pool.history())
+        pool.store(drive(5))
+        for part in (long[:3], long): pool.store(part)
+        pool.store(drive(6, seed=1), overwrite=True)
+        pool.delete(long.id)
+        pool.store(long)
+        table = pool.history()
+        counted = dict(new_episodes=[1, 1, 0, 1, 0, 1], new_steps=[5, 3, 5, 6, 0, 8],
+                       gone_episodes=[0, 0, 0, 1, 1, 0], gone_steps=[0, 0, 0, 5, 8, 0],
+                       episodes=[1, 2, 2, 2, 1, 2], steps=[5, 8, 13, 14, 6, 14])
+        assert table.index.tolist() == [*range(1, 7)] and table[[*counted]].to_dict("list") == counted
+        assert table.time.isna().all() or table.time.is_monotonic_increasing
+        for version in range(7): assert pool.snapshot(version).history().equals(table.loc[:version])
+        assert harness.open().history().equals(table)
+
+    def test_history_reads_no_steps(self, harness):
+        "It is told without a look at the steps"
+        pool = harness.open()
+        for hour in range(3): pool.store(drive(hour=hour))
+        blind = harness.open()
+        blind._read = blind._read_fields = None
+        assert blind.history().new_steps.tolist() == [6, 6, 6]
+
 # %% ../../nbs/testing/pools.ipynb #1af0e6d6
 class Past(Snapshots):
     "Loops stand still, and a version outside the log is not found"
@@ -1365,6 +1394,6 @@ class PoolStories:
 # %% ../../nbs/testing/pools.ipynb #8aaafa1b
 class PoolContract(RoundTrip, Spellings, Queries, Returns, ListLikes, Splits, GeneratedSplits, Choices,
                    SomeFields, Catalogue, InParts, InGeneratedParts, Conflicts, GapsAndEnds, Overwriting,
-                   Deleting, Past, Races, LostRaces, Handles, OtherProcesses, PoolRefusals, ReadOnlyPools,
+                   Deleting, Histories, Past, Races, LostRaces, Handles, OtherProcesses, PoolRefusals, ReadOnlyPools,
                    Damage, Copies, PoolStories):
     "What every pool promises; a subclass brings a fixture `harness`, a `Harness` at an empty place"

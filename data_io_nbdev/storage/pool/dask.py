@@ -352,6 +352,10 @@ class LakeReader(Pool):
                 yield known[-1]
                 while known and known[0].number <= self._index.number: known.popleft()
 
+    def _times(self, first: int, last: int) -> dict[int, int]:
+        with self._reachable():
+            return {e.commit.number: 1000 * e.time for e in self._lake.entries(first - 1, last) if e.time}
+
     def _read(self, parts: Sequence[Part]) -> Iterator[Episode]: return self._read_fields(parts)
 
     def _read_fields(self, parts: Sequence[Part], some: Optional[Schema] = None) -> Iterator[Episode]:

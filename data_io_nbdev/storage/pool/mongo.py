@@ -1473,6 +1473,12 @@ def _begins(self: MongoPool, prefix: str, version: int) -> list[str]:
     return list(self._stored(ids, version))
 
 @patch
+def _times(self: MongoPool, first: int, last: int) -> dict[int, int]:
+    logged = self._link.ask(self._store.log.since, first - 1, last)
+    made = {d["_id"]: d["made"] for d in logged if isinstance(d.get("made"), datetime)}
+    return {number: (when - EPOCH) // timedelta(microseconds=1) for number, when in made.items()}
+
+@patch
 def _glance(self: MongoPool, version: int) -> Glance: return Glance(version, self._count(version))
 
 @patch

@@ -40,6 +40,7 @@ from ...data.core import (RESET, Episode, PoolQuery, as_episode, concat, from_us
                                      same_steps, state_digest, steps_in)
 from .writer import Writer
 from .stats import QUANTILES, Reading, Stats, stats_of
+from .history import history_of
 from .columns import (Coded, Commit, Index, Part, Selection, in_one_step, in_runs_of,
                                               part_of)
 
@@ -170,6 +171,7 @@ class PoolBackend(abc.ABC):
         return narrowed(self._read(parts), schema)
 
     def _oldest(self) -> int: return 0  # the oldest version that can still be read
+    def _times(self, first: int, last: int) -> Mapping[int, int]: return {}  # of versions, UTC microseconds
     def _drop(self, parts: Sequence[Part]) -> None: "Take back what `_write` stored for a commit that failed"
     def _repair(self, version: int, dry_run: bool) -> list[str]: return []  # what is, or would be, dropped
     def _options(self) -> dict[str, Any]: return {}  # of `_from_url`, for another process; never a secret
@@ -946,6 +948,31 @@ def stats(self: PoolReader,
         asked, select = _as_query(query), selection(select)
         version, (query, found, schema) = self._newest(lambda v: (v, self._ask(asked, v)))
         return stats_of(self, version, found, schema, query, select, quantiles, threads)
+
+# %% ../../../nbs/storage/pool/pool.ipynb #b36043c8
+@patch
+def history(self: PoolReader) -> pd.DataFrame: # Indexed by version, of those that can be read, in order
+    """When each version was made, what came and went with it, and what it holds; no steps are read
+
+    Returns
+    -------
+    pd.DataFrame
+        Indexed by version, of those that can be read, in order
+
+    Raises
+    ------
+    ClosedError
+        Use of a pool or buffer after it was closed
+    SnapshotNotFound
+        A version that the pool never had, or no longer holds
+    """
+    with at_the_door: return self._newest(self._history)
+
+@patch
+def _history(self: PoolReader, version: int) -> pd.DataFrame:
+    first = max(1, self._oldest())
+    self._schema(version)  # raises `SnapshotNotFound` for a version that was given up meanwhile
+    return history_of(self._changes(0, version), first, version, self._times(first, version))
 
 # %% ../../../nbs/storage/pool/pool.ipynb #0d68ece3
 def in_bulk(
