@@ -1,8 +1,10 @@
 """A mixture against its members drawn alone, and against what breaks off in the middle, in memory, in a ring and in a lake."""
+import _thread
 import multiprocessing
 import pickle
 import sys
 import threading
+import time
 from fractions import Fraction
 
 import numpy as np
@@ -400,3 +402,141 @@ def test_forked(lake):
     right = twin.sample().index.tolist()
     assert mixture.sample().index.tolist() == right
     assert all(found[i:i + 20] != right[i:i + 20] for i in (0, 20, 40))
+
+
+# --- batches that are drawn ahead ---
+
+def shared(seed=0, sampler=Uniform):
+    "A log, a ring that is empty for now, and rows whose share changes with each draw; and what stores"
+    log, pool = filled(MemoryPool(), 1, 2, 3), filled(MemoryPool(), 7, 8)
+    ring = MemoryBuffer(batch_size=1, seed=1, capacity=9, sampler=sampler())
+    inner = Mixture({MemoryBuffer(pool=log, batch_size=1, seed=2, sampler=sampler()): 1, ring: lambda draw: len(ring)}, batch_size=1)
+    rest = MemoryBuffer(pool=pool, batch_size=1, seed=3, sampler=sampler())
+    return Mixture({inner: 1, rest: lambda draw: draw % 3}, batch_size=6), ring, log, pool
+
+
+def stands(leaf):
+    "Priorities aside: a thread gives new rows theirs earlier"
+    return leaf._moment()[0], leaf._view.versions, None if isinstance(leaf.sampler, Prioritized) else leaf.sampler.state_dict()
+
+
+def waiting(batches, n):
+    end = time.monotonic() + 10
+    while len(batches._ahead.waiting) < n: assert time.monotonic() < end
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 2, 5])
+@pytest.mark.parametrize("sampler", [Uniform, Epoch, Prioritized])
+def test_batches(sampler, prefetch):
+    "What `sample` would give, of nested mixtures, through whatever comes between two of them; and the same state"
+    (one, *ours), (two, *theirs) = (shared(sampler=sampler) for _ in range(2))
+    rng, batches, hour = np.random.default_rng(prefetch), one.batches(prefetch=prefetch), 20
+    for _ in range(60):
+        what, hour = rng.integers(11), hour + 1
+        for mixture, ring, log, pool in ((one, *ours), (two, *theirs)):
+            if what == 0: ring.store(drive(4, hour=hour))
+            elif what == 1: (log.store(drive(4, hour=hour)), mixture.refresh())
+            elif what == 2: mixture.members[1].query = PoolQuery(driver="bo") if hour % 2 else PoolQuery()
+            elif what == 3 and mixture.members[0].members[0]._has_loaded(): mixture.load_state_dict(mixture.state_dict())
+            elif what == 4: mixture.batch_size = 2 + hour % 5
+        if what == 5: assert facts(one.sample(3)) == facts(two.sample(3))
+        elif what == 6: assert batch_facts(one.members[0].members[0].sample()) == batch_facts(two.members[0].members[0].sample())
+        elif what == 7: time.sleep(0.002)
+        elif what > 7: assert facts(next(batches)) == facts(two.sample())
+        told = [m._still(lambda: [m._draws, m.members[0]._draws, *map(stands, m._leaves)]) for m in (one, two)]
+        assert same_state(*told)
+    batches.close()
+
+
+@pytest.mark.parametrize("prefetch", [1, 3])
+def test_batches_resume(prefetch):
+    "While batches wait, the state is that of the first which was not handed out, and whoever has it goes on bit for bit"
+    (one, ring, *_), (again, other, *_) = shared(sampler=Epoch), shared(sampler=Epoch)
+    for r in (ring, other): r.store(drive(9, hour=30))
+    batches = one.batches(prefetch=prefetch)
+    for _ in range(4): assert facts(next(batches)) == facts(again.sample())
+    waiting(batches, prefetch)
+    for state in (one.state_dict(), batches.state_dict()):
+        assert [s["rng"] for s in again.members[0].state_dict()["members"]] == [s["rng"] for s in state["members"][0]["members"]]
+    expected = [facts(again.sample()) for _ in range(4)]
+    assert [facts(next(batches)) for _ in range(4)] == expected
+    one.load_state_dict(state)
+    assert [facts(next(batches)) for _ in range(4)] == expected
+    batches.close()
+
+
+def test_batches_of_shares_that_fail():
+    "An error of a share is raised once, in its place, and no batch is lost; a share asks of the number of its own draw"
+    asked = []
+    def share(draw):
+        asked.append(draw)
+        if asked.count(draw) == 1 and draw in (2, 3): raise OSError("gone")
+        return 1
+    log = filled(MemoryPool(), 1, 2)
+    mixture, right = (Mixture({MemoryBuffer(pool=log, batch_size=1, seed=1): 1, MemoryBuffer(pool=log, batch_size=1, seed=2): s}, batch_size=4) for s in (share, 1))
+    found, wrong = [], 0
+    with mixture.batches() as batches:
+        while len(found) < 6:
+            try: found.append(facts(next(batches)))
+            except OSError: wrong += 1
+    assert found == drawn(right, 6) and wrong == 2 and set(asked) >= set(range(6))
+    unsure = Mixture({mixture.members[0]: 1, mixture.members[1]: lambda draw: np.random.default_rng().random()}, batch_size=4)
+    with unsure.batches(5, prefetch=2) as batches: assert len(list(batches)) == 5      # it comes to an end
+    for wrong in (dict(min_size=1), dict(samples_per_insert=2)):
+        with pytest.raises(QueryError, match="this is a mixture"): mixture.batches(**wrong)
+
+
+def test_interrupted_batches():
+    "A `next` that breaks off anywhere has moved all members or none"
+    mixture = shared(sampler=Epoch)[0]
+    mixture.sample()
+    state, came = mixture.state_dict(), 0
+    with mixture.batches(prefetch=0) as batches:
+        for line in [*range(1, 90, 2), *range(90, 500, 29)]:
+            mixture.load_state_dict(state)
+            if line % 4 == 1: batches._ahead.fill()     # as a thread does
+            came += interrupted(line, lambda: next(batches)) <= 0
+            draws, told = mixture._draws, facts(mixture.sample())
+            mixture.load_state_dict(state)
+            for _ in range(draws - state["draws"]): mixture.sample()
+            assert facts(mixture.sample()) == told
+    assert came > 20
+
+
+def test_interrupted_beside_a_thread():
+    "Ctrl-C while a thread draws ahead: the batch was given or it was not"
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        one, two = (shared(sampler=Epoch)[0] for _ in range(2))
+        batches, seconds, given = one.batches(), float(rng.uniform(0, 0.0006)), False
+        assert facts(next(batches)) == facts(two.sample())
+        interrupt = threading.Thread(target=lambda: (time.sleep(seconds), _thread.interrupt_main()))
+        try:
+            interrupt.start()
+            next(batches)
+            given = True
+            while True: time.sleep(0.001)
+        except KeyboardInterrupt: pass
+        interrupt.join()
+        right, found = drawn(two, 4), [facts(next(batches)) for _ in range(3)]
+        assert found == right[1:] or not given and found == right[:3]
+        batches.close()
+
+
+def test_batches_in_threads():
+    "A thread that draws ahead, others that draw, and one that stores into a member whose share asks for it: nobody waits for ever"
+    mixture, ring, *_ = shared()
+    stop, wrong, hours = threading.Event(), [], iter(range(100, 100_000))
+    batches = mixture.batches()
+    def run(call):
+        try:
+            while not stop.is_set(): call()
+        except BaseException as e: wrong.append(e)
+    calls = (lambda: next(batches), mixture.sample, mixture.members[0].sample, mixture.state_dict, lambda: ring.store(drive(3, hour=next(hours))))
+    threads = [threading.Thread(target=run, args=(call,), daemon=True) for call in calls]
+    for t in threads: t.start()
+    stop.wait(0.7)
+    stop.set()
+    for t in threads: t.join(20)
+    batches.close()
+    assert not wrong and not any(t.is_alive() for t in threads)

@@ -23,6 +23,7 @@ from ...errors import ClosedError, QueryError, TimedOut, at_the_door, require
 from ...data.schema import brief, check_whole
 from ..pool.pool import forkable, forkable_lock
 from .buffer import Batch, Buffer, Transition
+from .state import same_state
 from .view import View
 
 # %% ../../../nbs/storage/buffer/batches.ipynb #213191b8
@@ -80,58 +81,111 @@ class Ahead:
         self.waiting, self.asked = deque(), SimpleQueue()
         self.thread, self.hungry, self.home = None, False, None  # whether the learner waits
 
-    def seen(self, view: View) -> tuple: # Compared by `is`
-        """What a batch of a view is drawn from
+    def seen(self) -> tuple: # Compared by `is`
+        """What a batch is drawn from
 
         Returns
         -------
         tuple
             Compared by `is`
         """
-        rows, buffer = view.rows, self.buffer
-        return (self.mark, view, buffer.sampler, buffer.batch_size, rows,
-                getattr(rows, "ledger", None), getattr(rows, "_slots", None))
+        return (self.mark, self.buffer.batch_size, *self.buffer._seen())
 
-    def due(self, ready: Ready) -> bool: # Under the buffer's lock
+    def due(self, ready: Ready) -> bool: # While the buffer is still
         """Whether a batch is the one that `sample` would give now
 
         Returns
         -------
         bool
-            Under the buffer's lock
+            While the buffer is still
         """
-        same = all(map(is_, ready.seen, self.seen(self.buffer._view)))
-        return same and ready.before == self.buffer._moment()
+        return all(map(is_, ready.seen, self.seen())) and same_state(ready.before, self.buffer._moment())
+
+    def last(self) -> tuple: # While the buffer is still
+        """The moment behind those that wait
+
+        Returns
+        -------
+        tuple
+            While the buffer is still
+        """
+        return self.waiting[-1].after if self.waiting else self.buffer._moment()
+
+    def follows(self, seen: tuple, before: tuple) -> bool: # While the buffer is still
+        """Whether a batch comes behind those that wait
+
+        Returns
+        -------
+        bool
+            While the buffer is still
+        """
+        return all(map(is_, seen, self.seen())) and same_state(before, self.last())
 
 # %% ../../../nbs/storage/buffer/batches.ipynb #175ca49f
 @patch
-def fill(self: Ahead) -> None:
-    "Draw the batch that comes behind those that wait"
-    buffer, view = self.buffer, self.buffer._view
-    if not view.versions: return  # the learner loads, when it asks for its next batch
-    with buffer._lock:
-        if self.waiting and not self.due(self.waiting[0]): self.waiting.clear()
-        seen, now = self.seen(view), buffer._moment()
-        before = self.waiting[-1].after if self.waiting else now
-        batch, after, error = self._draw(view, now, before)
-    if error is None:
-        try: batch = self.convert(batch)
-        except Exception as e: after, error = before, e
-    with buffer._lock:
-        same = all(map(is_, seen, self.seen(buffer._view)))
-        last = self.waiting[-1].after if self.waiting else buffer._moment()
-        if same and last == before: self.waiting.append(Ready(seen, before, after, batch, error))
+def fill(self: Ahead,
+    mine: bool = False, # Whether it is the learner's next, for which the buffer loads if need be
+) -> bool: # `False` where the learner must load first
+    """Draw the batch that comes behind those that wait
+
+    Parameters
+    ----------
+    mine : bool, default False
+        Whether it is the learner's next, for which the buffer loads if need be
+
+    Returns
+    -------
+    bool
+        `False` where the learner must load first
+    """
+    ready = self.buffer._in_turn(self._next, mine)
+    if ready is None: return False
+    if ready.error is None:
+        try: ready = ready._replace(batch=self.convert(ready.batch))
+        except Exception as e: ready = ready._replace(after=ready.before, error=e)
+    self.buffer._in_turn(self.buffer._still, self._append, ready)
+    return True
 
 @patch
-def _draw(self: Ahead, view: View, now: tuple, before: tuple) -> tuple[Any, tuple, Optional[Exception]]:
-    "A batch, the moment behind it, or the error that it met; afterwards the buffer stands where it stood"
-    buffer, self.home = self.buffer, now
+def _append(self: Ahead, ready: Ready) -> None:
+    if self.follows(ready.seen, ready.before): self.waiting.append(ready)
+
+@patch
+def _next(self: Ahead, mine: bool) -> Optional[Ready]:
+    "The batch, or the error that it met; afterwards the buffer stands where it stood"
+    buffer = self.buffer
+    while True:  # until nothing changes between the plan and the draw
+        seen, n, before = self.seen(), buffer.batch_size, buffer._still(self._behind)
+        try: plan = buffer._plan(n) if mine else buffer._plan(n, before)
+        except Exception as e:
+            if mine: raise
+            return Ready(seen, before, before, None, e)
+        if plan is None: return None
+        if ready := buffer._still(self._draw, seen, before, plan): return ready
+
+@patch
+def _behind(self: Ahead) -> tuple:
+    if self.waiting and not self.due(self.waiting[0]): self.waiting.clear()
+    return self.last()
+
+# %% ../../../nbs/storage/buffer/batches.ipynb #cf52579b
+@patch
+def _draw(self: Ahead, seen: tuple, before: tuple, plan: Any) -> Optional[Ready]: # While the buffer is still
+    """Draw by a plan, as from a moment on; `None` where it is of yesterday
+
+    Returns
+    -------
+    Optional[Ready]
+        While the buffer is still
+    """
+    if not self.follows(seen, before): return None
+    buffer, self.home = self.buffer, self.buffer._moment()
     try:
-        if before is not now: buffer._go_back(before)
-        return buffer._drawn(buffer.batch_size, view), buffer._moment(), None
-    except Exception as e: return None, before, e
+        buffer._go_back(before)
+        return Ready(seen, before, batch=buffer._drawn(buffer.batch_size, plan), after=buffer._moment(), error=None)
+    except Exception as e: return Ready(seen, before, before, None, e)
     finally:
-        buffer._go_back(now)
+        buffer._go_back(self.home)
         self.home = None
 
 # %% ../../../nbs/storage/buffer/batches.ipynb #bf1bc8aa
@@ -141,19 +195,18 @@ def take(self: Ahead) -> Any:
     buffer = self.buffer
     if self.size and self.thread is None: self.wake()
     while True:
-        buffer._plan(buffer.batch_size)
+        buffer._catch_up()
         self.hungry = not self.waiting
-        with buffer._lock:
-            if self.left == 0: raise StopIteration
-            if self.waiting:
-                if self.due(self.waiting[0]): return self._hand_out()
-                self.waiting.clear()
+        if (found := buffer._in_turn(buffer._still, self._hand_out)) is not None: return found[0]
         with self.filling:
-            if not self.waiting: self.fill()
+            if not self.waiting: self.fill(mine=True)
 
 @patch
-def _hand_out(self: Ahead) -> Any:
-    "The first that waits; it is due"
+def _hand_out(self: Ahead) -> Optional[tuple]:
+    "The first that waits, if it is due"
+    if self.left == 0: raise StopIteration
+    if not self.waiting: return None
+    if not self.due(self.waiting[0]): return self.waiting.clear()
     buffer, left, ready = self.buffer, self.left, self.waiting.popleft()
     try:
         if ready.error is not None: raise ready.error
@@ -165,8 +218,8 @@ def _hand_out(self: Ahead) -> Any:
         raise
     finally:
         self.hungry = False
-        self.asked.put(None)
-    return ready.batch
+        if 2 * len(self.waiting) < self.size: self.asked.put(None)
+    return (ready.batch,)
 
 # %% ../../../nbs/storage/buffer/batches.ipynb #1fe0ee9e
 @patch
@@ -175,8 +228,9 @@ def wake(self: Ahead) -> None:
     with self.filling:
         if self.thread is not None or self.closed: return
         name = "data_io_nbdev batches"
-        self.thread = threading.Thread(target=self.work, args=(self.asked,), daemon=True, name=name)
-        self.thread.start()
+        thread = threading.Thread(target=self.work, args=(self.asked,), daemon=True, name=name)
+        thread.start()
+        self.thread = thread  # one that an interrupt keeps from coming to this is told to end, too
     self.asked.put(None)
 
 @patch
@@ -185,22 +239,24 @@ def work(self: Ahead, asked: SimpleQueue) -> None:
     while not self.closed:
         asked.get()
         while self._wants_more():
-            with self.filling: self.fill()
+            with self.filling:
+                if not self.fill(): break
+    asked.put(None)  # for another that waits
 
 @patch
 def _wants_more(self: Ahead) -> bool:
     "Whether the thread shall draw another batch"
-    with self.buffer._lock:
-        if self.closed or not self.buffer._view.versions: return False
-        if self.waiting and (self.hungry or self.waiting[-1].error is not None): return False
-        return len(self.waiting) < (self.size if self.left is None else min(self.size, self.left))
+    waiting = tuple(self.waiting)
+    if self.closed or waiting and (self.hungry or waiting[-1].error is not None): return False
+    return len(waiting) < (self.size if self.left is None else min(self.size, self.left))
 
 @patch
 def drop(self: Ahead) -> None:
     "Have what waits drawn again"
-    with self.buffer._lock:
+    def forget() -> None:
         self.mark = object()
         self.waiting.clear()
+    self.buffer._still(forget)
     self.asked.put(None)
 
 @patch
@@ -638,6 +694,9 @@ def limited(
     if min_size is None and ratio is None:
         if margin is timeout is None: return None
         raise QueryError("margin= and timeout= belong to min_size= or samples_per_insert=; there is neither")
+    if buffer._limits is None:
+        raise QueryError("min_size= and samples_per_insert= count the rows of one buffer, and this is a mixture; "
+                         "a share that is a function can wait for rows: lambda draw: len(online) > 1000")
     least = 1 if min_size is None else min_size
     check_whole("min_size", least)
     if buffer.capacity is not None and least > buffer.capacity:

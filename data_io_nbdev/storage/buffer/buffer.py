@@ -427,7 +427,7 @@ def _new_view(self: BufferHandle, **changes: Any) -> View:
 @patch
 def _set_up(self: BufferHandle) -> None:
     "Everything that is not an option"
-    self._own, self._rng = self.pool is None, np.random.default_rng(self.seed)
+    self._own, self._generator, self._at = self.pool is None, np.random.default_rng(self.seed), None
     if self._own: self.pool = MemoryPool()
     if self.capacity is not None: self.capacity = int(self.capacity)
     self._lock = forkable_lock()  # held while rows change or are drawn
@@ -720,14 +720,35 @@ class BufferDraws(BufferRows[ItemT]):
         view = self._plan(n)
         with self._lock: return self._drawn(n, view)
 
-    def _plan(self, n: int) -> Any:  # before the lock is taken
-        """Returns
+    def _plan(self, n: int, ahead: Optional[tuple] = None) -> Any:  # before the lock is taken
+        """What a draw is drawn from; for a moment that is to come `None` where it is not loaded yet
+
+        Returns
         -------
         Any
             before the lock is taken
         """
-        if self._writers is not None: self._take_in()
+        if ahead is not None: return self._view if self._view.versions else None
+        self._catch_up()
         return self._view if self._view.versions else self._loaded()
+
+    def _catch_up(self) -> None:
+        if self._writers is not None: self._take_in()
+
+    def _in_turn(self, do: Callable, *args: Any) -> Any: return do(*args)  # a mixture draws one after the other
+
+    def _still(self, do: Callable, *args: Any) -> Any:
+        with self._lock: return do(*args)
+
+    def _seen(self) -> tuple: # Compared by `is`
+        """Returns
+        -------
+        tuple
+            Compared by `is`
+        """
+        view = self._view
+        rows = view.rows
+        return view, self.sampler, rows, getattr(rows, "ledger", None), getattr(rows, "_slots", None)
 
     def _drawn(self, n: int, view: View, into: Optional[np.ndarray] = None) -> Batch:  # under the lock
         """Returns
@@ -754,6 +775,20 @@ class BufferDraws(BufferRows[ItemT]):
         return draw
 
 # %% ../../../nbs/storage/buffer/buffer.ipynb #4f760d41
+@patch(as_prop=True)
+def _rng(self: BufferDraws) -> np.random.Generator: # Under the lock
+    """The generator, where the last `_go_back` wants it
+
+    Returns
+    -------
+    np.random.Generator
+        Under the lock
+    """
+    if self._at is not None:
+        self._generator.bit_generator.state = self._at
+        self._at = None
+    return self._generator
+
 @patch
 def _moment(self: BufferDraws) -> tuple: # Under the lock
     """What decides the next draw
@@ -764,12 +799,13 @@ def _moment(self: BufferDraws) -> tuple: # Under the lock
         Under the lock
     """
     if self._astray: self._go_own_way()
-    return self._rng.bit_generator.state, None if self.sampler.in_one_step else self.sampler.moment()
+    state = self._at or self._generator.bit_generator.state
+    return state, None if self.sampler.in_one_step else self.sampler.moment()
 
 @patch
 def _go_back(self: BufferDraws, moment: tuple) -> None:
-    "Be as at a moment"
-    self._rng.bit_generator.state = moment[0]
+    "Be as at a moment; the generator follows when it is used"
+    self._at = moment[0]
     if moment[1] is not None: self.sampler.go_back(moment[1])
 
 # %% ../../../nbs/storage/buffer/buffer.ipynb #e1fa6b97
@@ -830,7 +866,7 @@ def _go_own_way(self: BufferDraws, worker: Optional[tuple[int, ...]] = None) -> 
     state = json.dumps(self._rng.bit_generator.state, sort_keys=True)
     entropy = int(hashlib.sha256(state.encode()).hexdigest(), 16) if worker else None
     rng = np.random.default_rng(np.random.SeedSequence(entropy, spawn_key=worker))
-    vars(self).update(_rng=rng, _astray=False)
+    vars(self).update(_generator=rng, _at=None, _astray=False)
 
 # %% ../../../nbs/storage/buffer/buffer.ipynb #18bdb854
 def _whole(n: Any) -> bool: return is_whole(n, 0, 2**53)
@@ -983,7 +1019,7 @@ class BufferState(BufferDraws[ItemT]):
         asked = dict(query=view.query.to_json(), capacity=view.capacity)
         if view.select: asked["select"] = {role: list(names) for role, names in view.select.items()}
         seen = dict(versions=[list(v) for v in view.versions], serial=view.serial, rows=len(view))
-        drawn = dict(sampler=sampler_state(self.sampler), rng=self._rng.bit_generator.state)
+        drawn = dict(sampler=sampler_state(self.sampler), rng=self._at or self._generator.bit_generator.state)
         return dict(format=_format(view.select), **asked, **seen, trail=view.trail, **drawn)
 
     def load_state_dict(self,
@@ -1021,7 +1057,7 @@ class BufferState(BufferDraws[ItemT]):
         view, sampler = self._replayed(told), self._resumed(told.sampler)
         resume = partial(dict.update, vars(self.sampler), vars(sampler))
         asked = dict(query=told.query, select=told.select, capacity=told.capacity)
-        return partial(self._install, view, resume, **asked, _rng=told.rng, _astray=False)
+        return partial(self._install, view, resume, **asked, _generator=told.rng, _at=None, _astray=False)
 
     def __reduce__(self):
         names = [f.name for f in fields(self) if f.init and f.name not in self._STAYS]

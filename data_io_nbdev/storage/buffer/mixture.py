@@ -306,6 +306,7 @@ class MixtureOptions(Buffer[Episode]):
             self._turns = _in_order([forkable_lock(), *turns])  # one draw at a time; taken before all others
             self._moves = _in_order(leaf._moving for leaf in leaves)
             self._locks = _in_order(leaf._lock for leaf in leaves)
+            self._limits = None  # rows come to the members
             self._compare()
 
     @property
@@ -387,14 +388,13 @@ for _name in _THEIRS: setattr(Mixture, _name, _Members(_name))
 Plan = list[tuple[int, Any, int, Any]]  # Of a member: number, buffer, items; and its view, or plan of its own
 
 @patch
-def _plan(self: Mixture, n: int) -> Plan:  # before the members' locks are taken
-    """Returns
-    -------
-    Plan
-        before the members' locks are taken
-    """
-    counts = share_out(n, self._fixed or _asked(self._given, self._draws))
-    return [(i, m, k, m._plan(k)) for i, m, k in zip(self._numbers, self.members, counts) if k]
+def _plan(self: Mixture, n: int, ahead: Optional[tuple] = None) -> Optional[Plan]:
+    "Taken before the members' locks; for a moment that is to come `None` where a member is not loaded yet"
+    draws, moments = (self._draws, [None] * len(self.members)) if ahead is None else ahead
+    counts = share_out(n, self._fixed or _asked(self._given, draws))
+    every = zip(self._numbers, self.members, counts, moments)
+    plan = [(i, m, k, m._plan(k, moment)) for i, m, k, moment in every if k]
+    return None if any(its is None for *_, its in plan) else plan
 
 @patch
 def _moment(self: Mixture) -> tuple: return self._draws, [member._moment() for member in self.members]
@@ -442,6 +442,20 @@ def _draw_whole(self: Mixture, n: int, plan: Plan) -> MixedBatch:
     except BaseException:
         self._go_back(before)
         raise
+
+# %% ../../../nbs/storage/buffer/mixture.ipynb #f6706487
+@patch
+def _in_turn(self: Mixture, do: Callable, *args: Any) -> Any: return _under(self._turns, do, *args)
+
+@patch
+def _still(self: Mixture, do: Callable, *args: Any) -> Any: return _under(self._locks, do, *args)
+
+@patch
+def _seen(self: Mixture) -> tuple: return tuple(x for leaf in self._leaves for x in leaf._seen())
+
+@patch
+def _catch_up(self: Mixture) -> None:
+    for leaf in self._leaves: leaf._catch_up()
 
 # %% ../../../nbs/storage/buffer/mixture.ipynb #610f987c
 @patch
@@ -565,7 +579,7 @@ def _as_now(buffer: Any) -> Callable[[], None]:
     "What makes a buffer again what it is now"
     if isinstance(buffer, Mixture):
         return partial(buffer._change_all, [*map(_as_now, buffer.members)], buffer._draws)
-    sampler, names = vars(buffer.sampler), ("query", "select", "capacity", "_rng", "_astray")
+    sampler, names = vars(buffer.sampler), ("query", "select", "capacity", "_generator", "_at", "_astray")
     asked = {name: getattr(buffer, name) for name in names}
     return partial(buffer._install, buffer._view, partial(dict.update, sampler, dict(sampler)), **asked)
 

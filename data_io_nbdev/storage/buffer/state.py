@@ -93,6 +93,7 @@ def same_state(
     -------
     bool
     """
+    if a is b: return True
     if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
         alike = type(a) is type(b) and (a.dtype, a.shape) == (b.dtype, b.shape)
         return alike and a.tobytes() == b.tobytes()
@@ -100,7 +101,7 @@ def same_state(
         return a.keys() == b.keys() and all(same_state(a[key], b[key]) for key in a)
     if isinstance(a, (list, tuple)) and type(a) is type(b):
         return len(a) == len(b) and all(map(same_state, a, b))
-    return a is b or bool(a == b)
+    return bool(a == b)
 
 # %% ../../../nbs/storage/buffer/state.ipynb #455be32b
 FORMAT = 1  # of the file
