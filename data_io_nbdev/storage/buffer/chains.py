@@ -183,13 +183,17 @@ def _walk(at, serials, steps, low, links, found):
     "The same as `walk`, step by step, for a compiler"
     first, length, on, back = links
     for i in range(len(at)):
+        begin, end = first[at[i]], first[at[i]] + length[at[i]]
         for k in range(len(steps)):
-            j, inside = at[i], serials[i] - first[at[i]] + steps[k]
-            while j >= 0 and inside >= length[j]: inside, j = inside - length[j], on[j]
-            while j >= 0 and inside < 0:
-                j = back[j]
-                if j >= 0: inside += length[j]
-            found[i, k] = first[j] + inside if j >= 0 and first[j] + inside >= low else -1
+            serial = serials[i] + steps[k]
+            if serial < begin or serial >= end:  # elsewhere
+                j, inside = at[i], serial - begin
+                while j >= 0 and inside >= length[j]: inside, j = inside - length[j], on[j]
+                while j >= 0 and inside < 0:
+                    j = back[j]
+                    if j >= 0: inside += length[j]
+                serial = first[j] + inside if j >= 0 else -1
+            found[i, k] = serial if serial >= low else -1
 
 # %% ../../../nbs/storage/buffer/chains.ipynb #c5dc1f86
 @patch
