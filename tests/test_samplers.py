@@ -160,17 +160,21 @@ def test_sums_compiled(size):
         assert np.isclose(plain.upto(int(at[0])), running[at[0]] - plain.weights[at[0]], atol=near)
 
 
-def test_returns_compiled(monkeypatch):
-    "The loop that looks ahead gives the bits that numpy gives, compiled where numba is installed"
+@pytest.mark.parametrize("once, hides", [(False, False), (True, False), (False, True), (True, True)])
+def test_returns_looked_up(monkeypatch, once, hides):
+    "Looking ahead gives the bits that fetching every step gives, by numpy and by a loop, compiled where numba is installed"
     for capacity in (None, 30):
-        rows, _ = ended(5, capacity)
-        drawn = []
+        rows, es = ended(5, capacity, once=once)
+        if hides: rows.hide([list(es)[-1]])
+        sampler, drawn = NStep(4, 0.97), []
         for kind in (lambda loop: None, trees.fast if trees.fast(chains._ahead) else lambda loop: loop):
             monkeypatch.setattr(chains, "fast", kind)
-            batch = make_batch(rows, NStep(4, 0.97).draw(300, np.random.default_rng(0), rows))
-            assert (rows.ahead(np.array([0]), np.ones(2)) is None) == (not drawn)
-            drawn.append([*batch, batch.discount, batch.terminated, batch.truncated, batch.index])
-        assert all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(*drawn))
+            looked = sampler.draw(300, np.random.default_rng(0), rows)
+            assert looked.rows.shape == (300, 2)
+            fetched = sampler.whole(Uniform().draw(300, np.random.default_rng(0), rows), rows)
+            for batch in (make_batch(rows, draw) for draw in (looked, fetched)):
+                drawn.append([*batch, batch.discount, batch.terminated, batch.truncated, batch.index])
+        for other in drawn[1:]: assert all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(drawn[0], other))
 
 
 def chi_square(counts, chances):

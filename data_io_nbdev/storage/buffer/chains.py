@@ -36,20 +36,32 @@ class Chains:
         self._known: dict[str, int] = {}  # id to chain
 
     def at(self,
-        serials: np.ndarray, # `(n,)` int64, which entered
-    ) -> np.ndarray:
+        serials: np.ndarray, # int64, which entered
+    ) -> np.ndarray: # Of the same shape
         """The stretch in which each row is
 
         Parameters
         ----------
         serials : np.ndarray
-            `(n,)` int64, which entered
+            int64, which entered
 
         Returns
         -------
         np.ndarray
+            Of the same shape
         """
-        return self.first.values.searchsorted(serials, "right") - 1
+        first = self.first.values
+        if not (loop := fast(_halve)): return first.searchsorted(serials, "right") - 1
+        loop(first, serials.ravel(), found := np.zeros(serials.size, "int64"))
+        return found.reshape(serials.shape)
+
+def _halve(first, serials, at):
+    "The same for a compiler: all rows halve their stretches together, and none waits for another"
+    left = len(first)
+    while left > 1:
+        half = left >> 1
+        for i in range(len(serials)): at[i] += half * (first[at[i] + half] <= serials[i])
+        left -= half
 
 # %% ../../../nbs/storage/buffer/chains.ipynb #8117220f
 @patch
@@ -171,13 +183,17 @@ def _walk(at, serials, steps, low, links, found):
     "The same as `walk`, step by step, for a compiler"
     first, length, on, back = links
     for i in range(len(at)):
+        begin, end = first[at[i]], first[at[i]] + length[at[i]]
         for k in range(len(steps)):
-            j, inside = at[i], serials[i] - first[at[i]] + steps[k]
-            while j >= 0 and inside >= length[j]: inside, j = inside - length[j], on[j]
-            while j >= 0 and inside < 0:
-                j = back[j]
-                if j >= 0: inside += length[j]
-            found[i, k] = first[j] + inside if j >= 0 and first[j] + inside >= low else -1
+            serial = serials[i] + steps[k]
+            if serial < begin or serial >= end:  # elsewhere
+                j, inside = at[i], serial - begin
+                while j >= 0 and inside >= length[j]: inside, j = inside - length[j], on[j]
+                while j >= 0 and inside < 0:
+                    j = back[j]
+                    if j >= 0: inside += length[j]
+                serial = first[j] + inside if j >= 0 else -1
+            found[i, k] = serial if serial >= low else -1
 
 # %% ../../../nbs/storage/buffer/chains.ipynb #c5dc1f86
 @patch
@@ -367,23 +383,6 @@ def column(self: Rows,
     return np.concatenate([self.schema.split("info", info)[name] for info in found])
 
 # %% ../../../nbs/storage/buffer/chains.ipynb #6d015878
-def _ahead(at, serials, last, sums, steps, gammas, links, reward, ends):
-    "For each row the last of the steps that follow, the sum of their discounted rewards, and how many they are"
-    first, length, on = links
-    terminated, truncated = ends
-    for i in range(len(at)):
-        j, serial, n, total = at[i], serials[i], 0, 0.0
-        slot = serial % len(reward)
-        while True:
-            total += gammas[n] * reward[slot]
-            n += 1
-            if n == len(gammas) - 1 or terminated[slot] or truncated[slot]: break
-            if serial + 1 < first[j] + length[j]: serial, slot = serial + 1, slot + 1
-            elif on[j] < 0: break
-            else: j, serial, slot = on[j], first[on[j]], first[on[j]]
-            if slot >= len(reward): slot %= len(reward)
-        last[i], sums[i], steps[i] = serial, total, n
-
 @patch
 def ahead(self: Rows,
     at: np.ndarray, # `(n,)` int64 logical rows
@@ -403,14 +402,32 @@ def ahead(self: Rows,
     Optional[tuple[np.ndarray, np.ndarray, np.ndarray]]
         Each `(n,)`: last row, return, how many steps
     """
-    data, loop = self.data, fast(_ahead)
-    ordered = self._slots is None and type(self).fetch is RowReader.fetch
-    if loop is None or not ordered or data["reward"].ndim > 1: return None
-    c, serials = self.chains(), self.serials(at)
-    last, sums, steps = np.empty(len(at), "int64"), np.empty(len(at)), np.empty(len(at), "int64")
-    loop(c.at(serials), serials, last, sums, steps, gammas,
-         (c.first.values, c.length.values, c.on.values), data["reward"], (data["terminated"], data["truncated"]))
-    return last - self.oldest(), sums, steps
+    reward = self.data["reward"]
+    if reward.ndim > 1 or type(self).fetch is not RowReader.fetch: return None
+    if self._slots is None and (loop := fast(_ahead)):
+        c, serials = self.chains(), self.serials(at)
+        last, sums, steps = np.empty(len(at), "int64"), np.empty(len(at)), np.empty(len(at), "int64")
+        loop(c.at(serials), serials, last, sums, steps, gammas, (c.first.values, c.length.values, c.on.values), reward)
+        return last - self.oldest(), sums, steps
+    found = self.beside(at[:, None], np.arange(len(gammas) - 1))
+    real, slots = found >= 0, self.slots(np.maximum(found, 0))
+    steps, rewards = real.sum(1), reward[slots % len(reward) if self.capacity else slots]
+    sums = (gammas[:-1] * np.where(real, rewards, 0)).cumsum(1)[:, -1]  # from left to right, as a loop does
+    return found[np.arange(len(at)), steps - 1], sums, steps
+
+def _ahead(at, serials, last, sums, steps, gammas, links, reward):
+    "The same, step by step, for a compiler"
+    first, length, on = links
+    for i in range(len(at)):
+        j, serial, n, total = at[i], serials[i], 0, 0.0
+        while True:
+            slot, end = serial % len(reward), first[j] + length[j]
+            beside = min(len(gammas) - 1 - n, end - serial, len(reward) - slot)  # so many lie side by side
+            for k in range(beside): total += gammas[n + k] * reward[slot + k]
+            n, serial = n + beside, serial + beside
+            if n == len(gammas) - 1 or (serial == end and on[j] < 0): break
+            if serial == end: j, serial = on[j], first[on[j]]
+        last[i], sums[i], steps[i] = serial - 1, total, n
 
 # %% ../../../nbs/storage/buffer/chains.ipynb #f3599400
 @patch

@@ -65,8 +65,7 @@ class Chances(Nested):
                              f"NStep(…, over={name}(…))")
         self.over = over
 
-    def _items(self, serials: np.ndarray, rows: Drawable, weight: Optional[np.ndarray] = None) -> Draw:
-        at = rows.find(serials)
+    def _items(self, at: np.ndarray, rows: Drawable, weight: Optional[np.ndarray] = None) -> Draw:
         draw = self.over.around(at, rows)
         return Draw(draw.rows, draw.mask, weight, draw.learn, at, draw.fold)
 
@@ -141,7 +140,7 @@ class Prioritized(Chances):
         if not weights.total: raise _none(self, "no item, or no priority above 0")
         serials = weights.draw(n, rng)
         chances = weights.sums.weights[serials % weights.sums.size]
-        return self._items(serials, rows, ((chances / chances.min()) ** -self.beta).astype("float32"))
+        return self._items(rows.find(serials), rows, ((chances / chances.min()) ** -self.beta).astype("float32"))
 
     def moment(self) -> Any: return self._told, self.alpha, self.beta, self.eps
     def go_back(self, moment: Any) -> None: pass  # a draw changes nothing that the next one would not
@@ -291,7 +290,7 @@ class Recent(Chances):
             age = -self.half_life * np.log2(1 - rng.random(n) * gone)
             return self.over.take(items - 1 - np.minimum(age.astype("int64"), items - 1), rows)
         if self._us is None or not (weights := self._follow(rows)).total: raise _none(self, "there is no item")
-        return self._items(weights.draw(n, rng), rows)
+        return self._items(rows.find(weights.draw(n, rng)), rows)
 
 # %% ../../../nbs/storage/buffer/chances.ipynb #0fd50249
 _CHUNK = 4096  # Rows that are asked at once whether they anchor an item
@@ -326,12 +325,12 @@ class Epoch(Chances):
 
     def draw(self, n: int, rng: np.random.Generator, rows: Drawable) -> Draw:
         at, enough = self._at if self._line in (None, rows.line) else None, n if self.drop_last else 1
-        serials, now = self._next(n, at, rows) if at else ((), at)
-        if len(serials) < enough:
+        found, now = self._next(n, at, rows) if at else ((), at)
+        if len(found) < enough:
             begun = (at[0] + 1 if at else 0, int(rng.integers(2**53)), rows.oldest(), rows.serial, 0)
-            serials, now = self._next(n, begun, rows)
-        if len(serials) < enough: raise _none(self, f"an epoch has {len(serials)} items")
-        draw = self._items(serials, rows)
+            found, now = self._next(n, begun, rows)
+        if len(found) < enough: raise _none(self, f"an epoch has {len(found)} items")
+        draw = self._items(found, rows)
         vars(self).update(_at=now, _line=rows.line)
         return draw
 
@@ -362,25 +361,24 @@ class Epoch(Chances):
 # %% ../../../nbs/storage/buffer/chances.ipynb #96dd238c
 @patch
 def _next(self: Epoch, n: int, at: tuple, rows: Drawable) -> tuple[np.ndarray, tuple]:
-    "The next items of an epoch, as many as there are up to `n`, and how far it is then"
+    "The rows of the next items of an epoch, as many as there are up to `n`, and how far it is then"
     number, seed, low, high, begin = at
     if self._order[0] != at[1:4]:
         order = np.random.default_rng(seed).permutation(high - low) if self.shuffle else np.arange(high - low)
         self._order = at[1:4], order + low
-    serials, end = _scan(n, self.over, rows, self._order[1][begin:])
-    return serials, (number, seed, low, high, begin + end)
+    found, end = _scan(n, self.over, rows, self._order[1][begin:])
+    return found, (number, seed, low, high, begin + end)
 
 def _scan(n: int, over: Items, rows: Drawable, order: np.ndarray) -> tuple[np.ndarray, int]:
-    "The first `n` rows in some order that anchor items, by serial number, and how many rows were looked at"
+    "The first `n` rows in some order of serial numbers that anchor items, and how many were looked at"
     found, begin, size = np.empty(0, "int64"), 0, n if over.every else max(n, _CHUNK)
     while len(found) < n and begin < len(order):
-        some = order[begin:begin + size]
-        at = rows.find(some)
+        at = rows.find(order[begin:begin + size])
         here = at >= 0
         if not over.every: here[here] = over.anchors(at[here], rows)
         hits = np.flatnonzero(here)[:n - len(found)]
-        found = np.concatenate([found, some[hits]])
-        begin += int(hits[-1]) + 1 if len(found) == n else len(some)
+        found = np.concatenate([found, at[hits]])
+        begin += int(hits[-1]) + 1 if len(found) == n else len(at)
     return found, begin
 
 # %% ../../../nbs/storage/buffer/chances.ipynb #2349f507
@@ -474,7 +472,7 @@ class Balanced(Chances):
         for group, begin, end in zip(groups, [0, *ends], ends):
             mine = order[begin:end]
             serials[mine] = group.values[at[mine]]
-        return self._items(serials, rows)
+        return self._items(rows.find(serials), rows)
 
 # %% ../../../nbs/storage/buffer/chances.ipynb #ae83a121
 def _changed(group: Growing, serials: np.ndarray, anchors: np.ndarray, low: int) -> Growing:
@@ -576,7 +574,7 @@ class Fresh(Chances):
             A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
         """
         if not (weights := self._follow(rows)).total: raise _none(self, "there is no item")
-        return self._items(weights.draw(n, rng), rows)
+        return self._items(rows.find(weights.draw(n, rng)), rows)
 
 # %% ../../../nbs/storage/buffer/chances.ipynb #811cb2f2
 @patch

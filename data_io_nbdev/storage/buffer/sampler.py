@@ -390,11 +390,12 @@ def select(self: Sums,
         `(n,)` int64 leaves, each with a weight above 0
     """
     left = np.minimum(sums, np.nextafter(self.total, 0))
+    if self.go_down:
+        self.go_down(self.nodes, self.begins, self.running, left, at := np.zeros(len(left), "int64"))
+        return at
     at = self.running.searchsorted(left, side="right")
     left -= self.running[at - 1] * (at > 0)
-    if self.go_down: self.go_down(self.nodes, self.begins, at, left)
-    else:
-        for floor in range(len(self.begins) - 3, -1, -1): at, left = _down(self._eights(floor).take(at, 0), at, left)
+    for floor in range(len(self.begins) - 3, -1, -1): at, left = _down(self._eights(floor).take(at, 0), at, left)
     return at
 
 def _down(eight: np.ndarray, at: np.ndarray, left: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -430,18 +431,24 @@ def _add_up(nodes, begins, leaves):
             c, d = nodes[i + 4] + nodes[i + 5], nodes[i + 6] + nodes[i + 7]
             nodes[begins[floor] + at], last = (a + b) + (c + d), at
 
-def _go_down(nodes, begins, at, left):
-    "From nodes of the top floor to leaves, in place"
+def _go_down(nodes, begins, running, left, at):
+    "From numbers to leaves, floor by floor; no branch hangs on a weight, so no item waits for another"
+    half = len(running) >> 1
+    while half:
+        for k in range(len(at)): at[k] += half * (running[at[k] + half - 1] <= left[k])
+        half >>= 1
     for k in range(len(at)):
-        node, rest = at[k], left[k]
-        for floor in range(len(begins) - 3, -1, -1):
-            first = begins[floor] + (node << _BITS)
-            i, upto, more = first, 0.0, nodes[first]
-            while more <= rest:
-                if i < first + 7: i, upto, more = i + 1, more, more + nodes[i + 1]
-                else: i, upto, more, rest = first, 0.0, nodes[first], np.nextafter(more, 0.0)
-            node, rest = i - begins[floor], rest - upto
-        at[k] = node
+        if at[k]: left[k] -= running[at[k] - 1]
+    for floor in range(len(begins) - 3, -1, -1):
+        for k in range(len(at)):
+            first, rest, inside = begins[floor] + (at[k] << _BITS), left[k], 8
+            while inside == 8:  # once, unless rounding left too much
+                inside, upto, more = 0, 0.0, 0.0
+                for i in range(8):
+                    more += nodes[first + i]
+                    inside, upto = inside + (more <= rest), more if more <= rest else upto
+                if inside == 8: rest = np.nextafter(more, 0.0)
+            at[k], left[k] = (at[k] << _BITS) + inside, rest - upto
 
 # %% ../../../nbs/storage/buffer/sampler.ipynb #596615a5
 @lru_cache(None)
