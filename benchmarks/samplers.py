@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import time
 from collections.abc import Callable
 from unittest.mock import patch
 
@@ -89,9 +90,39 @@ def floors(buffer: MemoryBuffer) -> dict[str, Callable[[], object]]:
             "floor of windows": lambda: packed.take(rng.integers(ROWS - 64, size=32)[:, None] + steps)}
 
 
+def array(x=np.random.default_rng(0).random((256, 256), dtype="float32")) -> None:
+    "As a learner of numpy, PyTorch or JAX: others may run meanwhile"
+    np.matmul(x, x)
+
+
+def python() -> None:
+    "As a learner that lets nobody else run"
+    sum(range(1000))
+
+
+def waits(buffer: MemoryBuffer, work: Callable[[], None], rounds: int) -> dict[str, float]:
+    "Microseconds in the median that a learner waits for a batch, which then computes for a millisecond"
+    took: dict[str, list[float]] = {"sample": [], "prefetch=0": [], "prefetch=2": []}
+    for _ in range(rounds):
+        with buffer.batches(prefetch=0) as now, buffer.batches(prefetch=2) as ahead:
+            for name, ask in zip(took, (buffer.sample, now.__next__, ahead.__next__)):
+                for turn in range(60):
+                    began = time.perf_counter()
+                    batch = ask()
+                    came = time.perf_counter()
+                    if turn > 5: took[name].append((came - began) * 1e6)
+                    del batch
+                    while time.perf_counter() < came + 0.001: work()
+    return {name: float(np.median(times)) for name, times in took.items()}
+
+
 def show_all(show, rounds: int) -> None:
     "In one run: floors, the peer, every sampler, and every sampler again with a tenth of the rows"
     buffer = filled(ROWS)
+    for name, work in (("computes with arrays", array), ("computes in Python", python)):
+        t = waits(buffer, work, rounds)
+        claims = [("µs of waiting with prefetch=2", t["prefetch=2"], 10.0)] if work is array else []
+        show(f"What a learner waits that {name} for a millisecond, 256 items out of 1,000,000 rows", t, claims)
     large, small = every(buffer), every(filled(ROWS // 10))
     t = medians({**floors(buffer), "cpprb, prioritized": peer(), **large, **{f"{name}, 100,000": draw for name, draw in small.items()}}, 2 * rounds, 40)
     uniform, theirs = t["uniform"], t["cpprb, prioritized"]

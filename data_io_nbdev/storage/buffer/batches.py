@@ -19,7 +19,7 @@ from fastcore.basics import patch
 __all__ = ['Ready', 'Ahead', 'Tensors', 'ToTorch', 'ToJax', 'converter', 'Count', 'Limit', 'limited', 'Batches']
 
 # %% ../../../nbs/storage/buffer/batches.ipynb #f595551b
-from ...errors import ClosedError, QueryError, TimedOut, at_the_door, require
+from ...errors import ClosedError, DataIOError, QueryError, TimedOut, at_the_door, require
 from ...data.schema import brief, check_whole
 from ..pool.pool import forkable, forkable_lock
 from .buffer import Batch, Buffer, Transition
@@ -99,7 +99,8 @@ class Ahead:
         bool
             While the buffer is still
         """
-        return all(map(is_, ready.seen, self.seen())) and same_state(ready.before, self.buffer._moment())
+        now = self.buffer._moment()
+        return (ready.before is now or same_state(ready.before, now)) and all(map(is_, ready.seen, self.seen()))
 
     def last(self) -> tuple: # While the buffer is still
         """The moment behind those that wait
@@ -143,7 +144,7 @@ def fill(self: Ahead,
     if ready.error is None:
         try: ready = ready._replace(batch=self.convert(ready.batch))
         except Exception as e: ready = ready._replace(after=ready.before, error=e)
-    self.buffer._in_turn(self.buffer._still, self._append, ready)
+    self.buffer._still(self._append, ready)
     return True
 
 @patch
@@ -197,7 +198,7 @@ def take(self: Ahead) -> Any:
     while True:
         buffer._catch_up()
         self.hungry = not self.waiting
-        if (found := buffer._in_turn(buffer._still, self._hand_out)) is not None: return found[0]
+        if (found := buffer._still(self._hand_out)) is not None: return found[0]
         with self.filling:
             if not self.waiting: self.fill(mine=True)
 
@@ -767,19 +768,12 @@ class Batches:
         Any
             A `Batch`, or `Tensors`
         """
-        with at_the_door:
-            if self._ahead.left == 0: self.close()
-            if self._ahead.closed: self._over()
-            if self._limit is None: return self._ahead.take()
-            self._limit.wait_to_draw(self._buffer.batch_size)
-            if self._ahead.closed: self._over()  # meanwhile
-            batch = self._ahead.take()
-            self._limit.drew(len(batch.weight))
-            return batch
-
-    def _over(self) -> None:
-        if self._ahead.left == 0: raise StopIteration
-        raise ClosedError("these batches are closed; buffer.batches() makes others")
+        try: return self._ahead.take() if self._limit is None and not self._ahead.closed else self._limited()
+        except DataIOError:
+            with at_the_door: raise
+        except StopIteration:
+            self.close()
+            raise
 
     def __enter__(self) -> "Batches": return self
     def __exit__(self, *_: Any) -> None: self.close()
@@ -791,6 +785,21 @@ def _end(ahead: Ahead, limit: Optional[Limit], limits: list) -> None:
     if limit is None: return
     limit.end()
     if limit in limits: limits.remove(limit)
+
+@patch
+def _limited(self: Batches) -> Any:
+    if self._ahead.left == 0: self.close()
+    if self._ahead.closed: self._over()
+    self._limit.wait_to_draw(self._buffer.batch_size)
+    if self._ahead.closed: self._over()  # meanwhile
+    batch = self._ahead.take()
+    self._limit.drew(len(batch.weight))
+    return batch
+
+@patch
+def _over(self: Batches) -> None:
+    if self._ahead.left == 0: raise StopIteration
+    raise ClosedError("these batches are closed; buffer.batches() makes others")
 
 @patch
 def close(self: Batches) -> None:

@@ -785,7 +785,7 @@ def _rng(self: BufferDraws) -> np.random.Generator: # Under the lock
         Under the lock
     """
     if self._at is not None:
-        self._generator.bit_generator.state = self._at
+        self._generator.bit_generator.state = self._at[0]
         self._at = None
     return self._generator
 
@@ -799,13 +799,14 @@ def _moment(self: BufferDraws) -> tuple: # Under the lock
         Under the lock
     """
     if self._astray: self._go_own_way()
-    state = self._at or self._generator.bit_generator.state
-    return state, None if self.sampler.in_one_step else self.sampler.moment()
+    at, known = self._at, None if self.sampler.in_one_step else self.sampler.moment()
+    if at is None: return self._generator.bit_generator.state, known
+    return at if at[1] is known is None else (at[0], known)
 
 @patch
 def _go_back(self: BufferDraws, moment: tuple) -> None:
     "Be as at a moment; the generator follows when it is used"
-    self._at = moment[0]
+    self._at = moment
     if moment[1] is not None: self.sampler.go_back(moment[1])
 
 # %% ../../../nbs/storage/buffer/buffer.ipynb #e1fa6b97
@@ -1019,7 +1020,8 @@ class BufferState(BufferDraws[ItemT]):
         asked = dict(query=view.query.to_json(), capacity=view.capacity)
         if view.select: asked["select"] = {role: list(names) for role, names in view.select.items()}
         seen = dict(versions=[list(v) for v in view.versions], serial=view.serial, rows=len(view))
-        drawn = dict(sampler=sampler_state(self.sampler), rng=self._at or self._generator.bit_generator.state)
+        rng = self._at[0] if self._at else self._generator.bit_generator.state
+        drawn = dict(sampler=sampler_state(self.sampler), rng=rng)
         return dict(format=_format(view.select), **asked, **seen, trail=view.trail, **drawn)
 
     def load_state_dict(self,

@@ -448,7 +448,8 @@ def _draw_whole(self: Mixture, n: int, plan: Plan) -> MixedBatch:
 def _in_turn(self: Mixture, do: Callable, *args: Any) -> Any: return _under(self._turns, do, *args)
 
 @patch
-def _still(self: Mixture, do: Callable, *args: Any) -> Any: return _under(self._locks, do, *args)
+def _still(self: Mixture, do: Callable, *args: Any) -> Any:
+    return _under(self._turns, _under, self._locks, do, *args)
 
 @patch
 def _seen(self: Mixture) -> tuple: return tuple(x for leaf in self._leaves for x in leaf._seen())
