@@ -171,10 +171,10 @@ def _spread(values: np.ndarray, mask: np.ndarray, blank: Any = None) -> np.ndarr
 # %% ../../../nbs/storage/buffer/buffer.ipynb #1990962d
 def _sequences(rows: Rows, wanted: np.ndarray, mask: Optional[np.ndarray], found: Optional[np.ndarray]) -> Taken:
     "Rows `(batch, length)` for a batch, zeros where the mask hides them"
-    shape, whole, wanted = wanted.shape, mask is None or mask.all(), wanted.ravel()
+    shape, hidden, wanted = wanted.shape, () if mask is None else np.flatnonzero(~mask), wanted.ravel()
     if found is None: found = rows.fetch(rows.slots(wanted))
-    if not whole and len(found) == len(wanted): found.view("u1").reshape(len(found), -1)[~mask.ravel()] = 0
-    elif not whole: found = _spread(found, mask).reshape(-1, *found.shape[1:])
+    if len(hidden) and len(found) == len(wanted): found.view("u1").reshape(len(found), -1)[hidden] = 0
+    elif len(hidden): found = _spread(found, mask).reshape(-1, *found.shape[1:])
     transition, flags, slots = rows.take(wanted, found)
     shaped = (a.reshape(*shape, *a.shape[1:]) for a in transition)
     return Taken(tuple(shaped), flags.reshape(shape), slots.reshape(shape))
