@@ -122,9 +122,12 @@ class Subjects(NamedTuple):
         In order, and at last how many more there are
     codes : np.ndarray
         `(episodes,)` int64: which of them
+    alone : int
+        How many of the names are of one subject: all of them, or all but the last
     """
     names: list[str]  # In order, and at last how many more there are
     codes: np.ndarray  # `(episodes,)` int64: which of them
+    alone: int  # How many of the names are of one subject: all of them, or all but the last
 
 def _names(given: Any) -> list[Any]: # One name, or several
     """Returns
@@ -163,7 +166,7 @@ def subjects(
     names = levels if by is None else _names(by)
     if unknown := [name for name in names if name not in levels]:
         raise QueryError(f"by: no identity level {brief(unknown[0])}; there are {levels}")
-    if not names: return Subjects(["all"], np.zeros(len(table), "int64"))
+    if not names: return Subjects(["all"], np.zeros(len(table), "int64"), 1)
     groups = table.groupby(names[0] if len(names) == 1 else names, observed=True, dropna=False)
     sizes, codes = groups.size(), groups.ngroup().to_numpy()
     kept = np.sort(np.argsort(-sizes.to_numpy(), kind="stable")[:most])
@@ -172,7 +175,7 @@ def subjects(
     keys = [sizes.index[i] for i in kept]
     said = [label(" ".join(map(str, key)) if isinstance(key, tuple) else key) for key in keys]
     more = len(sizes) - len(kept)
-    return Subjects([*said, f"{more:,} more"] if more else said, place[codes])
+    return Subjects([*said, f"{more:,} more"] if more else said, place[codes], len(said))
 
 # %% ../nbs/viz.ipynb #8416f4cd
 def fence(
@@ -264,16 +267,17 @@ def coverage(
         who, bins = subjects(table, by), bins_of(times)
     rows = len(who.names)
     counts = np.bincount(who.codes * len(bins) + bins.of(times), minlength=rows * len(bins)).reshape(rows, -1)
+    most = counts[:who.alone].max()
     ax = _axes(ax, 1 + 0.4 * rows)
     edges = _on_time(ax, bins.edges)
     for i, row in enumerate(counts[::-1]):  # the last is at the bottom
-        ax.stairs(i + 0.8 * row / counts.max(), edges, baseline=i, fill=True, color=INKS[0], lw=0)
+        ax.stairs(i + 0.8 * np.minimum(row / most, 1), edges, baseline=i, fill=True, color=INKS[0], lw=0)
         ax.text(1.01, i + 0.4, f"in {np.count_nonzero(row)} of {len(bins)}", va="center", fontsize="small",
                 transform=ax.get_yaxis_transform())
     ax.set_yticks(np.arange(rows) + 0.4, who.names[::-1])
     ax.set(ylim=(-0.2, rows), xlim=edges[[0, -1]])
     ax.tick_params(axis="y", length=0)
-    ax.set_title(f"{len(table):,} episodes, at most {counts.max():,} a {bins.width}")
+    ax.set_title(f"{len(table):,} episodes, at most {most:,} a {bins.width} each")
     return ax
 
 # %% ../nbs/viz.ipynb #3d3ca0dd
@@ -881,7 +885,7 @@ def _whose(rows: Any, at: np.ndarray, by: Any) -> Subjects:
     "Whose some rows are, with a code for each row"
     ids, which = rows.owners(at)
     who = subjects(rows.about(list(ids)).loc[list(ids)], None if is_text(by) and by == "subject" else by)
-    return Subjects(who.names, who.codes[which])
+    return who._replace(codes=who.codes[which])
 
 def _share_bars(ax: Any, codes: Sequence[np.ndarray], names: Sequence[str]) -> Any:
     "What there is, and what was drawn, over names"
