@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd  # type: ignore
 
 # %% auto #0
-__all__ = ['FINDINGS', 'label', 'Bins', 'bins_of', 'Subjects', 'subjects', 'fence', 'coverage', 'returns', 'Sampled', 'sampled',
-           'fields', 'signals', 'runs', 'health_table', 'health', 'trial', 'draws']
+__all__ = ['FINDINGS', 'label', 'Bins', 'bins_of', 'Subjects', 'subjects', 'fence', 'edges_of', 'coverage', 'returns', 'Sampled',
+           'sampled', 'fields', 'signals', 'runs', 'health_table', 'health', 'trial', 'draws']
 
 # %% ../nbs/viz.ipynb #99778f7b
 from .errors import NotEnoughData, QueryError, at_the_door, cut, require
@@ -200,6 +200,27 @@ def fence(
     return (float(low - wide), float(high + wide)) if wide else (-np.inf, np.inf)
 
 # %% ../nbs/viz.ipynb #d8997c94
+def edges_of(
+    values: np.ndarray, # `(n,)` finite numbers, at least one
+    n: int, # Bins
+) -> np.ndarray: # `(n + 1,)`
+    """Where bins of the same width begin and end, whose first and last are not empty
+
+    Parameters
+    ----------
+    values : np.ndarray
+        `(n,)` finite numbers, at least one
+    n : int
+        Bins
+
+    Returns
+    -------
+    np.ndarray
+        `(n + 1,)`
+    """
+    low, high = float(values.min()), float(values.max())
+    return np.linspace(low, high, n + 1) if low < high else np.linspace(low - 0.5, high + 0.5, n + 1)
+
 def _catalogue_of(pool: Pool, query: Any) -> tuple[pd.DataFrame, np.ndarray]:
     "Episodes that match, and when each began; raises `NotEnoughData` where there are none"
     table = pool.catalogue(query)
@@ -351,7 +372,7 @@ def returns(
     ax, odd = _axes(ax, 2.6), known & ((values < low) | (values > high))
     timed = over == "time"
     middle = _on_time(ax, bins.edges[:-1] + (bins.edges[1] - bins.edges[0]) / 2) if timed else None
-    edges = np.histogram_bin_edges(values[known], 40)
+    edges = edges_of(values[known], 40)
     for i, name in enumerate(who.names):
         mine = known & (who.codes == i)
         if timed: _by_bin(ax, middle, at[mine], values[mine], INKS[i], name)
@@ -478,7 +499,7 @@ def _distribution(lane: Any, f: Field, values: np.ndarray) -> None: # `(elements
     kept = np.concatenate([x[(x >= low) & (x <= high)] for x, (low, high) in zip(values, limits)])
     odd, kept, lost = odd[np.isfinite(odd)], kept[np.isfinite(kept)], int((~np.isfinite(values)).sum())
     if len(kept):
-        counts, edges = np.histogram(kept, 60)
+        counts, edges = np.histogram(kept, edges_of(kept, 60))
         lane.stairs(counts, edges, fill=True, color=INKS[0], lw=0)
     said = [f"{lost:,} missing"] * bool(lost)
     if len(odd): said.append(f"{len(odd):,} odd: {odd.min():.4g}" + f" … {odd.max():.4g}" * (len(odd) > 1))
@@ -899,13 +920,12 @@ def _share_bars(ax: Any, codes: Sequence[np.ndarray], names: Sequence[str]) -> A
 
 def _shares(ax: Any, values: Sequence[np.ndarray], said: str) -> Any:
     "What there is, and what was drawn, over a number or time"
-    ax, low, high = _axes(ax, 2.6), *(f(np.concatenate(values)) for f in (np.min, np.max))
-    edges = low + (high - low) * np.arange(61) / 60 if low < high else np.array([low, low + 1])
+    ax = _axes(ax, 2.6)
+    if values[0].dtype.kind == "M": values = [_on_time(ax, times) for times in values]
+    edges = edges_of(np.concatenate(values), 60)
     looks = dict(color=INKS[5], fill=True, alpha=0.4, lw=0), dict(color=INKS[0], lw=1.5)
-    at = _on_time(ax, edges) if edges.dtype.kind == "M" else edges
     for of, name, look in zip(values, ("there is", "drawn"), looks):
-        counts = np.histogram(of.astype("float64"), edges.astype("float64"))[0]
-        ax.stairs(counts / max(1, len(of)), at, label=name, **look)
+        ax.stairs(np.histogram(of, edges)[0] / max(1, len(of)), edges, label=name, **look)
     ax.set(xlabel=said, ylabel="share of steps")
     return ax
 

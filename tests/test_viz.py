@@ -267,6 +267,12 @@ def test_fence():
     assert viz.fence(np.array([0, 0, 0, 0, 9])) == viz.fence(np.array([np.nan])) == (-np.inf, np.inf)
 
 
+def test_edges():
+    "Bins hold every value, also of numbers so large that few floats are between them"
+    for values in (np.array([2.0**60, 2.0**60 + 512]), np.array([5.0]), np.random.default_rng(0).normal(size=100)):
+        assert np.histogram(values, viz.edges_of(values, 60))[0].sum() == len(values)
+
+
 def test_draws_of_an_end(pool):
     "Where a sampler has no more, what it had is drawn; where it had nothing, this is told"
     mine = buffer_of(pool, Once())
