@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd  # type: ignore
 
 # %% auto #0
-__all__ = ['FINDINGS', 'label', 'Bins', 'bins_of', 'Subjects', 'subjects', 'fence', 'coverage', 'returns', 'Sampled', 'sampled',
-           'fields', 'signals', 'runs', 'health_table', 'health', 'trial', 'draws']
+__all__ = ['FINDINGS', 'label', 'Bins', 'bins_of', 'Subjects', 'subjects', 'fence', 'edges_of', 'coverage', 'returns', 'Sampled',
+           'sampled', 'fields', 'signals', 'runs', 'health_table', 'health', 'trial', 'draws']
 
 # %% ../nbs/viz.ipynb #99778f7b
 from .errors import NotEnoughData, QueryError, at_the_door, cut, require
@@ -122,9 +122,12 @@ class Subjects(NamedTuple):
         In order, and at last how many more there are
     codes : np.ndarray
         `(episodes,)` int64: which of them
+    alone : int
+        How many of the names are of one subject: all of them, or all but the last
     """
     names: list[str]  # In order, and at last how many more there are
     codes: np.ndarray  # `(episodes,)` int64: which of them
+    alone: int  # How many of the names are of one subject: all of them, or all but the last
 
 def _names(given: Any) -> list[Any]: # One name, or several
     """Returns
@@ -163,7 +166,7 @@ def subjects(
     names = levels if by is None else _names(by)
     if unknown := [name for name in names if name not in levels]:
         raise QueryError(f"by: no identity level {brief(unknown[0])}; there are {levels}")
-    if not names: return Subjects(["all"], np.zeros(len(table), "int64"))
+    if not names: return Subjects(["all"], np.zeros(len(table), "int64"), 1)
     groups = table.groupby(names[0] if len(names) == 1 else names, observed=True, dropna=False)
     sizes, codes = groups.size(), groups.ngroup().to_numpy()
     kept = np.sort(np.argsort(-sizes.to_numpy(), kind="stable")[:most])
@@ -172,7 +175,7 @@ def subjects(
     keys = [sizes.index[i] for i in kept]
     said = [label(" ".join(map(str, key)) if isinstance(key, tuple) else key) for key in keys]
     more = len(sizes) - len(kept)
-    return Subjects([*said, f"{more:,} more"] if more else said, place[codes])
+    return Subjects([*said, f"{more:,} more"] if more else said, place[codes], len(said))
 
 # %% ../nbs/viz.ipynb #8416f4cd
 def fence(
@@ -197,6 +200,27 @@ def fence(
     return (float(low - wide), float(high + wide)) if wide else (-np.inf, np.inf)
 
 # %% ../nbs/viz.ipynb #d8997c94
+def edges_of(
+    values: np.ndarray, # `(n,)` finite numbers, at least one
+    n: int, # Bins
+) -> np.ndarray: # `(n + 1,)`
+    """Where bins of the same width begin and end, whose first and last are not empty
+
+    Parameters
+    ----------
+    values : np.ndarray
+        `(n,)` finite numbers, at least one
+    n : int
+        Bins
+
+    Returns
+    -------
+    np.ndarray
+        `(n + 1,)`
+    """
+    low, high = float(values.min()), float(values.max())
+    return np.linspace(low, high, n + 1) if low < high else np.linspace(low - 0.5, high + 0.5, n + 1)
+
 def _catalogue_of(pool: Pool, query: Any) -> tuple[pd.DataFrame, np.ndarray]:
     "Episodes that match, and when each began; raises `NotEnoughData` where there are none"
     table = pool.catalogue(query)
@@ -264,16 +288,17 @@ def coverage(
         who, bins = subjects(table, by), bins_of(times)
     rows = len(who.names)
     counts = np.bincount(who.codes * len(bins) + bins.of(times), minlength=rows * len(bins)).reshape(rows, -1)
+    most = counts[:who.alone].max()
     ax = _axes(ax, 1 + 0.4 * rows)
     edges = _on_time(ax, bins.edges)
     for i, row in enumerate(counts[::-1]):  # the last is at the bottom
-        ax.stairs(i + 0.8 * row / counts.max(), edges, baseline=i, fill=True, color=INKS[0], lw=0)
+        ax.stairs(i + 0.8 * np.minimum(row / most, 1), edges, baseline=i, fill=True, color=INKS[0], lw=0)
         ax.text(1.01, i + 0.4, f"in {np.count_nonzero(row)} of {len(bins)}", va="center", fontsize="small",
                 transform=ax.get_yaxis_transform())
     ax.set_yticks(np.arange(rows) + 0.4, who.names[::-1])
     ax.set(ylim=(-0.2, rows), xlim=edges[[0, -1]])
     ax.tick_params(axis="y", length=0)
-    ax.set_title(f"{len(table):,} episodes, at most {counts.max():,} a {bins.width}")
+    ax.set_title(f"{len(table):,} episodes, at most {most:,} a {bins.width} each")
     return ax
 
 # %% ../nbs/viz.ipynb #3d3ca0dd
@@ -347,7 +372,7 @@ def returns(
     ax, odd = _axes(ax, 2.6), known & ((values < low) | (values > high))
     timed = over == "time"
     middle = _on_time(ax, bins.edges[:-1] + (bins.edges[1] - bins.edges[0]) / 2) if timed else None
-    edges = np.histogram_bin_edges(values[known], 40)
+    edges = edges_of(values[known], 40)
     for i, name in enumerate(who.names):
         mine = known & (who.codes == i)
         if timed: _by_bin(ax, middle, at[mine], values[mine], INKS[i], name)
@@ -474,7 +499,7 @@ def _distribution(lane: Any, f: Field, values: np.ndarray) -> None: # `(elements
     kept = np.concatenate([x[(x >= low) & (x <= high)] for x, (low, high) in zip(values, limits)])
     odd, kept, lost = odd[np.isfinite(odd)], kept[np.isfinite(kept)], int((~np.isfinite(values)).sum())
     if len(kept):
-        counts, edges = np.histogram(kept, 60)
+        counts, edges = np.histogram(kept, edges_of(kept, 60))
         lane.stairs(counts, edges, fill=True, color=INKS[0], lw=0)
     said = [f"{lost:,} missing"] * bool(lost)
     if len(odd): said.append(f"{len(odd):,} odd: {odd.min():.4g}" + f" … {odd.max():.4g}" * (len(odd) > 1))
@@ -881,7 +906,7 @@ def _whose(rows: Any, at: np.ndarray, by: Any) -> Subjects:
     "Whose some rows are, with a code for each row"
     ids, which = rows.owners(at)
     who = subjects(rows.about(list(ids)).loc[list(ids)], None if is_text(by) and by == "subject" else by)
-    return Subjects(who.names, who.codes[which])
+    return who._replace(codes=who.codes[which])
 
 def _share_bars(ax: Any, codes: Sequence[np.ndarray], names: Sequence[str]) -> Any:
     "What there is, and what was drawn, over names"
@@ -895,13 +920,12 @@ def _share_bars(ax: Any, codes: Sequence[np.ndarray], names: Sequence[str]) -> A
 
 def _shares(ax: Any, values: Sequence[np.ndarray], said: str) -> Any:
     "What there is, and what was drawn, over a number or time"
-    ax, low, high = _axes(ax, 2.6), *(f(np.concatenate(values)) for f in (np.min, np.max))
-    edges = low + (high - low) * np.arange(61) / 60 if low < high else np.array([low, low + 1])
+    ax = _axes(ax, 2.6)
+    if values[0].dtype.kind == "M": values = [_on_time(ax, times) for times in values]
+    edges = edges_of(np.concatenate(values), 60)
     looks = dict(color=INKS[5], fill=True, alpha=0.4, lw=0), dict(color=INKS[0], lw=1.5)
-    at = _on_time(ax, edges) if edges.dtype.kind == "M" else edges
     for of, name, look in zip(values, ("there is", "drawn"), looks):
-        counts = np.histogram(of.astype("float64"), edges.astype("float64"))[0]
-        ax.stairs(counts / max(1, len(of)), at, label=name, **look)
+        ax.stairs(np.histogram(of, edges)[0] / max(1, len(of)), edges, label=name, **look)
     ax.set(xlabel=said, ylabel="share of steps")
     return ax
 
