@@ -553,7 +553,7 @@ import pickle, sys, time
 from data_io_nbdev.testing import drive
 pool, writer, until = pickle.load(sys.stdin.buffer)
 n, done = 0, []
-while time.time() < until:
+while time.time() < until or n < 3:
     done += pool.extend([drive(3 + n % 9, hour=n, vehicle=f"w{writer}", driver=d) for d in ("anna", "twin")]); n += 1
 print(*done)
 """

@@ -20,7 +20,7 @@ from data_io_nbdev.testing import drive
 EVIL = "<script>alert('&')</script>"
 OFFERED = {"learn", "anchor", "state", "action", "reward", "nstate", "terminated", "truncated", "mask", "weight", "episode", "step", "timestamp", "index",
            "fields", "frames"}
-USERS = {"pool", "batch_size", "query", "select", "sampler", "seed", "capacity", "states", "load", "close", "store", "writer", "find", "save", "sample", "refresh",
+USERS = {"pool", "batch_size", "query", "select", "sampler", "seed", "capacity", "states", "load", "close", "store", "writer", "find", "save", "sample", "batches", "refresh",
          "state_dict", "load_state_dict", "save_state", "load_state", "nbytes", "update_priorities"}
 
 
