@@ -125,16 +125,17 @@ class KeepTitle(FrontmatterProc):
 
 
 class RunShowDocs(exec_show_docs):
-    "Runs imports and `show_doc`; exported names come from the package, where their source can be found"
+    "Runs imports and `show_doc`, but for those that a flag of tests marks; exported names come from the package, where their source can be found"
     def begin(self):
         super().begin()
+        self.left_out = EXPORT | {*get_config().tst_flags.split()}  # with a flag, they need what may not be installed
         for cell in self.nb.cells:
             if "default_exp" in cell.directives_:
                 module = f"{get_config().lib_path.name}.{cell.directives_['default_exp'][0]}".removesuffix(".__init__")
                 self.k.user_ns.update(vars(import_module(module)))
 
     def __call__(self, cell):
-        if cell.cell_type != "code" or EXPORT & cell.directives_.keys(): return
+        if cell.cell_type != "code" or self.left_out & cell.directives_.keys(): return
         if not (only_imports(cell) or "show_doc(" in cell.source): return
         stored = cell.get("outputs")
         try: super().__call__(cell)

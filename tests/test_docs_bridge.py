@@ -79,6 +79,16 @@ def cell(source, documented=False):
     return bridge.code_cell(nb.cells[0], documented)
 
 
+def test_imports_behind_a_flag_are_not_run(tmp_path):
+    "They need what may not be installed; other imports are run"
+    def built(source):
+        cells = [new_markdown_cell("# A page"), *map(new_code_cell, ("from nbdev.showdoc import show_doc", source, "show_doc(sorted)"))]
+        nbformat.write(new_notebook(cells=cells), tmp_path / "page.ipynb")
+        NBProcessor(tmp_path / "page.ipynb", procs=bridge.processors(), process=True)
+    built("#| torch\nimport not_installed")
+    with pytest.raises(Exception, match="import not_installed"): built("import not_installed")
+
+
 @pytest.mark.parametrize("source, documented, tags", [
     ("x = 1", False, set()), ("#| echo: false\nx = 1", False, {"remove-input"}), ("#| output: false\nx = 1", False, {"remove-output"}),
     ("#| code-fold: true\nx = 1", False, {"hide-input"}), ("#| export\ndef _f(): ...", False, {"exported"}),
