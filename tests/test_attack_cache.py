@@ -627,13 +627,14 @@ def test_forked_rings(tmp_path, attack):
         late, done = os.pipe(), os.pipe()
         def child():
             signal.alarm(40)
-            for buffer in (mine, plain): buffer._rng, buffer._astray = np.random.default_rng(0), False  # a child's streams are its own
+            for buffer in (mine, plain): vars(buffer).update(_generator=np.random.default_rng(0), _at=None, _astray=False)  # a child's streams are its own
             if early := rng.integers(2): mine.refresh(); plain.refresh()
             os.write(done[1], b".")
             os.read(late[0], 1)
             same(mine, batches(plain))
             if not early: mine.refresh(); plain.refresh(); same(mine, batches(plain))
         with forked(child):
+            os.close(done[1])  # so that a child which ends early is not waited for
             os.read(done[0], 1)
             same(mine, batches(plain))  # the child may have taken in what is new
             lake.extend([drive(11, hour=9 + h) for h in range(4)])
@@ -641,7 +642,7 @@ def test_forked_rings(tmp_path, attack):
             same(mine, batches(plain))
             os.write(late[1], b".")
         same(mine, batches(plain))
-        for fd in (*late, *done): os.close(fd)
+        for fd in (*late, done[0]): os.close(fd)
     attack("forks: rings and rooms that grew", 20, once)
 
 
