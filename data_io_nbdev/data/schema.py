@@ -20,9 +20,9 @@ from fastcore.basics import patch
 
 # %% auto #0
 __all__ = ['ROLES', 'FLAGS', 'KINDS', 'RESERVED', 'Units', 'lazy', 'offered', 'brief', 'is_text', 'plain_text', 'whole',
-           'is_whole', 'check_whole', 'listed', 'nullable', 'dtype_name', 'Field', 'identity_value', 'who_value',
-           'kind_of', 'short_name', 'SchemaFields', 'may_cast', 'cast', 'SchemaBlocks', 'columns_of', 'is_time',
-           'Schema', 'selection']
+           'is_whole', 'check_whole', 'is_number', 'listed', 'nullable', 'dtype_name', 'Field', 'identity_value',
+           'who_value', 'kind_of', 'short_name', 'SchemaFields', 'may_cast', 'cast', 'SchemaBlocks', 'columns_of',
+           'is_time', 'Schema', 'selection']
 
 # %% ../../nbs/data/schema.ipynb #03cefeaf
 from ..errors import QueryError, SchemaError, at_the_door, cut, require
@@ -193,6 +193,23 @@ def check_whole(
     """
     if is_whole(value, least, most): return
     raise QueryError(f"{name}: expected a whole number from {least}, got {brief(value)}")
+
+# %% ../../nbs/data/schema.ipynb #4b1bf9d5
+def is_number(
+    value: Any, # Of any type
+) -> bool:
+    """Whether something is a number of Python or numpy, and no flag
+
+    Parameters
+    ----------
+    value : Any
+        Of any type
+
+    Returns
+    -------
+    bool
+    """
+    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
 
 # %% ../../nbs/data/schema.ipynb #df9b3955
 _NO_LISTS = (str, bytes, bytearray, memoryview, Mapping, pd.DataFrame)  # though they can be iterated

@@ -20,9 +20,9 @@ __all__ = ['Ready', 'Ahead', 'Tensors', 'ToTorch', 'ToJax', 'converter', 'Count'
 
 # %% ../../../nbs/storage/buffer/batches.ipynb #f595551b
 from ...errors import ClosedError, DataIOError, QueryError, TimedOut, at_the_door, require
-from ...data.schema import brief, check_whole
+from ...data.schema import brief, check_whole, is_number
 from ..pool.pool import forkable, forkable_lock
-from .buffer import Batch, Buffer, Transition
+from .buffer import _TRANSITION, Batch, Buffer, Transition
 from .state import same_state
 from .view import View
 
@@ -287,7 +287,7 @@ class Tensors(Transition):
         convert: Callable[[np.ndarray], Any], # Makes a tensor of an array
     ) -> "Tensors":
         by_name = lambda role: {name: convert(a) for name, a in batch.fields(role).items()}
-        four = [by_name(role) if a.dtype.names else convert(a) for role, a in zip(_ROLES, batch)]
+        four = [by_name(role) if a.dtype.names else convert(a) for role, a in zip(_TRANSITION, batch)]
         return Transition.__new__(cls, four, {"schema": batch.schema, "_batch": batch, "_convert": convert})
 
     @property
@@ -313,15 +313,13 @@ class Tensors(Transition):
 
     def __dir__(self) -> list[str]: return dir(self._batch) if "_batch" in self.__dict__ else [*self.__dict__]
     def __repr__(self) -> str:
-        told = (f"{role} {_in_short(block)}" for role, block in zip(_ROLES, self))
+        told = (f"{role} {_in_short(block)}" for role, block in zip(_TRANSITION, self))
         return f"{type(self).__name__}({', '.join(told)})"
 
     def __reduce__(self):
         names = self._batch._names() if "_batch" in self.__dict__ else [*self.__dict__]
         rest = {name: getattr(self, name) for name in names}
         return _arrived, (tuple(self), {**rest, "schema": self.schema})
-
-_ROLES = ("state", "action", "reward", "nstate")
 
 # %% ../../../nbs/storage/buffer/batches.ipynb #002a598d
 def _in_short(block: Any) -> str:
@@ -705,14 +703,13 @@ def limited(
     _above_0("samples_per_insert", ratio)
     _above_0("timeout", timeout)
     usual = max(2 * buffer.batch_size, 0.1 * (ratio or 0) * least)
-    if margin is not None and not (_is_number(margin) and margin >= buffer.batch_size):
+    if margin is not None and not (is_number(margin) and margin >= buffer.batch_size):
         raise QueryError(f"margin: expected a batch or more, {buffer.batch_size} items, got {brief(margin)}; "
                          "with less each side could wait for the other")
     return Limit(buffer, Count(int(least), ratio, usual if margin is None else margin), timeout)
 
-def _is_number(x: Any) -> bool: return isinstance(x, (int, float, np.number)) and not isinstance(x, bool)
 def _above_0(name: str, x: Any) -> None:
-    if x is None or _is_number(x) and 0 < x < math.inf: return
+    if x is None or is_number(x) and 0 < x < math.inf: return
     raise QueryError(f"{name}: expected a number above 0, got {brief(x)}")
 
 # %% ../../../nbs/storage/buffer/batches.ipynb #e7b74a1b

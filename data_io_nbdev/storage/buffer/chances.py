@@ -17,7 +17,7 @@ __all__ = ['Nested', 'Chances', 'Prioritized', 'Recent', 'Epoch', 'Once', 'Balan
 
 # %% ../../../nbs/storage/buffer/chances.ipynb #b3cd1376
 from ...errors import NotEnoughData, QueryError
-from ...data.schema import brief, is_whole
+from ...data.schema import brief, is_number, is_whole
 from .rows import Growing
 from .sampler import Draw, Drawable, Items, Sampler, Tally, Uniform, Weights, leaves
 from .sampler import sampler_state, unlike
@@ -76,7 +76,7 @@ def _none(sampler: Sampler, why: str) -> NotEnoughData:
     return NotEnoughData(f"{sampler!r} has nothing to draw: {why}")
 
 def _number(name: str, value: Any, least: float = 0.0, most: float = np.inf) -> float:
-    if isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and least <= value < most:
+    if is_number(value) and least <= value < most:
         return float(value)
     raise QueryError(f"{name}: expected a number from {least:g}, got {brief(value)}")
 
@@ -263,7 +263,7 @@ class Recent(Chances):
     ):
         super().__init__(over)
         self.half_life, self._us, self._since = half_life, None, None  # half-lives since 1970 that count 1
-        if not isinstance(half_life, (int, float, np.number)) or isinstance(half_life, bool):
+        if not is_number(half_life):
             text = re.sub(r"(\d\s*)d\b", r"\1D", half_life) if isinstance(half_life, str) else half_life
             try: self._us = pd.Timedelta(text).value // 1000  # pandas wants days in capitals
             except (ValueError, TypeError): self._us = 0

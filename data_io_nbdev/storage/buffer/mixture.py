@@ -16,7 +16,7 @@ __all__ = ['Plan', 'share_out', 'common_schema', 'MixedBatch', 'Agreement', 'Mix
 
 # %% ../../../nbs/storage/buffer/mixture.ipynb #16ab1ade
 from ...errors import DataIOError, NotEnoughData, QueryError, SchemaError, at_the_door
-from ...data.schema import ROLES, Field, Schema, brief, check_whole, is_whole, offered
+from ...data.schema import ROLES, Field, Schema, brief, check_whole, is_number, is_whole, offered
 from ...data.core import Episode
 from ...data.show import shortened
 from ..pool.columns import in_one_step
@@ -54,7 +54,7 @@ def share_out(
 # %% ../../../nbs/storage/buffer/mixture.ipynb #2e70b0e2
 def _check_share(share: Any) -> float:
     "A share as a number; raises `QueryError` for what is none"
-    if isinstance(share, (int, float, np.number)) and not isinstance(share, bool) and 0 <= share < 1e300:
+    if is_number(share) and 0 <= share < 1e300:
         return float(share)
     raise QueryError("shares: expected a number from 0, or a function of the number of the draw that gives "
                      f"one, got {brief(share)}")

@@ -16,7 +16,7 @@ __all__ = ['Scale', 'scales_of', 'Normalize']
 from ...errors import QueryError, SchemaError, at_the_door
 from ...data.schema import ROLES, Field, Schema, brief, listed, short_name
 from ..pool.stats import Stats
-from .buffer import Transition
+from .buffer import _TRANSITION, Transition
 
 # %% ../../../nbs/storage/buffer/normalize.ipynb #4c2581c6
 class Scale(NamedTuple):
@@ -259,4 +259,4 @@ def _batch(self: Normalize, way: _Way, batch: Transition) -> Transition:
     mask = getattr(batch, "mask", None)
     rest = dict(vars(batch))
     if "info" in self.roles and "info" in batch.schema.roles: rest["info"] = changed("info", batch.info)
-    return type(batch)(map(changed, ("state", "action", "reward", "nstate"), batch), rest)
+    return type(batch)(map(changed, _TRANSITION, batch), rest)

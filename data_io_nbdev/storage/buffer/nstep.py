@@ -12,7 +12,7 @@ __all__ = ['Summed', 'Returns', 'Around', 'NStep']
 
 # %% ../../../nbs/storage/buffer/nstep.ipynb #81ec2cf9
 from ...errors import QueryError
-from ...data.schema import brief, check_whole
+from ...data.schema import brief, check_whole, is_number
 from .sampler import Draw, Drawable, Sampler, Sequences, Uniform
 from .windows import Stack
 from .chances import Chances, Nested, Prioritized
@@ -143,7 +143,7 @@ class NStep(Around):
         over: Sampler = Uniform(), # Which steps: `Uniform`, `Stack`, or one of these by chance, as `Prioritized`
     ):
         check_whole("n", n, most=2**31)
-        if isinstance(gamma, bool) or not isinstance(gamma, (int, float, np.number)) or not 0 <= gamma <= 1:
+        if not is_number(gamma) or not 0 <= gamma <= 1:
             raise QueryError(f"gamma: expected a number from 0 to 1, got {brief(gamma)}")
         self._states = getattr(_items(over), "k", 0)  # side by side; 0 for single ones
         self.n, self.gamma, self.over, self.in_one_step = n, float(gamma), over, over.in_one_step

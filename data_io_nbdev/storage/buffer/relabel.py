@@ -14,7 +14,7 @@ __all__ = ['Hindsight', 'Relabel']
 
 # %% ../../../nbs/storage/buffer/relabel.ipynb #36893386
 from ...errors import QueryError
-from ...data.schema import Schema, brief, cast, is_text
+from ...data.schema import Schema, brief, cast, is_number, is_text
 from .sampler import Draw, Drawable, Items, Sampler, Sequences, Uniform
 from .chances import Chances
 from .nstep import Around, NStep
@@ -168,7 +168,7 @@ class Relabel(Around):
     ):
         if strategy not in ("future", "final", "episode"):
             raise QueryError(f"strategy is 'future', 'final' or 'episode', got {brief(strategy)}")
-        if isinstance(share, bool) or not isinstance(share, (int, float, np.number)) or not 0 <= share <= 1:
+        if not is_number(share) or not 0 <= share <= 1:
             raise QueryError(f"share: expected a number from 0 to 1, got {brief(share)}")
         for name, f in dict(reward=reward, terminated=reward if terminated is None else terminated).items():
             if not callable(f):

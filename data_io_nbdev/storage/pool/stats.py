@@ -21,7 +21,7 @@ __all__ = ['QUANTILES', 'Moments', 'finite_or_missing', 'moments', 'merged', 'Sk
 
 # %% ../../../nbs/storage/pool/stats.ipynb #1a7938e0
 from ...errors import NotEnoughData, QueryError, SchemaError, at_the_door
-from ...data.schema import ROLES, Field, Schema, brief, check_whole, listed, offered
+from ...data.schema import ROLES, Field, Schema, brief, check_whole, is_number, listed, offered
 from ...data.core import PoolQuery, steps_in
 from .columns import Block, Selection
 
@@ -765,7 +765,7 @@ def check_quantiles(
         For what is none
     """
     given = listed(at)
-    good = lambda q: isinstance(q, (int, float, np.number)) and not isinstance(q, bool) and 0 <= q <= 1
+    good = lambda q: is_number(q) and 0 <= q <= 1
     if given is not None and all(map(good, given)): return tuple(map(float, given))
     raise QueryError(f"quantiles: expected numbers from 0 to 1 in a list, [0.01, 0.5, 0.99], got {brief(at)}")
 
