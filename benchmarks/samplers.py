@@ -3,13 +3,17 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from queue import Empty, Queue
 from unittest.mock import patch
 
 import numpy as np
 
-from data_io_nbdev import Balanced, Episode, Episodes, Epoch, Fresh, MemoryBuffer, NStep, Once, Prioritized, Recent, Sampler, Stack, Uniform, Windows
+from data_io_nbdev import (Balanced, Episode, Episodes, Epoch, Fresh, MemoryBuffer, Mixture, NStep, Once, Prioritized, Recent, Sampler, Stack, Uniform,
+                           Windows)
 from data_io_nbdev.storage.buffer import sampler as trees
 from run import STEPS, episode, medians
 
@@ -39,7 +43,7 @@ def filled(rows: int) -> MemoryBuffer:
 def drawing(buffer: MemoryBuffer, sampler: Sampler, n: int) -> Callable[[], object]:
     "Draws so many items by a sampler; each keeps what it knows while others draw from the same buffer"
     def draw():
-        buffer.sampler, buffer.batch_size = sampler, n
+        if buffer.sampler is not sampler: buffer.sampler, buffer.batch_size = sampler, n
         return buffer.sample()
     return draw
 
@@ -84,10 +88,18 @@ def peer() -> Callable[[], None]:
 
 
 def floors(buffer: MemoryBuffer) -> dict[str, Callable[[], object]]:
-    "One `take` out of the buffer's own rows, with its index draw: of rows anywhere, and of 32 × 64 side by side"
+    "One `take` out of the buffer's own rows, with its index draw: of rows anywhere, of the first and last of five, and of 32 × 64 side by side"
     packed, rng, steps = buffer._view.rows.data, np.random.default_rng(0), np.arange(64)
     return {"floor": lambda: packed.take(rng.integers(ROWS, size=BATCH)),
+            "floor of n-step 5": lambda: packed.take(rng.integers(ROWS - 5, size=BATCH)[:, None] + steps[:5:4]),
             "floor of windows": lambda: packed.take(rng.integers(ROWS - 64, size=32)[:, None] + steps)}
+
+
+def mixing(one: MemoryBuffer, other: MemoryBuffer) -> dict[str, Callable[[], object]]:
+    "Half a batch of each, by hand and by a mixture"
+    both = Mixture({one: 0.5, other: 0.5}, batch_size=BATCH)
+    for buffer in (one, other): buffer.sampler, buffer.batch_size = Uniform(), BATCH // 2
+    return {"two halves": lambda: (one.sample(), other.sample()), "mixture": both.sample}
 
 
 def array(x=np.random.default_rng(0).random((256, 256), dtype="float32")) -> None:
@@ -100,12 +112,31 @@ def python() -> None:
     sum(range(1000))
 
 
+@contextmanager
+def queued(buffer: MemoryBuffer) -> Iterator[Callable[[], object]]:
+    "What one would write by hand: a thread draws, and a queue of two hands over"
+    waiting: Queue = Queue(2)
+    ended = threading.Event()
+
+    def draw():
+        while not ended.is_set(): waiting.put(buffer.sample())
+    thread = threading.Thread(target=draw)
+    thread.start()
+    try: yield waiting.get
+    finally:
+        ended.set()
+        while thread.is_alive():
+            with suppress(Empty): waiting.get(timeout=0.01)
+
+
 def waits(buffer: MemoryBuffer, work: Callable[[], None], rounds: int) -> dict[str, float]:
     "Microseconds in the median that a learner waits for a batch, which then computes for a millisecond"
-    took: dict[str, list[float]] = {"sample": [], "prefetch=0": [], "prefetch=2": []}
+    took: dict[str, list[float]] = {"sample": [], "prefetch=0": [], "prefetch=2": [], "a thread and a queue": []}
     for _ in range(rounds):
-        with buffer.batches(prefetch=0) as now, buffer.batches(prefetch=2) as ahead:
-            for name, ask in zip(took, (buffer.sample, now.__next__, ahead.__next__)):
+        for name in took:
+            by_hand, number = name.startswith("a thread"), 2 * (name == "prefetch=2")
+            with queued(buffer) if by_hand else buffer.batches(prefetch=number) as it:
+                ask = it if by_hand else buffer.sample if name == "sample" else it.__next__
                 for turn in range(60):
                     began = time.perf_counter()
                     batch = ask()
@@ -121,9 +152,11 @@ def show_all(show, rounds: int) -> None:
     buffer = filled(ROWS)
     for name, work in (("computes with arrays", array), ("computes in Python", python)):
         t = waits(buffer, work, rounds)
-        claims = [("µs of waiting with prefetch=2", t["prefetch=2"], 10.0)] if work is array else []
+        claims = [("prefetch=2 / a thread and a queue", t["prefetch=2"] / t["a thread and a queue"], 1.0)] if work is array else []
         show(f"What a learner waits that {name} for a millisecond, 256 items out of 1,000,000 rows", t, claims)
-    large, small = every(buffer), every(filled(ROWS // 10))
+    t = medians(mixing(buffer, fewer := filled(ROWS // 10)), 2 * rounds, 40)
+    show("A mixture of two", t, [("mixture / its two halves", t["mixture"] / t["two halves"], 1.3)])
+    large, small = every(buffer), every(fewer)
     t = medians({**floors(buffer), "cpprb, prioritized": peer(), **large, **{f"{name}, 100,000": draw for name, draw in small.items()}}, 2 * rounds, 40)
     uniform, theirs = t["uniform"], t["cpprb, prioritized"]
     claims = [("uniform / floor", uniform / t["floor"], 1.3),

@@ -170,7 +170,7 @@ def test_returns_looked_up(monkeypatch, once, hides):
         for kind in (lambda loop: None, trees.fast if trees.fast(chains._ahead) else lambda loop: loop):
             monkeypatch.setattr(chains, "fast", kind)
             looked = sampler.draw(300, np.random.default_rng(0), rows)
-            assert looked.rows.shape == (300, 2)
+            assert looked.last is not None and looked.rows.shape == (300,)
             fetched = sampler.whole(Uniform().draw(300, np.random.default_rng(0), rows), rows)
             for batch in (make_batch(rows, draw) for draw in (looked, fetched)):
                 drawn.append([*batch, batch.discount, batch.terminated, batch.truncated, batch.index])
@@ -328,7 +328,8 @@ def test_balanced(over, options, by):
             vehicle, driver = names[ids[which[at]]]
             key = driver == "bo" if callable(by) else (driver,) if by == "driver" else (vehicle, driver)
             right.setdefault(key, []).append(int(rows.serials(np.array([at]))[0]))
-        assert [g.values.tolist() for g in sampler._follow(rows)] == [right[key] for key in sorted(right, key=repr)]
+        groups, alive = sampler._follow(rows)
+        assert [groups.of(i).tolist() for i in alive] == [right[key] for key in sorted(right, key=repr)]
         if not right: continue
         seen = np.concatenate([at_of(sampler.draw(50, rng, rows)) for _ in range(10)])
         assert chi_square([np.isin(rows.serials(seen), right[key]).sum() for key in right], np.ones(len(right))) < 4.5

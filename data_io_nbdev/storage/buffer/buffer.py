@@ -173,7 +173,9 @@ def _sequences(rows: Rows, wanted: np.ndarray, mask: Optional[np.ndarray], found
     "Rows `(batch, length)` for a batch, zeros where the mask hides them"
     shape, hidden, wanted = wanted.shape, () if mask is None else np.flatnonzero(~mask), wanted.ravel()
     if found is None: found = rows.fetch(rows.slots(wanted))
-    if len(hidden) and len(found) == len(wanted): found.view("u1").reshape(len(found), -1)[hidden] = 0
+    if len(hidden) and len(found) == len(wanted):
+        whole = found.view(f"V{found.nbytes // len(found)}")  # to numpy a row is bytes then, and quickly blank
+        whole[hidden] = np.zeros(1, whole.dtype)
     elif len(hidden): found = _spread(found, mask).reshape(-1, *found.shape[1:])
     transition, flags, slots = rows.take(wanted, found)
     shaped = (a.reshape(*shape, *a.shape[1:]) for a in transition)
@@ -207,7 +209,7 @@ def make_batch(
     mask, discount = draw.mask, None
     if draw.rows.ndim == 1 and mask is None:
         fits = into is not None and not draw.fold and len(into) == len(draw.rows)
-        transition, flags, slots = rows.take(draw.rows, found, into if fits else None)
+        transition, flags, slots = rows.take(draw.rows, found, into if fits else None, draw.last)
     else: transition, flags, slots = _sequences(rows, draw.rows, mask, found)
     if draw.fold: transition, flags, slots, mask, discount = draw.fold(Sequences(transition, flags, slots, mask))
     anchor = None if draw.anchor is None else rows.serials(draw.anchor)
@@ -718,7 +720,21 @@ class BufferDraws(BufferRows[ItemT]):
         if n is None: n = self.batch_size
         else: _positive("n", n)
         view = self._plan(n)
-        with self._lock: return self._drawn(n, view)
+        with self._lock: return self._drawn(n, view) if self.sampler.in_one_step else self._draw_whole(n, view)
+
+    def _draw_whole(self, n: int, plan: Any) -> Batch:  # under the lock
+        """A draw, or none: then the next one is the one that this would have been
+
+        Returns
+        -------
+        Batch
+            under the lock
+        """
+        before = self._moment()
+        try: return self._drawn(n, plan)
+        except BaseException:
+            self._go_back(before)
+            raise
 
     def _plan(self, n: int, ahead: Optional[tuple] = None) -> Any:  # before the lock is taken
         """What a draw is drawn from; for a moment that is to come `None` where it is not loaded yet
@@ -758,12 +774,7 @@ class BufferDraws(BufferRows[ItemT]):
         """
         if self._astray: self._go_own_way()
         if not view.rows: raise NotEnoughData(self._emptiness(view))
-        if self.sampler.in_one_step: return self._batch(n, view.rows, into)
-        before = self._moment()
-        try: return self._batch(n, view.rows, into)
-        except BaseException:  # the next draw is the one that this would have been
-            self._go_back(before)
-            raise
+        return self._batch(n, view.rows, into)
 
     def _batch(self, n: int, rows: Rows, into: Optional[np.ndarray] = None) -> Batch:
         return make_batch(rows, self._choose(n, rows), into=into)

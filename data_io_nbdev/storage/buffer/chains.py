@@ -416,18 +416,24 @@ def ahead(self: Rows,
     return found[np.arange(len(at)), steps - 1], sums, steps
 
 def _ahead(at, serials, last, sums, steps, gammas, links, reward):
-    "The same, step by step, for a compiler"
-    first, length, on = links
+    "The same for a compiler: first what lies side by side, of all rows together, so that none waits for another"
+    (first, length, on), n = links, len(gammas) - 1
     for i in range(len(at)):
-        j, serial, n, total = at[i], serials[i], 0, 0.0
-        while True:
-            slot, end = serial % len(reward), first[j] + length[j]
-            beside = min(len(gammas) - 1 - n, end - serial, len(reward) - slot)  # so many lie side by side
-            for k in range(beside): total += gammas[n + k] * reward[slot + k]
-            n, serial = n + beside, serial + beside
-            if n == len(gammas) - 1 or (serial == end and on[j] < 0): break
-            if serial == end: j, serial = on[j], first[on[j]]
-        last[i], sums[i], steps[i] = serial - 1, total, n
+        slot = serials[i] % len(reward)
+        steps[i] = min(n, first[at[i]] + length[at[i]] - serials[i], len(reward) - slot)
+        last[i], sums[i] = slot, 0.0
+    for k in range(n):
+        for i in range(len(at)):
+            if k < steps[i]: sums[i] += gammas[k] * reward[last[i] + k]
+    for i in range(len(at)):
+        j, serial = at[i], serials[i] + steps[i]
+        while steps[i] < n and (serial < first[j] + length[j] or on[j] >= 0):
+            if serial == first[j] + length[j]: j, serial = on[j], first[on[j]]
+            slot = serial % len(reward)
+            beside = min(n - steps[i], first[j] + length[j] - serial, len(reward) - slot)
+            for k in range(beside): sums[i] += gammas[steps[i] + k] * reward[slot + k]
+            steps[i], serial = steps[i] + beside, serial + beside
+        last[i] = serial - 1
 
 # %% ../../../nbs/storage/buffer/chains.ipynb #f3599400
 @patch

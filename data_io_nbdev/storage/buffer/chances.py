@@ -7,13 +7,13 @@ import base64
 import re
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 import numpy as np
 import pandas as pd  # type: ignore
 from fastcore.basics import patch
 
 # %% auto #0
-__all__ = ['Nested', 'Chances', 'Prioritized', 'Recent', 'Epoch', 'Once', 'Balanced', 'Fresh']
+__all__ = ['Nested', 'Chances', 'Prioritized', 'Recent', 'Epoch', 'Once', 'Groups', 'Balanced', 'Fresh']
 
 # %% ../../../nbs/storage/buffer/chances.ipynb #b3cd1376
 from ...errors import NotEnoughData, QueryError
@@ -428,6 +428,127 @@ class Once(Chances):
     def moment(self) -> Any: return self._at, self._line
     def go_back(self, moment: Any) -> None: self._at, self._line = moment
 
+# %% ../../../nbs/storage/buffer/chances.ipynb #06cbb7a1
+class Groups(NamedTuple):
+    """int64 numbers by group, in one array with room behind each. Changes give new ones, which share the array
+
+    Parameters
+    ----------
+    room : np.ndarray, default np.empty(0, 'int64')
+        `(n,)` int64
+    begin : np.ndarray, default np.empty(0, 'int64')
+        `(groups,)` int64: where each begins in it
+    end : np.ndarray, default np.empty(0, 'int64')
+        Behind its last number
+    upto : np.ndarray, default np.empty(0, 'int64')
+        Behind its room
+    """
+    room: np.ndarray = np.empty(0, "int64")  # `(n,)` int64
+    begin: np.ndarray = np.empty(0, "int64")  # `(groups,)` int64: where each begins in it
+    end: np.ndarray = np.empty(0, "int64")  # Behind its last number
+    upto: np.ndarray = np.empty(0, "int64")  # Behind its room
+
+    def of(self, i: int) -> np.ndarray: return self.room[self.begin[i]:self.end[i]]
+
+    def grow(self,
+        groups: int, # How many there shall be
+    ) -> "Groups":
+        """With more groups, empty ones
+
+        Parameters
+        ----------
+        groups : int
+            How many there shall be
+
+        Returns
+        -------
+        Groups
+        """
+        behind = np.full(groups - len(self.begin), self.upto.max(initial=0))
+        return self._replace(**{name: np.append(getattr(self, name), behind) for name in ("begin", "end", "upto")})
+
+    def push(self,
+        i: int, # Number of a group
+        values: np.ndarray, # Go to its end
+    ) -> "Groups": # What was pushed to the same group before is overwritten
+        """With more numbers in a group
+
+        Parameters
+        ----------
+        i : int
+            Number of a group
+        values : np.ndarray
+            Go to its end
+
+        Returns
+        -------
+        Groups
+            What was pushed to the same group before is overwritten
+        """
+        end = self.end[i] + len(values)
+        if end > self.upto[i]: return self.put(i, np.append(self.of(i), values))
+        self.room[self.end[i]:end] = values
+        return self._replace(end=_with(self.end, i, end))
+
+    def put(self,
+        i: int, # Number of a group
+        values: np.ndarray, # All of it
+    ) -> "Groups":
+        """With other numbers in a group, behind all others
+
+        Parameters
+        ----------
+        i : int
+            Number of a group
+        values : np.ndarray
+            All of it
+
+        Returns
+        -------
+        Groups
+        """
+        begin, size = self.upto.max(), 2 * len(values)
+        if begin + size > len(self.room): return self._anew(i, values)
+        self.room[begin:begin + len(values)] = values
+        edges = zip((self.begin, self.end, self.upto), (begin, begin + len(values), begin + size))
+        return Groups(self.room, *(_with(edge, i, at) for edge, at in edges))
+
+def _with(array: np.ndarray, i: int, value: int) -> np.ndarray:
+    array = array.copy()
+    array[i] = value
+    return array
+
+# %% ../../../nbs/storage/buffer/chances.ipynb #e377e5fd
+@patch
+def _anew(self: Groups, i: int, values: np.ndarray) -> Groups:
+    "In another array, with room for as much again, and for half of that behind all"
+    every = [self.of(k) if k != i else values for k in range(len(self.begin))]
+    sizes = np.array([len(some) for some in every])
+    upto = 2 * sizes.cumsum()
+    begin, room = upto - 2 * sizes, np.empty(3 * sizes.sum(), "int64")
+    for at, some in zip(begin.tolist(), every): room[at:at + len(some)] = some
+    return Groups(room, begin, begin + sizes, upto)
+
+@patch
+def drop(self: Groups,
+    least: int, # Of numbers in order
+) -> Groups:
+    """Without the numbers that are smaller
+
+    Parameters
+    ----------
+    least : int
+        Of numbers in order
+
+    Returns
+    -------
+    Groups
+    """
+    begin = self.begin.copy()
+    there = np.flatnonzero(begin < self.end)
+    for i in there[self.room[begin[there]] < least].tolist(): begin[i] += self.of(i).searchsorted(least)
+    return self._replace(begin=begin)
+
 # %% ../../../nbs/storage/buffer/chances.ipynb #58462e1c
 class Balanced(Chances):
     """The same share for each value of an identity level, of several, or of a function
@@ -456,7 +577,8 @@ class Balanced(Chances):
         levels = isinstance(self.by, (str, tuple)) and all(isinstance(name, str) for name in self.by)
         if not (callable(by) or levels and self.by):
             raise QueryError(f"by: expected an identity level, several in a list, or a function, got {brief(by)}")
-        self._seen, self._groups, self._keys, self._alive = (None, 0, 0, 0), {}, {}, []
+        self._seen, self._groups, self._numbers, self._keys = (None, 0, 0, 0), Groups(), {}, {}
+        self._alive = np.empty(0, "int64")  # numbers of the groups that have items
 
     def draw(self, n: int, rng: np.random.Generator, rows: Drawable) -> Draw:
         """Raises
@@ -464,26 +586,23 @@ class Balanced(Chances):
         QueryError
             A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
         """
-        if not (groups := self._follow(rows)): raise _none(self, "there is no item")
-        chance, serials = rng.random((2, n)), np.empty(n, "int64")
-        which = (chance[0] * len(groups)).astype("int64")
-        at = (chance[1] * np.array([len(group) for group in groups])[which]).astype("int64")
-        order, ends = np.argsort(which, kind="stable"), np.bincount(which).cumsum().tolist()
-        for group, begin, end in zip(groups, [0, *ends], ends):
-            mine = order[begin:end]
-            serials[mine] = group.values[at[mine]]
-        return self._items(rows.find(serials), rows)
+        groups, alive = self._follow(rows)
+        if not len(alive): raise _none(self, "there is no item")
+        chance = rng.random((2, n))
+        which = alive.take((chance[0] * len(alive)).astype("int64"))
+        begin = groups.begin.take(which)
+        at = begin + (chance[1] * (groups.end.take(which) - begin)).astype("int64")
+        return self._items(rows.find(groups.room.take(at)), rows)
 
 # %% ../../../nbs/storage/buffer/chances.ipynb #ae83a121
-def _changed(group: Growing, serials: np.ndarray, anchors: np.ndarray, low: int) -> Growing:
-    "Serial numbers in order, with some that are anchors now and some that are not, and none that left"
-    group = group.drop(int(group.values.searchsorted(low)))
-    there = group.values
+def _changed(groups: Groups, i: int, serials: np.ndarray, anchors: np.ndarray) -> Groups:
+    "Groups in one of which some serial numbers are anchors now, and some are not"
+    there = groups.of(i)
     at = there.searchsorted(serials)
     known = np.isin(serials, there[at[at < len(there)]])
     lost, new = at[known & ~anchors], ~known & anchors
-    if not len(lost) and (at[new] == len(there)).all(): return group.push(serials[new])
-    return Growing(np.insert(np.delete(there, lost), at[new] - lost.searchsorted(at[new]), serials[new]))
+    if not len(lost) and (at[new] == len(there)).all(): return groups.push(i, serials[new])
+    return groups.put(i, np.insert(np.delete(there, lost), at[new] - lost.searchsorted(at[new]), serials[new]))
 
 @patch
 def _group_of(self: Balanced, ids: list[str], rows: Drawable) -> list[Any]:
@@ -502,28 +621,29 @@ def _group_of(self: Balanced, ids: list[str], rows: Drawable) -> list[Any]:
 
 # %% ../../../nbs/storage/buffer/chances.ipynb #f41f806c
 @patch
-def _follow(self: Balanced, rows: Drawable) -> list[Growing]:
-    "The groups that have items"
+def _follow(self: Balanced, rows: Drawable) -> tuple[Groups, np.ndarray]:
+    "The groups, and the numbers of those that have items"
     now = rows.line, rows.era, rows.oldest(), rows.serial
-    if self._seen == now: return self._alive
+    if self._seen == now: return self._groups, self._alive
     goes_on = self._seen[:2] == now[:2] and not callable(self.by)
     serials = rows.changed(*self._seen[2:], *self.over.reach) if goes_on else None
-    if serials is None: serials, groups = rows.serials(np.arange(len(rows))), {}
-    else: groups = dict(self._groups)
+    if serials is None: serials, groups, numbers = rows.serials(np.arange(len(rows))), Groups(), {}
+    else: groups, numbers = self._groups.drop(now[2]), dict(self._numbers)
     if callable(self.by): self._keys = {}
     at = rows.find(serials)
     serials, at = serials[at >= 0], at[at >= 0]
     ids, which = rows.owners(at)
     keys = self._group_of(ids, rows)
-    names = {key: i for i, key in enumerate(dict.fromkeys(keys))}
-    of, anchors = np.array([names[key] for key in keys], "int64")[which], self.over.anchors(at, rows)
-    for key, i in names.items():
+    for key in keys: numbers.setdefault(key, len(numbers))
+    of, anchors = np.array([numbers[key] for key in keys], "int64")[which], self.over.anchors(at, rows)
+    groups = groups.grow(len(numbers))
+    for i in np.unique(of).tolist():
         mine = of == i
-        groups[key] = _changed(groups.get(key, Growing()), serials[mine], anchors[mine], now[2])
-    groups = {key: g.drop(int(g.values.searchsorted(now[2]))) for key, g in groups.items()}
-    groups = {key: g for key, g in groups.items() if len(g)}
-    vars(self).update(_groups=groups, _alive=[groups[key] for key in sorted(groups, key=repr)], _seen=now)
-    return self._alive
+        groups = _changed(groups, i, serials[mine], anchors[mine])
+    there = (groups.begin < groups.end).tolist()
+    alive = np.array([i for key, i in sorted(numbers.items(), key=lambda item: repr(item[0])) if there[i]], "int64")
+    vars(self).update(_groups=groups, _numbers=numbers, _alive=alive, _seen=now)
+    return groups, alive
 
 # %% ../../../nbs/storage/buffer/chances.ipynb #2c670e00
 class Fresh(Chances):

@@ -394,7 +394,7 @@ def _plan(self: Mixture, n: int, ahead: Optional[tuple] = None) -> Optional[Plan
     counts = share_out(n, self._fixed or _asked(self._given, draws))
     every = zip(self._numbers, self.members, counts, moments)
     plan = [(i, m, k, m._plan(k, moment)) for i, m, k, moment in every if k]
-    return None if any(its is None for *_, its in plan) else plan
+    return None if ahead is not None and any(its is None for *_, its in plan) else plan
 
 @patch
 def _moment(self: Mixture) -> tuple: return self._draws, [member._moment() for member in self.members]
@@ -433,15 +433,6 @@ def _draw(self: Mixture, n: Optional[int]) -> MixedBatch:
     if n is None: n = self.batch_size
     else: check_whole("n", n)
     return _under(self._locks, self._draw_whole, n, self._plan(n))
-
-@patch
-def _draw_whole(self: Mixture, n: int, plan: Plan) -> MixedBatch:
-    "One draw of each member, or of none"
-    before = self._moment()
-    try: return self._drawn(n, plan)
-    except BaseException:
-        self._go_back(before)
-        raise
 
 # %% ../../../nbs/storage/buffer/mixture.ipynb #f6706487
 @patch

@@ -18,16 +18,15 @@ from .windows import Stack
 from .chances import Chances, Nested, Prioritized
 
 # %% ../../../nbs/storage/buffer/nstep.ipynb #54d51648
-def _discount(rows: np.ndarray, last: np.ndarray, gammas: np.ndarray) -> np.ndarray:
-    "What the value behind the last step counts, after the rows got its flags"
-    for flag in ("terminated", "truncated"): rows[flag] = last[flag]
-    return (gammas * ~last["terminated"]).astype("float32")
+def _discount(gammas: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    "What the value behind the last step counts, by the flags of that"
+    return (gammas * ~rows["terminated"]).astype("float32")
 
 def _as_reward(summed: np.ndarray, reward: np.ndarray) -> np.ndarray:
     return summed.astype(reward.dtype if reward.dtype.kind == "f" else "float32")
 
 class Summed(NamedTuple):
-    """Folds a first and a last step to an n-step transition, where the return between them is known
+    """Gives single steps their n-step returns, where these are known
 
     Parameters
     ----------
@@ -41,9 +40,8 @@ class Summed(NamedTuple):
 
     def __call__(self, s: Sequences) -> Sequences:
         state, action, reward, nstate = s.transition
-        rows, discount = s.rows[:, 0], _discount(s.rows[:, 0], s.rows[:, 1], self.gammas)  # they are the batch's own
-        transition = (state[:, 0], action[:, 0], _as_reward(self.summed, reward), nstate[:, 1])
-        return Sequences(transition, rows, s.slots[:, 0], None, discount)
+        transition = (state, action, _as_reward(self.summed, reward), nstate)
+        return Sequences(transition, s.rows, s.slots, None, _discount(self.gammas, s.rows))
 
 # %% ../../../nbs/storage/buffer/nstep.ipynb #9dedb615
 class Returns(NamedTuple):
@@ -70,7 +68,8 @@ class Returns(NamedTuple):
         weights = weights.reshape(*weights.shape, *[1] * (reward.ndim - 2))
         summed = (weights * reward[:, first:]).cumsum(1)[:, -1]  # from left to right, as a loop does
         rows = s.rows[:, first].copy()
-        discount = _discount(rows, s.rows[each, last], gammas[steps])
+        for flag in ("terminated", "truncated"): rows[flag] = s.rows[flag][each, last]
+        discount = _discount(gammas[steps], rows)
         summed, after = _as_reward(summed, reward), nstate[each, last]
         if not self.states: now = state[:, 0]
         else:
@@ -146,16 +145,15 @@ class NStep(Around):
         if not is_number(gamma) or not 0 <= gamma <= 1:
             raise QueryError(f"gamma: expected a number from 0 to 1, got {brief(gamma)}")
         self._states = getattr(_items(over), "k", 0)  # side by side; 0 for single ones
-        self.n, self.gamma, self.over, self.in_one_step = n, float(gamma), over, over.in_one_step
+        self.n, self.gamma, self.over = n, float(gamma), over
+        self.in_range, self.in_one_step = over.in_range, over.in_one_step
 
     def draw(self, n: int, rng: np.random.Generator, rows: Drawable) -> Draw:
         drawn = self.over.draw(n, rng, rows)
         at, gammas = drawn.rows if drawn.anchor is None else drawn.anchor, _powers(self.gamma, self.n)
         if self._states or not (ahead := rows.ahead(at, gammas)): return self.whole(drawn, rows)
         last, summed, steps = ahead
-        both = np.empty((len(at), 2), "int64")  # what np.stack makes, in a fifth of the time
-        both[:, 0], both[:, 1] = at, last
-        return Draw(both, None, drawn.weight, anchor=at, fold=Summed(summed, gammas[steps]))
+        return Draw(at, None, drawn.weight, fold=Summed(summed, gammas[steps]), last=last)
 
     def whole(self,
         drawn: Draw, # Of what it goes around
@@ -179,4 +177,4 @@ class NStep(Around):
         steps = np.concatenate([-back, np.broadcast_to(np.arange(self.n), (len(at), self.n))], axis=1)
         found = rows.beside(at[:, None], steps)
         mask = found >= 0
-        return Draw(np.where(mask, found, 0), mask, drawn.weight, anchor=at, fold=Returns(self.gamma, self._states))
+        return Draw(np.maximum(found, 0), mask, drawn.weight, anchor=at, fold=Returns(self.gamma, self._states))

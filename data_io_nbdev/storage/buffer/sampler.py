@@ -69,6 +69,8 @@ class Draw(NamedTuple):
         `(batch,)` int64: the rows by which items are known; `None`: `rows`
     fold : Optional[Callable], default None
         Makes what a learner gets of `Sequences`; `None` leaves them as they are
+    last : Optional[np.ndarray], default None
+        `(batch,)` int64: rows in which single steps end; `None`: `rows`
     """
     rows: np.ndarray  # `(batch,)` int64, or `(batch, length)` for sequences
     mask: Optional[np.ndarray] = None  # Same shape, bool: False is padding; `None` means that nothing is
@@ -76,6 +78,7 @@ class Draw(NamedTuple):
     learn: Optional[np.ndarray] = None  # As the batch's mask, bool: to be learned from; `None` means all that is real
     anchor: Optional[np.ndarray] = None  # `(batch,)` int64: the rows by which items are known; `None`: `rows`
     fold: Optional[Callable] = None  # Makes what a learner gets of `Sequences`; `None` leaves them as they are
+    last: Optional[np.ndarray] = None  # `(batch,)` int64: rows in which single steps end; `None`: `rows`
 
 class Sequences(NamedTuple):
     """What a batch is made of, as a `fold` takes and gives it
