@@ -28,7 +28,7 @@ __all__ = ['COMMANDS', 'Command', 'main']
 # %% ../nbs/cli.ipynb #fc6d9f6c
 from .errors import (CorruptData, DataIOError, EpisodeNotFound, NotEnoughData, PoolNotFound,
                                   QueryError, require)
-from .data.show import in_bytes
+from .data.show import counted, in_bytes, progress_bar
 from .data.schema import Field, Schema
 from .data.core import Episode, PoolQuery, _units
 from .data.layout import Layout
@@ -331,7 +331,7 @@ def _history(args: argparse.Namespace) -> None:
     with _reading(args.pool) as pool: table = pool.history()
     _print_table(_last(table, args.n), args.form, "no versions")
 
-# %% ../nbs/cli.ipynb #c376040f
+# %% ../nbs/cli.ipynb #fecc63af
 _PLOTS = {"coverage": ("by",), "returns": ("by", "over"), "fields": ("n",), "signals": ("fields",),
           "health": ("by", "ranges", "n")}  # options of each
 _DRAWN = (_arg("--by", metavar="LEVEL", action="append", help="coverage, returns, health: by whom"),
@@ -358,7 +358,7 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
         raise QueryError(f"{typed[wrong[0]]} is not for {args.kind}, but for {', '.join(kinds)}")
     return given | ({"ranges": dict(map(_range, args.ranges))} if args.ranges else {})
 
-# %% ../nbs/cli.ipynb #978c4e96
+# %% ../nbs/cli.ipynb #8a704a02
 def _picture(args: argparse.Namespace) -> Path:
     "Where to put a picture; raises `QueryError` where a file is in the way"
     if args.out:
@@ -380,7 +380,7 @@ def _subject(args: argparse.Namespace, pool: Pool) -> dict[str, Any]:
     if args.id not in pool: raise EpisodeNotFound(f"no episode {args.id!r}; {remedy}")
     return {"episode": pool[args.id]}
 
-# %% ../nbs/cli.ipynb #36e6beb6
+# %% ../nbs/cli.ipynb #b0a1cbb6
 @_command("plot", _POOL, _arg("kind", choices=[*_PLOTS], help="which picture"),
           _arg("id", metavar="ID", nargs="?", help="of an episode, or its first 8 digits or more"),
           _arg("--out", metavar="FILE", help="picture.png, .svg, .pdf; without it a name is chosen"),
@@ -397,13 +397,6 @@ def _plot(args: argparse.Namespace) -> None:
     print(path)
 
 # %% ../nbs/cli.ipynb #5b8581ba
-def _bar(what: str) -> Callable[[Iterable], Iterable]:
-    "Wraps what takes long: a bar on a terminal, nothing elsewhere"
-    if not sys.stderr.isatty(): return iter
-    try: from tqdm import tqdm
-    except ImportError: return iter
-    return partial(tqdm, desc=what, file=sys.stderr, leave=False)
-
 @contextmanager
 def _writing(url: str, make: bool = False) -> Iterator[Pool]:
     "A pool to write to; `make` it if need be, and say so"
@@ -426,7 +419,7 @@ def _copy(args: argparse.Namespace) -> None:
     with _reading(args.pool) as pool:
         query = _query(args, pool.schema)
         if not pool.count(query): raise NotEnoughData(f"no episode of {safe_url(args.pool)} matches")
-        with _writing(args.to, make=True) as other: copied = pool.copy_to(other, query, progress=_bar("copy"))
+        with _writing(args.to, make=True) as other: copied = pool.copy_to(other, query)
         steps = int(pool.catalogue(query)["seq_len"].sum())
     print(f"{safe_url(args.to)} holds {_amount(len(copied), steps)} of {safe_url(args.pool)}")
 
@@ -476,7 +469,8 @@ def _export(args: argparse.Namespace) -> None:
             raise QueryError(f"expected out.csv, out.parquet or minari:…, got {safe_url(args.to)!r}")
         if there := [str(p) for p in (path, _layout_of(path)) if p.exists() and not args.overwrite]:
             raise QueryError(f"{there[0]} is there already; --overwrite replaces it")
-        replace_file(path, lambda file: write(file, _tables(_bar("export")(found), layout)))
+        with progress_bar(True, len(found), "export", "episodes") as tick:
+            replace_file(path, lambda file: write(file, _tables(counted(found, tick), layout)))
         replace_file(_layout_of(path), lambda file: file.write(layout.to_json().encode()))
     print(f"{path} has {amount}, and {_layout_of(path)} says which column is what")
 
@@ -500,8 +494,8 @@ def _import(args: argparse.Namespace) -> None:
     "Store the episodes of a table; without a layout, print a guess of one"
     if not (args.layout or args.table.startswith("minari:")): return _guessed(args)
     episodes, ids, steps = _read_table(args), {}, 0
-    with _writing(args.pool, make=True) as pool:
-        for bulk in in_bulk(_bar("import")(episodes), lambda e: e.nbytes, _PORTION):
+    with _writing(args.pool, make=True) as pool, progress_bar(True, None, "import", "episodes") as tick:
+        for bulk in in_bulk(counted(episodes, tick), lambda e: e.nbytes, _PORTION):
             ids |= dict.fromkeys(pool.extend(bulk))
             steps += sum(map(len, bulk))
     print(f"{safe_url(args.pool)} holds {_amount(len(ids), steps)} of {args.table}")

@@ -402,13 +402,6 @@ class TestShells:
         monkeypatch.setattr(import_module("data_io_nbdev.demo"), "main", given.append)
         assert main(["demo", "--store", "here", "--episodes", "3"]) == 0 and given == [["--store", "here", "--episodes", "3"]]
 
-    def test_bars(self, monkeypatch, capsys):
-        "A bar is drawn on a terminal only, and on stderr"
-        pytest.importorskip("tqdm")
-        assert list(cli._bar("copy")([1, 2])) == [1, 2] and not capsys.readouterr().err
-        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-        assert list(cli._bar("copy")([1, 2])) == [1, 2] and "copy" in capsys.readouterr().err
-
 
 def test_a_database(tmp_path, capsys):
     "The same commands on a database"
