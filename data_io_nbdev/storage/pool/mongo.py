@@ -1449,8 +1449,7 @@ class MongoPool(Pool):
             Use of a pool or buffer after it was closed
         """
         with at_the_door:
-            version = self.version
-            index, wrong = _replayed(self._changes(0, version))
+            index, wrong = _replayed(self._changes(0, version := self.version))
             said, found = self._count(version), index.totals.episodes
             if said != found: wrong.append(_miscounted(self.url, version, said, found))
             return wrong + self._verified(index, progress)
