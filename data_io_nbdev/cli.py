@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from importlib import import_module, metadata
+from itertools import count
 from pathlib import Path
 from shlex import quote
 from typing import Any, NamedTuple, Optional
@@ -27,7 +28,7 @@ __all__ = ['COMMANDS', 'Command', 'main']
 # %% ../nbs/cli.ipynb #fc6d9f6c
 from .errors import (CorruptData, DataIOError, EpisodeNotFound, NotEnoughData, PoolNotFound,
                                   QueryError, require)
-from .data.show import in_bytes
+from .data.show import counted, in_bytes, progress_bar
 from .data.schema import Field, Schema
 from .data.core import Episode, PoolQuery, _units
 from .data.layout import Layout
@@ -330,14 +331,72 @@ def _history(args: argparse.Namespace) -> None:
     with _reading(args.pool) as pool: table = pool.history()
     _print_table(_last(table, args.n), args.form, "no versions")
 
-# %% ../nbs/cli.ipynb #5b8581ba
-def _bar(what: str) -> Callable[[Iterable], Iterable]:
-    "Wraps what takes long: a bar on a terminal, nothing elsewhere"
-    if not sys.stderr.isatty(): return iter
-    try: from tqdm import tqdm
-    except ImportError: return iter
-    return partial(tqdm, desc=what, file=sys.stderr, leave=False)
+# %% ../nbs/cli.ipynb #fecc63af
+_PLOTS = {"coverage": ("by",), "returns": ("by", "over"), "fields": ("n",), "signals": ("fields",),
+          "health": ("by", "ranges", "n")}  # options of each
+_DRAWN = (_arg("--by", metavar="LEVEL", action="append", help="coverage, returns, health: by whom"),
+          _arg("--over", choices=["time", "return"], metavar="X", help="returns: time (else), return"),
+          _arg("--field", dest="fields", metavar="NAME", action="append", help="signals: some fields only"),
+          _arg("--range", dest="ranges", metavar="FIELD=LOW:HIGH", action="append",
+               help="health: between which values a field should be"),
+          _arg("-n", metavar="N", type=int, help="fields, health: episodes to read, at most"))
 
+def _range(text: str) -> tuple[str, tuple[float, float]]:
+    "A field, and between which values it should be"
+    name, _, span = text.rpartition("=")
+    try: low, high = map(float, span.split(":"))
+    except ValueError: name = ""
+    if not name: raise QueryError(f"--range: expected FIELD=LOW:HIGH, speed=0:60, got {text!r}")
+    return name, (low, high)
+
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    "The options of a picture; raises `QueryError` for one that another picture has"
+    typed = {options.get("dest", names[0].lstrip("-")): names[0] for names, options in _DRAWN}
+    given = {option: value for option in typed if (value := getattr(args, option)) is not None}
+    if wrong := [option for option in given if option not in _PLOTS[args.kind]]:
+        kinds = [kind for kind, options in _PLOTS.items() if wrong[0] in options]
+        raise QueryError(f"{typed[wrong[0]]} is not for {args.kind}, but for {', '.join(kinds)}")
+    return given | ({"ranges": dict(map(_range, args.ranges))} if args.ranges else {})
+
+# %% ../nbs/cli.ipynb #8a704a02
+def _picture(args: argparse.Namespace) -> Path:
+    "Where to put a picture; raises `QueryError` where a file is in the way"
+    if args.out:
+        if (path := Path(args.out)).exists() and not args.overwrite:
+            raise QueryError(f"{path} is there already; --overwrite replaces it")
+        return path
+    place = Path(safe_url(args.pool).partition("?")[0])
+    stem = re.sub(r"[^\w.-]+", "_", place.resolve().name.removesuffix(".npz"))
+    names = (Path(f"{stem}-{args.kind}{f'-{i}' if i else ''}.png") for i in count())
+    return next(name for name in names if not name.exists())
+
+def _subject(args: argparse.Namespace, pool: Pool) -> dict[str, Any]:
+    "What a picture is of: an episode, or what matches; raises `QueryError` where both are asked for"
+    filters = _query(args, pool.schema)
+    if args.id and filters != PoolQuery(): raise QueryError("expected an ID or filters, got both")
+    if args.kind != "signals": return {"pool": pool, "query": args.id or filters}
+    remedy = f"data-io ls {safe_url(args.pool)} lists them"
+    if not args.id: raise QueryError(f"signals draws one episode, and needs its ID; {remedy}")
+    if args.id not in pool: raise EpisodeNotFound(f"no episode {args.id!r}; {remedy}")
+    return {"episode": pool[args.id]}
+
+# %% ../nbs/cli.ipynb #b0a1cbb6
+@_command("plot", _POOL, _arg("kind", choices=[*_PLOTS], help="which picture"),
+          _arg("id", metavar="ID", nargs="?", help="of an episode, or its first 8 digits or more"),
+          _arg("--out", metavar="FILE", help="picture.png, .svg, .pdf; without it a name is chosen"),
+          *_FILTERS, *_DRAWN, _arg("--overwrite", action="store_true", help="replace a file that is there"))
+def _plot(args: argparse.Namespace) -> None:
+    "Draw a pool or an episode to a file: when there were episodes, how good, which values, what is odd"
+    figure = require("matplotlib.figure", "viz").Figure(layout="constrained")
+    given, path, known = _given(args), _picture(args), figure.canvas.get_supported_filetypes()
+    if (kind := path.suffix.lower().lstrip(".")) not in known:
+        raise QueryError(f"--out: expected a file like picture.png, picture.svg or picture.pdf, got {str(path)!r}")
+    draw = getattr(import_module("data_io_nbdev.viz"), args.kind)
+    with _reading(args.pool) as pool: draw(**_subject(args, pool), **given, ax=figure)
+    replace_file(path, lambda file: figure.savefig(file, format=kind, dpi=150))
+    print(path)
+
+# %% ../nbs/cli.ipynb #5b8581ba
 @contextmanager
 def _writing(url: str, make: bool = False) -> Iterator[Pool]:
     "A pool to write to; `make` it if need be, and say so"
@@ -360,7 +419,7 @@ def _copy(args: argparse.Namespace) -> None:
     with _reading(args.pool) as pool:
         query = _query(args, pool.schema)
         if not pool.count(query): raise NotEnoughData(f"no episode of {safe_url(args.pool)} matches")
-        with _writing(args.to, make=True) as other: copied = pool.copy_to(other, query, progress=_bar("copy"))
+        with _writing(args.to, make=True) as other: copied = pool.copy_to(other, query)
         steps = int(pool.catalogue(query)["seq_len"].sum())
     print(f"{safe_url(args.to)} holds {_amount(len(copied), steps)} of {safe_url(args.pool)}")
 
@@ -410,7 +469,8 @@ def _export(args: argparse.Namespace) -> None:
             raise QueryError(f"expected out.csv, out.parquet or minari:…, got {safe_url(args.to)!r}")
         if there := [str(p) for p in (path, _layout_of(path)) if p.exists() and not args.overwrite]:
             raise QueryError(f"{there[0]} is there already; --overwrite replaces it")
-        replace_file(path, lambda file: write(file, _tables(_bar("export")(found), layout)))
+        with progress_bar(True, len(found), "export", "episodes") as tick:
+            replace_file(path, lambda file: write(file, _tables(counted(found, tick), layout)))
         replace_file(_layout_of(path), lambda file: file.write(layout.to_json().encode()))
     print(f"{path} has {amount}, and {_layout_of(path)} says which column is what")
 
@@ -434,8 +494,8 @@ def _import(args: argparse.Namespace) -> None:
     "Store the episodes of a table; without a layout, print a guess of one"
     if not (args.layout or args.table.startswith("minari:")): return _guessed(args)
     episodes, ids, steps = _read_table(args), {}, 0
-    with _writing(args.pool, make=True) as pool:
-        for bulk in in_bulk(_bar("import")(episodes), lambda e: e.nbytes, _PORTION):
+    with _writing(args.pool, make=True) as pool, progress_bar(True, None, "import", "episodes") as tick:
+        for bulk in in_bulk(counted(episodes, tick), lambda e: e.nbytes, _PORTION):
             ids |= dict.fromkeys(pool.extend(bulk))
             steps += sum(map(len, bulk))
     print(f"{safe_url(args.pool)} holds {_amount(len(ids), steps)} of {args.table}")
@@ -505,21 +565,40 @@ def _demo(args: argparse.Namespace) -> None:
     import_module("data_io_nbdev.demo").main(["--store", args.store, "--episodes", str(args.episodes)])
 
 # %% ../nbs/cli.ipynb #85ae7d84
-def _offers(command: Command) -> tuple[list[str], dict[str, tuple[str, str]]]:
-    "What can follow a command: words, and options, each with the name of its value and its help"
-    words = [word for _, options in command.arguments for word in options.get("choices", ())]
+class _Offers(NamedTuple):
+    """What can follow a command
+
+    Parameters
+    ----------
+    words : list[str]
+        Of which one is chosen; where there are none, names of files
+    before : int
+        So many other words stand before it
+    options : dict[str, tuple[str, str]]
+        The name of the value, and the help, of each
+    """
+    words: list[str]  # Of which one is chosen; where there are none, names of files
+    before: int  # So many other words stand before it
+    options: dict[str, tuple[str, str]]  # The name of the value, and the help, of each
+
+def _offers(command: Command) -> _Offers:
+    "What can follow a command"
+    places = [options.get("choices", ()) for (name, *_), options in command.arguments if name[0] != "-"]
+    before = next((i for i, words in enumerate(places) if words), len(places))
     said = {name: (options.get("metavar", ""), options["help"]) for names, options in command.arguments
             for name in names if name.startswith("-")}
-    return words, {**said, "--debug": ("", "raise errors"), "--help": ("", "say more")}
+    return _Offers([*places[before]] if before < len(places) else [], before,
+                  {**said, "--debug": ("", "raise errors"), "--help": ("", "say more")})
 
 _BASH = """_data_io() {
-    local word=${COMP_WORDS[COMP_CWORD]} command= words= options= i
+    local word=${COMP_WORDS[COMP_CWORD]} command= words= options= before= i
     for ((i = 1; i < COMP_CWORD; i++)); do
         case ${COMP_WORDS[i]} in -*) ;; *) command=${COMP_WORDS[i]}; break ;; esac
     done
     case $command in
 @CASES@
     esac
+    (( COMP_CWORD - i > before )) || words=
     [[ $word == -* ]] && words=$options
     COMPREPLY=($(compgen -W "$words" -- "$word"))
 }
@@ -527,10 +606,10 @@ complete -o bashdefault -o default -F _data_io data-io"""
 
 def _bash() -> str:
     "A script for bash, which completes names of files by itself where nothing else is offered"
-    cases = [("''", (list(COMMANDS), ["--debug", "--help", "--version"]))]
-    cases += [(name, _offers(command)) for name, command in COMMANDS.items()]
-    lines = (f'        {name}) words="{" ".join(words)}" options="{" ".join(options)}" ;;'
-             for name, (words, options) in cases)
+    at_first = _Offers(list(COMMANDS), -1, dict.fromkeys(("--debug", "--help", "--version")))
+    cases = {"''": at_first} | {name: _offers(command) for name, command in COMMANDS.items()}
+    lines = (f'        {name}) words="{" ".join(o.words)}" before={o.before} options="{" ".join(o.options)}" ;;'
+             for name, o in cases.items())
     return _BASH.replace("@CASES@", "\n".join(lines))
 
 # %% ../nbs/cli.ipynb #a83b2558
@@ -555,8 +634,9 @@ def _zsh() -> str:
     commands = (f"        '{name}:{_plain(command.help)}'" for name, command in COMMANDS.items())
     cases = []
     for name, command in COMMANDS.items():
-        words, options = _offers(command)
-        rest = f"'*: :({' '.join(words)})'" if words else "'*: :_files'"
+        words, before, options = _offers(command)
+        chosen = f"'{before + 2}: :({' '.join(words)})' " if words else ""  # the command itself is the first
+        rest = f"{chosen}'*: :_files'"
         said = " ".join(f"'{option}[{_plain(help)}]{value and f':{value}: '}'"
                         for option, (value, help) in options.items())
         cases.append(f"        {name}) _arguments {said} {rest} ;;")

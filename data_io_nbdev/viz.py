@@ -25,7 +25,10 @@ from .storage.buffer.buffer import Buffer
 _ODD = INKS[4]  # what a person should look at
 
 def _axes(ax: Any, height: float, width: float = 6.4) -> Any:
-    "The axes that were given, or those of a new figure, in inches"
+    "The axes that were given, or those of a new figure, in inches; a figure that was given gets that size"
+    if hasattr(ax, "set_size_inches"):
+        ax.set_size_inches(width, height)
+        return ax.subplots()
     if ax is not None: return ax
     return require("matplotlib.pyplot", "viz").subplots(figsize=(width, height), layout="constrained")[1]
 

@@ -252,6 +252,36 @@ class TestTidying:
         assert code == 0 and "remove 1? [y/N]" in err and left.exists() != removed and ("nothing was removed" in out) != removed
 
 
+class TestPlot:
+    @pytest.mark.parametrize("words", [["coverage"], ["coverage", "--by", "vehicle", "--by", "driver"], ["returns", "--over", "return", "--by", "vehicle"], ["fields", "-n", 2, "--since", "2026-01-02"],
+                                       ["signals", DRIVES[1].id[:8], "--field", "velocity"], ["health", "--range", "velocity=0:60", "--by", "vehicle"], ["health", DRIVES[0].id]])
+    def test_every_picture(self, tmp_path, monkeypatch, words):
+        "A file is made, which is named, and no window is opened; what was there before is not written over"
+        pytest.importorskip("matplotlib")
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("matplotlib.pyplot.figure", lambda *args, **named: pytest.fail("a window"))
+        with MemoryPool("week.npz") as pool: pool.extend(DRIVES)
+        for name in (f"week-{words[0]}.png", f"week-{words[0]}-1.png"):
+            assert fine("plot", "week.npz", *words) == f"{name}\n" and Path(name).read_bytes().startswith(b"\x89PNG")
+        assert fine("plot", "week.npz", *words, "--out", "my.svg") == "my.svg\n" and "<svg" in Path("my.svg").read_text(encoding="utf-8")
+        assert "my.svg is there already" in refused("plot", "week.npz", *words, "--out", "my.svg")
+        assert fine("plot", "week.npz", *words, "--out", "my.svg", "--overwrite") == "my.svg\n"
+
+    def test_names(self, tmp_path, monkeypatch):
+        "A name that is chosen stands for the pool, and shows no password"
+        monkeypatch.chdir(tmp_path)
+        def chosen(url): return str(cli._picture(cli._parser().parse_args(["plot", url, "coverage"])))
+        assert chosen(".") == f"{tmp_path.name}-coverage.png" and chosen("a/lake/") == "lake-coverage.png" and chosen("s3://bucket/fleet") == "fleet-coverage.png"
+        assert chosen("mongodb://eve:s3cr3t@host/db.trips?authSource=x") == "db.trips-coverage.png" and "s3cr3t" not in chosen("mongodb://eve:s3cr3t@host")
+
+    def test_without_matplotlib(self, tmp_path, monkeypatch, capfd):
+        "One line, which says what to install"
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+        with MemoryPool(tmp_path / "week.npz") as pool: pool.store(DRIVES[0])
+        assert main(["plot", str(tmp_path / "week.npz"), "coverage"]) == 2
+        assert capfd.readouterr().err == "data-io: matplotlib.figure is not installed; this needs: pip install 'data_io_nbdev[viz]'\n"
+
+
 class TestMistakes:
     @pytest.mark.parametrize("words, said", [
         ([], "required"), (["list", "x"], "there are 'info'|there are info"), (["ls"], "POOL"), (["ls", "{}/none"], "no pool at"), (["ls", "{}/none.npz"], "no pool at"),
@@ -260,7 +290,12 @@ class TestMistakes:
         (["ls", "{}/week.npz", "--where", "colour=red"], "no identity level"), (["ls", "{}/week.npz", "--since", "soon"], "--since"), (["ls", "{}/week.npz", "-n", "-1"], "-n"),
         (["ls", "{}/week.npz", "-n", "x"], "invalid int"), (["show", "{}/week.npz", "0" * 32], "no episode"), (["export", "{}/week.npz", "out.xls"], "out.csv"),
         (["import", "{}/none.csv", "{}/new"], "No such file"), (["import", "{}/none.csv", "{}/new", "--layout", "{}/none.json"], "No such file"),
-        (["import", "{}/week.npz", "{}/new", "--layout", "{}/week.npz"], "."), (["ls", "ftp://host/x"], "no back-end"), (["completion", "fish"], "fish")])
+        (["import", "{}/week.npz", "{}/new", "--layout", "{}/week.npz"], "."), (["ls", "ftp://host/x"], "no back-end"), (["completion", "fish"], "fish"),
+        (["plot", "{}/week.npz", "pie"], "coverage"), (["plot", "{}/week.npz", "signals"], "needs its ID"), (["plot", "{}/week.npz", "signals", "0" * 8], "no episode"),
+        (["plot", "{}/week.npz", "coverage", "0" * 8], "no episode .0"), (["plot", "{}/week.npz", "fields", "0" * 8, "--where", "driver=bo"], "ID or filters"), (["plot", "{}/week.npz", "coverage", "--by", "colour"], "there are"),
+        (["plot", "{}/week.npz", "fields", "--over", "time"], "--over is not for fields, but for returns"), (["plot", "{}/week.npz", "health", "--range", "speed"], "speed=0:60"),
+        (["plot", "{}/week.npz", "coverage", "--out", "{}/x.doc"], "picture.svg"), (["plot", "{}/week.npz", "coverage", "--out", "{}/week.npz"], "--overwrite"), (["plot", "{}/none", "coverage"], "no pool at"),
+        (["plot", "{}/week.npz", "coverage", "--where", "driver=eve"], "no episode matches"), (["plot", "{}/week.npz", "fields", "-n", "-1"], "n: ")])
     def test_one_line(self, tmp_path, capfd, words, said):
         "Exit code 2, one line, no traceback, and nothing is made"
         with MemoryPool(tmp_path / "week.npz") as pool: pool.store(DRIVES[0])
@@ -336,6 +371,7 @@ class TestShells:
             return subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True).stdout.split()
         assert offered("") == list(COMMANDS) and offered("ve") == ["verify"] and offered("--v") == ["--version"]
         assert offered("ls", "lake", "--s") == ["--since"] and offered("completion", "") == ["bash", "zsh"] and offered("ls", "") == []
+        assert offered("plot", "") == [] and offered("plot", "lake", "") == list(cli._PLOTS) and offered("plot", "lake", "h") == ["health"] and offered("plot", "--o") == ["--out", "--over", "--overwrite"]
         assert "complete -o bashdefault -o default -F _data_io data-io" in script.read_text()
 
     def test_completion_for_zsh(self):
@@ -365,13 +401,6 @@ class TestShells:
         given = []
         monkeypatch.setattr(import_module("data_io_nbdev.demo"), "main", given.append)
         assert main(["demo", "--store", "here", "--episodes", "3"]) == 0 and given == [["--store", "here", "--episodes", "3"]]
-
-    def test_bars(self, monkeypatch, capsys):
-        "A bar is drawn on a terminal only, and on stderr"
-        pytest.importorskip("tqdm")
-        assert list(cli._bar("copy")([1, 2])) == [1, 2] and not capsys.readouterr().err
-        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-        assert list(cli._bar("copy")([1, 2])) == [1, 2] and "copy" in capsys.readouterr().err
 
 
 def test_a_database(tmp_path, capsys):

@@ -97,7 +97,11 @@ def test_copies(harness, tmp_path, here, there):
     one.store(drive(20, hour=9)[:7]); one.store(drive(20, hour=9)); one.delete(drive(hour=1).id)
     shown = []
     one.copy_to(other, PoolQuery(start=(None, "2026-01-01T03:00Z")))  # and stopped
-    for _ in range(2): one.copy_to(other, progress=lambda parts: shown.append(len(parts)) or parts)
+    class Bar:
+        def __init__(self, total, **options): self.left = total; shown.append(total)
+        def update(self, n): self.left -= n
+        def close(self): assert self.left == 0
+    for _ in range(2): one.copy_to(other, progress=Bar)
     assert shown == [4, 0]
     assert facts_of(other) == facts_of(one) and other.version >= 1 and other.verify() == []
     batches = [draws(MemoryBuffer(pool=pool, batch_size=16, seed=3)) for pool in (one, other)]

@@ -4,14 +4,20 @@
 
 # %% ../../nbs/data/show.ipynb #f773a2a6
 import io
+import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import lru_cache
 from typing import Any, Optional
 import numpy as np
 
 # %% auto #0
 __all__ = ['INKS', 'element', 'card', 'quiet', 'facts', 'table', 'shortened', 'sparkline', 'bars', 'plot', 'side_by_side',
-           'in_bytes']
+           'progress_bar', 'counted', 'in_bytes']
 
 # %% ../../nbs/data/show.ipynb #ca06ec74
 from ..errors import cut, require
@@ -315,6 +321,91 @@ def side_by_side(
     """
     each = "".join(f'<div style="flex:0 1 340px;min-width:0">{picture}</div>' for picture in pictures)
     return f'<div style="display:flex;flex-wrap:wrap;gap:8px 16px">{each}</div>'
+
+# %% ../../nbs/data/show.ipynb #80451106
+def _watched() -> bool:
+    "Whether somebody can see a bar: on a terminal, or in a notebook"
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    if "IPKernelApp" in getattr(shell, "config", ()): return True
+    with suppress(AttributeError, OSError, ValueError): return sys.stderr.isatty()  # closed, or none
+    return False
+
+@lru_cache(1)
+def _tqdm(process: int) -> Optional[Callable]: # A class; `None` where tqdm is not installed
+    """What draws a bar in this process
+
+    Returns
+    -------
+    Optional[Callable]
+        A class; `None` where tqdm is not installed
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "IProgress not found")  # no ipywidgets, so text
+        try: from tqdm.auto import tqdm
+        except ImportError: return None
+    class Bar(tqdm):
+        "A bar that starts no thread, shares no lock with a parent, and never breaks what it shows"
+        monitor_interval, _lock = 0, threading.RLock()
+        def update(self, n: "float" = 1) -> None:
+            with suppress(OSError, RuntimeError, ValueError): super().update(n)
+
+        def close(self) -> None:
+            with suppress(OSError, RuntimeError, ValueError): super().close()
+    return Bar
+
+# %% ../../nbs/data/show.ipynb #92a20f57
+@contextmanager
+def progress_bar(
+    progress: bool | Callable, # `True`: a bar where somebody sees it; `False`: none; or a class like `tqdm`
+    total: Optional[int], # How many there are, where that is known
+    what: str, # Is done: `"verify"`
+    unit: str, # Of what: `"parts"`
+) -> Iterator[Callable]: # Is called with how many more are done
+    """A bar around long work
+
+    Parameters
+    ----------
+    progress : bool | Callable
+        `True`: a bar where somebody sees it; `False`: none; or a class like `tqdm`
+    total : Optional[int]
+        How many there are, where that is known
+    what : str
+        Is done: `"verify"`
+    unit : str
+        Of what: `"parts"`
+
+    Yields
+    ------
+    Iterator[Callable]
+        Is called with how many more are done
+    """
+    make = progress if callable(progress) else _tqdm(os.getpid()) if progress and _watched() else None
+    if make is None:
+        yield lambda n=1: None
+        return
+    bar = make(total=total, desc=what, unit=f" {unit}", delay=2, leave=False, miniters=1)
+    try: yield bar.update
+    finally: bar.close()
+
+def counted(
+    items: Iterable[Any],
+    tick: Callable, # From `progress_bar`
+) -> Iterator[Any]:
+    """The same items, each counted as it is given
+
+    Parameters
+    ----------
+    items : Iterable[Any]
+    tick : Callable
+        From `progress_bar`
+
+    Yields
+    ------
+    Iterator[Any]
+    """
+    for item in items:
+        tick(1)
+        yield item
 
 # %% ../../nbs/data/show.ipynb #0df94424
 def in_bytes(

@@ -148,12 +148,12 @@ class MemoryHarness(Harness):
             Use of a pool or buffer after it was closed
         QueryError
             A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
-        CorruptData
-            Stored bytes that are damaged, cut short, or of a format this version does not know
         EpisodeNotFound
             No episode of this id at this version of the pool
         SnapshotNotFound
             A version that the pool never had, or no longer holds
+        CorruptData
+            Stored bytes that are damaged, cut short, or of a format this version does not know
         PoolUnavailable
             A pool that cannot be reached, or written, just now
         ReadOnly
@@ -177,12 +177,12 @@ class MemoryHarness(Harness):
             Use of a pool or buffer after it was closed
         QueryError
             A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
-        CorruptData
-            Stored bytes that are damaged, cut short, or of a format this version does not know
         EpisodeNotFound
             No episode of this id at this version of the pool
         SnapshotNotFound
             A version that the pool never had, or no longer holds
+        CorruptData
+            Stored bytes that are damaged, cut short, or of a format this version does not know
         PoolUnavailable
             A pool that cannot be reached, or written, just now
         ReadOnly
@@ -202,12 +202,12 @@ class MemoryHarness(Harness):
             Use of a pool or buffer after it was closed
         QueryError
             A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
-        CorruptData
-            Stored bytes that are damaged, cut short, or of a format this version does not know
         EpisodeNotFound
             No episode of this id at this version of the pool
         SnapshotNotFound
             A version that the pool never had, or no longer holds
+        CorruptData
+            Stored bytes that are damaged, cut short, or of a format this version does not know
         PoolUnavailable
             A pool that cannot be reached, or written, just now
         ReadOnly

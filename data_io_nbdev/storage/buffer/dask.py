@@ -6,7 +6,6 @@
 import os
 import sys
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ __all__ = ['in_parallel', 'MappedHome', 'FilledHome', 'LakeHome', 'ClusterHome',
 
 # %% ../../../nbs/storage/buffer/dask.ipynb #2bc9a2d3
 from ...errors import CorruptData, DataIOError, PoolUnavailable, QueryError, at_the_door, require
+from ...data.show import progress_bar
 from ...data.schema import Schema
 from ...data.core import Episode
 from ..pool.columns import Block, Part, block_of
@@ -41,7 +41,7 @@ def in_parallel(
     read: Callable[[Any], Any], # Called for each portion, in threads
     enter: Callable[[Any, Any], None], # Called for each portion and what was read, in their order
     threads: int,
-    progress: bool = True, # Show a bar if it takes longer than two seconds
+    progress: bool | Callable = True, # A bar if it takes longer than two seconds; or a class like `tqdm`
 ) -> None:
     """Read portions at the same time, and let them enter in order
 
@@ -54,8 +54,8 @@ def in_parallel(
     enter : Callable[[Any, Any], None]
         Called for each portion and what was read, in their order
     threads : int
-    progress : bool, default True
-        Show a bar if it takes longer than two seconds
+    progress : bool | Callable, default True
+        A bar if it takes longer than two seconds; or a class like `tqdm`
 
     Raises
     ------
@@ -63,33 +63,28 @@ def in_parallel(
         An optional dependency that is not installed
     """
     if not portions: return
-    began, tasks, going, turn = time.monotonic(), {}, [True], threading.Lock()
+    tasks, going, turn = {}, [True], threading.Lock()
     def both(i: "int", found: "Any", _: None) -> None:
         with turn:
-            if going: enter(portions[i], found)
-        if progress: _show(i + 1, len(portions), time.monotonic() - began)
+            if not going: return
+            enter(portions[i], found)
+            tick(1)
     for i, portion in enumerate(portions):
         before = ("enter", i - 2 * threads) if i >= 2 * threads else None
         tasks["read", i] = (partial(_first, partial(read, portion)), before)
         tasks["enter", i] = (partial(both, i), ("read", i), ("enter", i - 1) if i else None)
     dask, pool = require("dask.local", "dask"), ThreadPoolExecutor(threads)
     callbacks = require("dask.callbacks", "dask").Callback.active
-    try:
-        try: dask.get_async(pool.submit, threads, tasks, ("enter", len(portions) - 1), callbacks=[*callbacks])
-        finally: pool.shutdown(cancel_futures=True)
-    except BaseException:
-        with turn: going.clear()  # Ctrl-C may have come while threads began or ended: some may still work
-        pool.shutdown(cancel_futures=True)
-        raise
+    with progress_bar(progress, len(portions), "load", "portions") as tick:
+        try:
+            try: dask.get_async(pool.submit, threads, tasks, ("enter", len(portions) - 1), callbacks=[*callbacks])
+            finally: pool.shutdown(cancel_futures=True)
+        except BaseException:
+            with turn: going.clear()  # Ctrl-C may have come while threads began or ended: some may still work
+            pool.shutdown(cancel_futures=True)
+            raise
 
 def _first(read: Callable, _: None) -> Any: return read()
-
-def _show(done: int, of: int, seconds: float) -> None:
-    "Draw a bar"
-    if seconds < 2: return
-    line = f"\r[{'#' * (40 * done // of):40}] | {100 * done // of}% | {seconds:.1f} s"
-    with suppress(OSError, ValueError):  # standard output may be closed
-        print(line, end="\n" * (done == of), flush=True)
 
 # %% ../../../nbs/storage/buffer/dask.ipynb #2f4d8066
 def _read(view: View, client: Any, parts: Sequence[Part]) -> list[tuple[np.ndarray, Steps]]:
@@ -466,8 +461,8 @@ class DaskBuffer(Buffer[Episode]):
         Bytes of mapped rows that stay; by default half of the disk
     client : Any, default None
         A `distributed.Client`; by default the current one, if there is one
-    progress : bool, default True
-        Show a bar when loading takes longer than two seconds
+    progress : bool | Callable, default True
+        A bar when loading takes longer than two seconds; or a class like `tqdm`
     prefetch : int, default 32
         Batches that travel together from a cluster
     """
@@ -477,7 +472,7 @@ class DaskBuffer(Buffer[Episode]):
     cache: Optional[str | os.PathLike] = None  # Folder of mapped rows; by default in the user's cache folder
     cache_limit: Optional[int | str] = None  # Bytes of mapped rows that stay; by default half of the disk
     client: Any = None  # A `distributed.Client`; by default the current one, if there is one
-    progress: bool = True  # Show a bar when loading takes longer than two seconds
+    progress: bool | Callable = True  # A bar when loading takes longer than two seconds; or a class like `tqdm`
     prefetch: int = 32  # Batches that travel together from a cluster
     _STAYS: ClassVar[frozenset[str]] = frozenset({"client"})  # a buffer that arrives takes the current one
 

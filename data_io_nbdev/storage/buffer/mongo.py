@@ -6,7 +6,7 @@
 import threading
 import warnings
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -14,7 +14,8 @@ from typing import Any, Optional
 __all__ = ['WatchedHome', 'MongoBuffer']
 
 # %% ../../../nbs/storage/buffer/mongo.ipynb #94455fd8
-from ...errors import DataIOError, QueryError, at_the_door, require
+from ...errors import DataIOError, QueryError, at_the_door
+from ...data.show import counted, progress_bar
 from ...data.core import Episode
 from ..pool.columns import Part
 from ..pool.pool import Pool
@@ -28,41 +29,33 @@ class WatchedHome(Home):
 
     Parameters
     ----------
-    progress : bool
-        Whether to show the bar
+    progress : bool | Callable
+        Whether to show the bar; or a class like `tqdm`
     """
     def __init__(self,
-        progress: bool, # Whether to show the bar
+        progress: bool | Callable, # Whether to show the bar; or a class like `tqdm`
     ):
         self.progress = progress
 
-    def read(self,
-        view: View, # Whose rows they will be
+    def enter(self,
+        view: View, # One that nobody draws from yet
         parts: Sequence[Part], # New ones
-    ) -> Iterable[Any]: # Episodes, in the order of the parts
-        """The steps of new parts
+        steps: Iterable[Any], # From `read`
+    ) -> None:
+        """Put the steps of new parts into the rows
 
         Parameters
         ----------
         view : View
-            Whose rows they will be
+            One that nobody draws from yet
         parts : Sequence[Part]
             New ones
-
-        Returns
-        -------
-        Iterable[Any]
-            Episodes, in the order of the parts
-
-        Raises
-        ------
-        MissingExtra
-            An optional dependency that is not installed
+        steps : Iterable[Any]
+            From `read`
         """
-        steps = super().read(view, parts)
-        if view.versions or not self.progress: return steps
-        bar = require("tqdm", "mongo").tqdm
-        return bar(steps, total=len(parts), desc="loading", unit=" parts", delay=2, leave=False)
+        first = self.progress if not view.versions else False
+        with progress_bar(first, len(parts), "load", "parts") as tick:
+            super().enter(view, parts, counted(steps, tick))
 
 # %% ../../../nbs/storage/buffer/mongo.ipynb #a62aa3d9
 def _follow(ref: weakref.ref, stop: threading.Event, seconds: float) -> None:
@@ -104,12 +97,12 @@ class MongoBuffer(Buffer[Episode]):
         Keep each state "once" or "twice"; batches are the same
     follow : Optional[float], default None
         Seconds between two looks for new commits; None leaves that to `refresh`
-    progress : bool, default True
-        Show a bar when loading takes longer than two seconds
+    progress : bool | Callable, default True
+        A bar when loading takes longer than two seconds; or a class like `tqdm`
     """
     pool: Optional[Pool] = None  # Where the episodes are; None gives the buffer a MemoryPool of its own
     follow: Optional[float] = None  # Seconds between two looks for new commits; None leaves that to `refresh`
-    progress: bool = True  # Show a bar when loading takes longer than two seconds
+    progress: bool | Callable = True  # A bar when loading takes longer than two seconds; or a class like `tqdm`
 
     def __post_init__(self):
         if self.follow is not None and not (isinstance(self.follow, (int, float)) and self.follow > 0):

@@ -1277,6 +1277,11 @@ def every_part(self: Index) -> Iterator[Part]:
     for begin in range(0, len(rows), 1000): yield from view.parts(rows[begin:begin + 1000])
 
 @patch
+def count_parts(self: Index) -> int:
+    "How many that is"
+    return len(View(self).kept())
+
+@patch
 def place(self: Index, part: Part) -> Optional[Part]:
     """The same part where its steps are now; `None` where no version that can be read has it
 

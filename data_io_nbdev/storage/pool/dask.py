@@ -25,6 +25,7 @@ __all__ = ['write_files', 'files_of', 'windows', 'by_file', 'read_parts', 'in_or
 # %% ../../../nbs/storage/pool/dask.ipynb #f298789c
 from ...errors import (CorruptData, DataIOError, PoolNotFound, PoolUnavailable, QueryError,
                                   SchemaError, SnapshotNotFound, at_the_door)
+from ...data.show import counted, progress_bar
 from ...data.schema import Schema
 from ...data.core import Episode
 from .columns import Block, Commit, Index, Part, block_of
@@ -507,10 +508,12 @@ def _put_back(self: LakeWriter, number: int) -> bool:
     return True
 
 @patch
-def _rewrite(self: LakeWriter, parts: Sequence[Part], size: int = _FILE) -> list[Part]:
+def _rewrite(self: LakeWriter, parts: Sequence[Part], size: int = _FILE,
+             progress: bool | Callable = False) -> list[Part]:
     "Parts in new files, in this order"
     token = secrets.token_hex(16)
-    with self._reachable(): return write_files(self._lake, token, self._sound_steps(parts), size)
+    with self._reachable(), progress_bar(progress, len(parts), "compact", "parts") as tick:
+        return write_files(self._lake, token, counted(self._sound_steps(parts), tick), size)
 
 @patch
 def _sound_steps(self: LakeWriter, parts: Sequence[Part]) -> Iterator[tuple[Part, Episode | Rows]]:
@@ -582,6 +585,7 @@ class LakeCompaction(LakeWriter):
     """
     def compact(self,
         size: int = _FILE, # Bytes of steps in a file, about
+        progress: bool | Callable = True, # A bar if it takes longer than two seconds; or a class like `tqdm`
     ) -> int: # How many files were rewritten
         """Make large files of small ones, in the order of subject and time; every version reads as before
 
@@ -589,6 +593,8 @@ class LakeCompaction(LakeWriter):
         ----------
         size : int, default _FILE
             Bytes of steps in a file, about
+        progress : bool | Callable, default True
+            A bar if it takes longer than two seconds; or a class like `tqdm`
 
         Returns
         -------
@@ -619,7 +625,7 @@ class LakeCompaction(LakeWriter):
                 there = (parts for _, parts in self._catch_up(version).placed(version))
                 parts, n = _worth_rewriting(there, size)
                 if not n: return done
-                moved = self._rewrite(parts, size)
+                moved = self._rewrite(parts, size, progress)
                 if self._replace_files(version, files_of(parts), moved): done += n
                 else: self._drop(moved)
 
@@ -700,6 +706,7 @@ class LakeVacuum(LakeCompaction):
     def vacuum(self,
         older_than: str | pd.Timedelta, # For example `"365D"`: versions that were last the newest before that
         dry_run: bool = True, # Only say what it would remove
+        progress: bool | Callable = True, # A bar if it takes longer than two seconds; or a class like `tqdm`
     ) -> list[str]: # One line for each file that is, or would be, removed
         """Give up old versions, and remove the files that only they need; they raise `SnapshotNotFound` then
 
@@ -709,6 +716,8 @@ class LakeVacuum(LakeCompaction):
             For example `"365D"`: versions that were last the newest before that
         dry_run : bool, default True
             Only say what it would remove
+        progress : bool | Callable, default True
+            A bar if it takes longer than two seconds; or a class like `tqdm`
 
         Returns
         -------
@@ -738,7 +747,8 @@ class LakeVacuum(LakeCompaction):
                 while oldest > (index := self._catch_up(self.version)).oldest:
                     entry = Entry(Commit(index.number + 1, secrets.token_hex(16), oldest=oldest), time=_now())
                     with self._reachable(): self._lake.put(entry, index.schema)
-                with self._reachable(): self._lake.remove(lines)
+                with self._reachable(), progress_bar(progress, len(lines), "vacuum", "files") as tick:
+                    self._lake.remove(counted(lines, tick))
             return list(lines.values())
 
     def _oldest(self) -> int:
@@ -778,8 +788,15 @@ class DaskPool(LakeVacuum):
             if not dry_run: self._lake.remove(left)
             return [*left.values(), *self._lake.mend(entries, dry_run)]
 
-    def verify(self) -> list[str]: # Empty when sound
+    def verify(self,
+        progress: bool | Callable = True, # A bar if it takes longer than two seconds; or a class like `tqdm`
+    ) -> list[str]: # Empty when sound
         """Read every step of every version, and every byte of every file; one line for each damaged part
+
+        Parameters
+        ----------
+        progress : bool | Callable, default True
+            A bar if it takes longer than two seconds; or a class like `tqdm`
 
         Returns
         -------
@@ -796,8 +813,11 @@ class DaskPool(LakeVacuum):
             Use of a pool or buffer after it was closed
         """
         with at_the_door, self._reachable():
-            files = self._catch_up(self.version).placed()
-            lines = [line for _, parts in files for line in self._file_damages(parts)]
+            index, lines = self._catch_up(self.version), []
+            with progress_bar(progress, index.count_parts(), "verify", "parts") as tick:
+                for _, parts in index.placed():
+                    lines += self._file_damages(parts)
+                    tick(len(parts))
             if self.version: lines += self._lake._flaws(self.version, self._index.schema_at(1))
             return lines
 

@@ -1428,8 +1428,15 @@ class MongoPool(Pool):
 
     def _put(self, commit: Commit) -> bool: return self._link.ask(self._store.put, commit, self.grace)
 
-    def verify(self) -> list[str]: # Empty when sound
+    def verify(self,
+        progress: bool | Callable = True, # A bar if it takes longer than two seconds; or a class like `tqdm`
+    ) -> list[str]: # Empty when sound
         """Read every commit, entry and step; a line for each damage, `CorruptData` for a damaged log
+
+        Parameters
+        ----------
+        progress : bool | Callable, default True
+            A bar if it takes longer than two seconds; or a class like `tqdm`
 
         Returns
         -------
@@ -1442,11 +1449,10 @@ class MongoPool(Pool):
             Use of a pool or buffer after it was closed
         """
         with at_the_door:
-            version = self.version
-            index, wrong = _replayed(self._changes(0, version))
+            index, wrong = _replayed(self._changes(0, version := self.version))
             said, found = self._count(version), index.totals.episodes
             if said != found: wrong.append(_miscounted(self.url, version, said, found))
-            return wrong + list(self._damages(index.every_part()))
+            return wrong + self._verified(index, progress)
 
 # %% ../../../nbs/storage/pool/mongo.ipynb #0d5a1057
 @patch

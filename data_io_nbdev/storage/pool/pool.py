@@ -35,6 +35,7 @@ __all__ = ['BACKENDS', 'new_steps', 'PoolBackend', 'forkable', 'forkable_lock', 
 from ...errors import (ClosedError, CorruptData, DataIOError, EpisodeConflict, EpisodeNotFound,
                                   NotEnoughData, PoolNotFound, PoolUnavailable, QueryError, ReadOnly,
                                   SchemaError, SnapshotNotFound, at_the_door)
+from ...data.show import counted, progress_bar
 from ...data.schema import Schema, brief, listed, offered, selection
 from ...data.core import (RESET, Episode, PoolQuery, as_episode, concat, from_us, narrowed,
                                      same_steps, state_digest, steps_in)
@@ -1446,7 +1447,7 @@ class PoolCopier(PoolWriter):
     def copy_to(self,
         other: "Pool", # Any back-end
         query: Any = None, # A `PoolQuery` without a time range, an id or its beginning, or several; else all
-        progress: Callable[[Iterable], Iterable] = iter, # Wraps the list of parts to be copied, like `tqdm`
+        progress: bool | Callable = True, # A bar if it takes longer than two seconds; or a class like `tqdm`
     ) -> list[str]: # Ids of the episodes that `other` holds now
         """Copy episodes unchanged, and read them back; begun again, it goes on where it stopped
 
@@ -1456,8 +1457,8 @@ class PoolCopier(PoolWriter):
             Any back-end
         query : Any, default None
             A `PoolQuery` without a time range, an id or its beginning, or several; else all
-        progress : Callable[[Iterable], Iterable], default iter
-            Wraps the list of parts to be copied, like `tqdm`
+        progress : bool | Callable, default True
+            A bar if it takes longer than two seconds; or a class like `tqdm`
 
         Returns
         -------
@@ -1468,14 +1469,14 @@ class PoolCopier(PoolWriter):
         ------
         QueryError
             A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
-        CorruptData
-            Stored bytes that are damaged, cut short, or of a format this version does not know
         ClosedError
             Use of a pool or buffer after it was closed
         EpisodeNotFound
             No episode of this id at this version of the pool
         SnapshotNotFound
             A version that the pool never had, or no longer holds
+        CorruptData
+            Stored bytes that are damaged, cut short, or of a format this version does not know
         PoolUnavailable
             A pool that cannot be reached, or written, just now
         ReadOnly
@@ -1497,12 +1498,17 @@ class PoolCopier(PoolWriter):
             def digests(parts: "Sequence[Part]") -> "list[str]": return [part.digest for part in parts]
             new = [parts for id, parts in zip(ids, found) if digests(parts) != digests(there.get(id, ()))]
             todo = [part for parts in new for part in parts]
-            for bulk in in_bulk(zip(progress(todo), self._read(todo)), lambda pair: pair[1].nbytes, _COPIED):
-                other.extend(_under(schema, episode) for _, episode in bulk)
-                now = other._newest(lambda version: other._stored({part.id for part, _ in bulk}, version))
-                if wrong := next(other._damages([part for parts in now.values() for part in parts]), None):
-                    raise CorruptData(f"{other!r} has not what was copied to it: {wrong}")
+            with progress_bar(progress, len(todo), "copy", "parts") as tick:
+                read = zip(counted(todo, tick), self._read(todo))
+                for bulk in in_bulk(read, lambda pair: pair[1].nbytes, _COPIED): self._hand_over(bulk, other, schema)
             return ids
+
+    def _hand_over(self, bulk: Sequence[tuple[Part, Episode]], other: "Pool", schema: Schema) -> None:
+        "Store in another pool what was read, and read it back"
+        other.extend(_under(schema, episode) for _, episode in bulk)
+        now = other._newest(lambda version: other._stored({part.id for part, _ in bulk}, version))
+        if wrong := next(other._damages([part for parts in now.values() for part in parts]), None):
+            raise CorruptData(f"{other!r} has not what was copied to it: {wrong}")
 
     def save(self,
         path: str | os.PathLike, # Of the file
@@ -1521,14 +1527,14 @@ class PoolCopier(PoolWriter):
         ------
         QueryError
             A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
-        CorruptData
-            Stored bytes that are damaged, cut short, or of a format this version does not know
         ClosedError
             Use of a pool or buffer after it was closed
         EpisodeNotFound
             No episode of this id at this version of the pool
         SnapshotNotFound
             A version that the pool never had, or no longer holds
+        CorruptData
+            Stored bytes that are damaged, cut short, or of a format this version does not know
         PoolUnavailable
             A pool that cannot be reached, or written, just now
         ReadOnly
@@ -1677,8 +1683,15 @@ class Pool(PoolCopier):
         "What `open_pool` and a pickled handle call"
         return cls(url, mode, **options)
 
-    def verify(self) -> list[str]: # Empty when sound
+    def verify(self,
+        progress: bool | Callable = True, # A bar if it takes longer than two seconds; or a class like `tqdm`
+    ) -> list[str]: # Empty when sound
         """Compare every step of every version with what the log says of it; one line for each damaged part
+
+        Parameters
+        ----------
+        progress : bool | Callable, default True
+            A bar if it takes longer than two seconds; or a class like `tqdm`
 
         Returns
         -------
@@ -1692,7 +1705,12 @@ class Pool(PoolCopier):
         ClosedError
             Use of a pool or buffer after it was closed
         """
-        with at_the_door: return list(self._damages(self._catch_up(self.version).every_part()))
+        with at_the_door: return self._verified(self._catch_up(self.version), progress)
+
+    def _verified(self, index: Index, progress: bool | Callable) -> list[str]:
+        "A line for each damaged part of an index"
+        with progress_bar(progress, index.count_parts(), "verify", "parts") as tick:
+            return list(self._damages(counted(index.every_part(), tick)))
 
     def repair(self,
         dry_run: bool = True, # Only say what it would drop
