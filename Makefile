@@ -46,7 +46,7 @@ coverage: ## run the tests as above, and list the lines that none of them runs
 
 # PyTorch and JAX are large: on Linux, PyTorch brings its CUDA libraries, some 5 GB. So they have a venv of their own.
 frameworks: export $(FRAMEWORKS)/made ## test what needs PyTorch and JAX: tests/test_frameworks.py, and flagged cells
-	@FRAMEWORKS=1 $(FRAMEWORKS)/bin/python -m pytest --flags "torch jax" tests/test_frameworks.py nbs/interop/torch.ipynb nbs/storage/buffer/batches.ipynb
+	@FRAMEWORKS=1 $(FRAMEWORKS)/bin/python -m pytest --flags "torch jax" tests/test_frameworks.py nbs/interop/torch.ipynb nbs/storage/buffer/batches.ipynb nbs/howto/pytorch_dataloader.ipynb
 
 $(FRAMEWORKS)/made: settings.ini constraints.txt setup.py
 	@echo "Installing PyTorch and JAX into $(FRAMEWORKS); the first time takes some minutes"
