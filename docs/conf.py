@@ -2,10 +2,10 @@
 from nbdev.config import get_config
 
 cfg = get_config()
-project, author, release = cfg.title, cfg.author, cfg.version
+project, author, version, release = cfg.title, cfg.author, cfg.version, cfg.version
 copyright = cfg.copyright
 
-extensions = ["myst_nb", "sphinx_copybutton", "sphinx_design"]
+extensions = ["myst_nb", "sphinx_copybutton", "sphinx_design", "reference", "search"]
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 suppress_warnings = ["myst.header"]  # `show_doc`'s headings are level 3, wherever they stand
@@ -14,6 +14,11 @@ nb_execution_mode = "off"  # what a notebook shows is what it printed when its a
 nb_render_markdown_format = "myst"
 nb_ipywidgets_js = {}  # they would come from another host
 nb_code_prompt_show = nb_code_prompt_hide = "Source"
+
+# The reference, which docs/reference.py writes
+add_module_names = False
+maximum_signature_line_length = 88
+toc_object_entries_show_parents = "hide"
 
 html_theme = "pydata_sphinx_theme"
 html_title = project
