@@ -25,6 +25,7 @@ html_title = project
 html_static_path = ["_static"]
 html_css_files = ["custom.css"]
 html_js_files = [("diagrams.js", {"defer": "defer"})]
+html_show_search_summary = False  # it would fetch each page that was found, with the code that the search leaves out
 html_copy_source = html_show_sourcelink = html_show_sphinx = False
 html_theme_options = {
     "logo": {"text": project},

@@ -95,11 +95,10 @@ def entry_points(module: str) -> list[Any]:
 
 
 def with_results(things: list[Any]) -> list[Any]:
-    "These, and the classes that they and their methods return, and so on; what an abstract method returns is not for users"
+    "These, and the classes that they and their methods return, and so on"
     known = dict.fromkeys(things)
     for thing in (todo := list(known)):
-        abstract = {name for base in getattr(thing, "__mro__", ()) for name in getattr(base, "__abstractmethods__", ())}
-        functions = [function_of(m) for name, m in members(thing).items() if name not in abstract or name == "sample"] if isinstance(thing, type) else [thing]
+        functions = map(function_of, members(thing).values()) if isinstance(thing, type) else [thing]
         for kind in (kind for f in functions for kind in named_types(f, parameters=False)):
             if kind not in known:
                 known[kind] = None
@@ -108,11 +107,12 @@ def with_results(things: list[Any]) -> list[Any]:
 
 
 def for_users() -> list[Any]:
-    "Functions and classes that users call"
-    names = import_module(PACKAGE)._HOME
+    "Functions and classes that users call; what only those who derive from `HOOKS` meet is not for them"
+    names, authors = import_module(PACKAGE)._HOME, for_authors()
     symbols = import_module(f"{PACKAGE}._modidx").d["syms"]
     by_name = [module.removeprefix(f"{PACKAGE}.") for module in symbols if module.split(".")[1] in ("interop", "viz", "errors")]
-    return with_results([*(found(f"{module}.{name}") for name, module in names.items()), *(t for m in sorted(by_name) for t in entry_points(m))])
+    start = [*(found(f"{module}.{name}") for name, module in names.items()), *(t for m in sorted(by_name) for t in entry_points(m))]
+    return [thing for thing in with_results(start) if thing.__name__ in names or thing not in authors]
 
 
 def for_authors() -> list[type]:
@@ -269,11 +269,10 @@ def write_area(folder: Path, title: str, about: str, things: list[Any], printer:
 
 def write_reference(sources: Path, titles: dict[str, str], urls: dict[str, str], labels: set[str]) -> None:
     "All pages of the reference, and on top of the section's page an overview"
-    printer, parts, public, authors = Printer(urls, labels, titles), [], import_module(PACKAGE)._HOME, for_authors()
-    users = [t for t in for_users() if t.__name__ in public or t not in authors]
+    printer, parts, users = Printer(urls, labels, titles), [], for_users()
     contents = {name: [t for t in users if area(t) == name] for name in AREAS}
     testing = import_module(f"{PACKAGE}.testing")
-    contents |= {"backends": [t for t in authors if t not in users],
+    contents |= {"backends": [t for t in for_authors() if t not in users],
                  "testing": [t for name in testing.__all__ if callable(t := getattr(testing, name)) and is_ours(t)]}
     root = sources / "reference"
     for name, (title, about, _) in (AREAS | AUTHORS).items():
@@ -282,7 +281,8 @@ def write_reference(sources: Path, titles: dict[str, str], urls: dict[str, str],
         parts += [f"## [{title}]({name}/index.md)", about, *([table(things, printer)] if name != "testing" else [])]
     index = root / "index.md"
     rest = index.read_text(encoding="utf-8").removeprefix("# Reference\n") if index.exists() else ""
-    head = ["# Reference", "> Every class and function: what it takes, gives and raises", toctree([f"{name}/index" for name in AREAS | AUTHORS])]
+    also = "Every name is in the {ref}`general index <genindex>`, every module in the {ref}`module index <modindex>`."
+    head = ["# Reference", "> Every class and function: what it takes, gives and raises", also, toctree([f"{name}/index" for name in AREAS | AUTHORS])]
     index.write_text("\n\n".join([*head, *parts, "## More", rest.strip()]) + "\n", encoding="utf-8")
 
 

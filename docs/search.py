@@ -13,7 +13,8 @@ from docutils import nodes
 from sphinx import addnodes
 
 DOCUMENTS = "search-documents.js"
-LEFT_OUT = (nodes.section, addnodes.desc, addnodes.toctree, nodes.raw, nodes.title, nodes.comment)
+LEFT_OUT = (nodes.section, addnodes.desc, addnodes.toctree, nodes.raw, nodes.title, nodes.thead, nodes.comment)
+SKIPPED = {"no-search", "where"}  # classes: the code of cells; where a symbol is explained
 
 
 def leave_out_cells(app: Any, doctree: nodes.document) -> None:
@@ -26,7 +27,7 @@ def text_of(node: nodes.Element) -> str:
     "The prose of a node: without sections and symbols inside it, which are found by themselves, nor cells"
     def parts(node: nodes.Node) -> Iterator[str]:
         if isinstance(node, nodes.Text): yield str(node)
-        elif not isinstance(node, LEFT_OUT) and "no-search" not in getattr(node, "get", dict)("classes", ()):
+        elif isinstance(node, nodes.Element) and not isinstance(node, LEFT_OUT) and SKIPPED.isdisjoint(node["classes"]):
             for child in node.children: yield from parts(child)
             if isinstance(node, (nodes.TextElement, nodes.entry)): yield " "
     return " ".join("".join(text for child in node.children for text in parts(child)).split())

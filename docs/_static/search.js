@@ -32,8 +32,8 @@ function loaded(src) {
 
 // The words before and behind the first that was asked for
 function excerpt(text, terms, around = 60) {
-  const at = Math.max(0, ...terms.map((term) => text.toLowerCase().indexOf(term)).filter((i) => i >= 0).slice(0, 1));
-  const from = Math.max(0, at - around);
+  const at = Math.max(0, terms.map((term) => text.toLowerCase().indexOf(term)).find((i) => i >= 0) ?? 0);
+  const from = at > around ? text.lastIndexOf(" ", at - around) + 1 : 0;
   return `${from ? "…" : ""}${text.slice(from, at + 2 * around)}${text.length > at + 2 * around ? "…" : ""}`;
 }
 
@@ -54,7 +54,7 @@ function setUpField(form, root) {
     Object.assign(li, { id: `${list.id}-${i}` }).setAttribute("role", "option");
     a.href = `${root}${hit.url}`;
     title.textContent = hit.title;
-    text.textContent = [hit.page, excerpt(hit.text, hit.terms)].filter(Boolean).join(": ");
+    text.textContent = [hit.kind === "section" ? hit.page : "", excerpt(hit.text, hit.terms)].filter(Boolean).join(": ");
     a.append(title, text);
     li.append(a);
     return li;
