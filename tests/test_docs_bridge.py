@@ -1,5 +1,8 @@
 """What docs/ makes of a notebook: text, names, cells, the sidebar, and whole pages"""
+import io
 import json
+import shutil
+import tarfile
 from pathlib import Path
 
 import nbformat
@@ -150,6 +153,18 @@ def test_what_a_browser_would_fetch(tmp_path):
     (tmp_path / "a.html").write_text('<a href="https://x.org">fine</a> <img src="b.png"> <script src="https://x.org/a.js"></script>')
     (tmp_path / "b.css").write_text("@font-face { src: url(//x.org/f.woff2) }")
     assert website.fetched_from_elsewhere(tmp_path) == ["a.html loads https://x.org/a.js", "b.css loads //x.org/f.woff2"]
+
+
+def test_scripts_of_others_are_checked_and_can_be_done_without(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(website, "ROOT", tmp_path)
+    monkeypatch.setattr(website.shutil, "which", lambda name: None)
+    assert website.script("minisearch.js") is None and "not as one types: npm" in capsys.readouterr().out
+    with tarfile.open(tmp_path / "packed.tgz", "w:gz") as packed:
+        packed.addfile(tarfile.TarInfo("package/dist/umd/index.js"), io.BytesIO())
+    monkeypatch.setattr(website.shutil, "which", lambda name: "npm")
+    monkeypatch.setattr(website.subprocess, "run", lambda command, cwd, **options: shutil.copy(tmp_path / "packed.tgz", cwd))
+    with pytest.raises(bridge.BridgeError, match="is not what it was"): website.script("minisearch.js")
+    assert not (tmp_path / ".tools").exists()
 
 
 def test_links_of_a_readme():
