@@ -11,7 +11,7 @@ import re
 import tokenize
 from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import count, takewhile
 from textwrap import dedent
 from types import GenericAlias, UnionType
@@ -80,6 +80,7 @@ def plain_signature(
     return sig.replace(parameters=params, return_annotation=annotation(sig.return_annotation))
 
 # %% ../nbs/showdoc.ipynb #0e1a71c5
+@cache
 def _source(sym) -> str: # Empty where there is none: builtins, generated methods
     """The source of `sym`, also of a class that was typed into a running notebook
 

@@ -9,6 +9,7 @@ import ast
 import json
 import re
 from dataclasses import dataclass
+from functools import cache
 from html import escape
 from importlib import import_module
 from itertools import takewhile
@@ -60,7 +61,9 @@ def diagrams(text: str) -> str:
 
 def doclinks(text: str, targets: dict[str, str]) -> str:
     "Backticked names that are documented somewhere, as links; headings, code and what is a link already stay"
-    def link(m): return f"[{m.group()}]({targets[m[1]]})" if targets.get(m[1]) else m.group()
+    def link(m):
+        to = targets.get(m[1]) or targets.get(f"{m[1]}{m[2] or ''}")
+        return f"[{m.group()}]({to})" if to else m.group()
     fenced, lines = False, []
     for line in text.split("\n"):
         if re.match(r" *(```|~~~)", line): fenced = not fenced
@@ -86,6 +89,24 @@ def labelled(text: str, name: str) -> str:
     return re.sub(r"^(?=#+ )", f"({name})=\n", text, count=1, flags=re.M)
 
 
+@cache
+def variables() -> set[str]:
+    "The names of all parameters and attributes of the package"
+    nodes = [node for path in get_config().lib_path.rglob("*.py") for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+    return {n.arg for n in nodes if isinstance(n, ast.arg)} | {n.target.id for n in nodes if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
+
+
+def as_called(name: str) -> str:
+    "How a function of another page must be written to become a link: `rows` may be any column or parameter, so `rows()`"
+    return f"{name}()" if re.fullmatch(r"[a-z]+|_[a-z_]+", name) or name in variables() else name
+
+
+def own_parameters(text: str) -> set[str]:
+    "The parameters and fields of what `show_doc` printed, by their signature and table: in its text they are no other page's functions"
+    if not (code := re.search(r"^```python\n(.*?)^```", text, re.M | re.S)): return set()
+    return {*re.findall(r"\b([a-z_]\w*)(?=\s*[:=,)])", code[1]), *re.findall(r"^\| `\**(\w+)`", text, re.M)}
+
+
 def link_targets(urls: dict[str, str], labels: set[str], pages: set[str], here: str) -> dict[str, str]:
     """Where each name leads: to its own label, else to its class, else to its page
 
@@ -100,8 +121,9 @@ def link_targets(urls: dict[str, str], labels: set[str], pages: set[str], here: 
         at = [l for l in (label(page, symbol), label(page, symbol.partition(".")[0])) if l in labels]
         full[name] = f"#{at[0]}" if at else f"/{page}.ipynb"
         short.setdefault(symbol, {})[page] = full[name]
-    clear = {name: where.get(here) or next(iter(where.values())) for name, where in short.items() if here in where or len(where) == 1}
-    return clear | full
+    clear = {as_called(name): next(iter(where.values())) for name, where in short.items() if len(where) == 1}
+    own = {name: where[here] for name, where in short.items() if where.get(here, f"/{here}.ipynb") != f"/{here}.ipynb"}
+    return clear | own | full
 
 
 # --- notebooks ---
@@ -211,6 +233,12 @@ def notebooks(root: Path) -> dict[str, Path]:
             if not any(part.startswith((".", "_")) for part in path.relative_to(root).parts)}
 
 
+def modules(pages: dict[str, Path], package: str) -> dict[str, str]:
+    "The page that each module is written on, by the module's full name"
+    found = {page: re.search(r'"#\| *default_exp ([\w.]+)', path.read_text(encoding="utf-8")) for page, path in pages.items()}
+    return {f"{package}.{m[1]}".removesuffix(".__init__"): page for page, m in found.items() if m}
+
+
 def convert(path: Path, root: Path) -> Page:
     "One notebook; in a process of its own, because nbdev's shell replaces `__main__`"
     name = path.relative_to(root).with_suffix("").as_posix()
@@ -225,7 +253,7 @@ def convert(path: Path, root: Path) -> Page:
         itself = shown(cell)
         for symbol, text in [*reversed(defined), *[itself] * bool(itself)]:
             labels.add(label(name, symbol))
-            cells.append(markdown_cell(labelled(text, label(name, symbol))))
+            cells.append(markdown_cell(labelled(text, label(name, symbol))) | {"metadata": {"reference": True}})
         if cell.cell_type == "markdown": cells.append(markdown_cell(cell.source))
         elif not itself and (code := code_cell(cell, documented=bool(defined))): cells.append(code)
     front = nb.frontmatter_
@@ -237,5 +265,6 @@ def finish(page: Page, targets: dict[str, str]) -> dict:
     for cell in page.cells:
         if cell["cell_type"] == "markdown":
             check_maths(cell["source"], page.name)
-            cell["source"] = doclinks(callouts(diagrams(cell["source"])), targets)
+            own = own_parameters(cell["source"]) if cell["metadata"].get("reference") else set()
+            cell["source"] = doclinks(callouts(diagrams(cell["source"])), {name: to for name, to in targets.items() if name not in own})
     return notebook(page.cells)

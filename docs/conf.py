@@ -2,10 +2,10 @@
 from nbdev.config import get_config
 
 cfg = get_config()
-project, author, release = cfg.title, cfg.author, cfg.version
+project, author, version, release = cfg.title, cfg.author, cfg.version, cfg.version
 copyright = cfg.copyright
 
-extensions = ["myst_nb", "sphinx_copybutton", "sphinx_design"]
+extensions = ["myst_nb", "sphinx_copybutton", "sphinx_design", "reference", "search"]
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 suppress_warnings = ["myst.header"]  # `show_doc`'s headings are level 3, wherever they stand
@@ -15,11 +15,17 @@ nb_render_markdown_format = "myst"
 nb_ipywidgets_js = {}  # they would come from another host
 nb_code_prompt_show = nb_code_prompt_hide = "Source"
 
+# The reference, which docs/reference.py writes
+add_module_names = False
+maximum_signature_line_length = 88
+toc_object_entries_show_parents = "hide"
+
 html_theme = "pydata_sphinx_theme"
 html_title = project
 html_static_path = ["_static"]
 html_css_files = ["custom.css"]
 html_js_files = [("diagrams.js", {"defer": "defer"})]
+html_show_search_summary = False  # it would fetch each page that was found, with the code that the search leaves out
 html_copy_source = html_show_sourcelink = html_show_sphinx = False
 html_theme_options = {
     "logo": {"text": project},

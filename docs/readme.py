@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 import nbformat
-from bridge import CALLOUT, BridgeError, code_cell, doclinks, markdown_cell, notebook, processors, read_callout
+from bridge import (CALLOUT, BridgeError, as_called, code_cell, doclinks, markdown_cell, modules, notebook, notebooks, processors,
+                    read_callout)
 from execnb.nbio import read_nb
 from nbconvert import MarkdownExporter
 from nbdev.config import get_config
@@ -41,8 +42,9 @@ def links(text: str, site: str) -> str:
 def readme(index: Path) -> str:
     cfg = get_config()
     lookup = NbdevLookup(incl_libs=cfg.lib_name)
-    urls = {name: lookup.doc(name) for name in lookup.syms}
     site = f"{cfg.doc_host}{cfg.doc_baseurl}".rstrip("/")
+    urls = {as_called(name): lookup.doc(name) for name in lookup.syms}
+    urls |= {name: f"{site}/{page}.html" for name, page in modules(notebooks(ROOT / "nbs"), cfg.lib_path.name).items()}
     cells = []
     for cell in NBProcessor(nb=read_nb(index), procs=processors(run=False), process=True).nb.cells:
         if cell.cell_type == "markdown":

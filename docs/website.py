@@ -22,8 +22,9 @@ from importlib import import_module
 from pathlib import Path
 
 import yaml
-from bridge import BridgeError, Page, convert, finish, link_targets, markdown_cell, notebooks
+from bridge import BridgeError, Page, convert, finish, link_targets, markdown_cell, modules, notebooks
 from nbdev.config import get_config
+from reference import mark_module, write_reference
 from sphinx.cmd.build import main as sphinx
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,8 +106,12 @@ def write_sources(sidebar: list[str | Section], pages: dict[str, Page]) -> None:
     urls = {name: url for found in symbols.values() for name, (url, _) in found.items()}
     urls |= inherited(symbols, urls)
     labels = set().union(*(page.labels for page in pages.values()))
+    homes = {module: page for module, page in modules(notebooks(NBS), get_config().lib_path.name).items() if page in pages}
+    for module, page in homes.items(): pages[page].cells.insert(1, mark_module(module, pages[page].description))
+    write_reference(SOURCES, {page.name: page.title for page in pages.values()}, urls, labels)
     for page in pages.values():
-        notebook = finish(page, link_targets(urls, labels, set(pages), page.name))
+        targets = link_targets(urls, labels, set(pages), page.name) | {module: f"/{home}.ipynb" for module, home in homes.items()}
+        notebook = finish(page, targets)
         (SOURCES / f"{page.name}.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
 
 
@@ -118,22 +123,28 @@ def fetched_from_elsewhere(site: Path) -> list[str]:
             if path.suffix in (".html", ".css") for m in loads.finditer(path.read_text(encoding="utf-8"))]
 
 
-MERMAID = "@mermaid-js/tiny@11.17.2", "7a644017d37f93c8359790884e6b67fb1f747c78eb20475952404bd87190a3f8"  # SHA-256 of its script
+# From npm, once, into .tools/: a package, its file, and the file's SHA-256. Without npm the site works, as said here.
+SCRIPTS = {
+    "mermaid.tiny.js": ("@mermaid-js/tiny@11.17.2", "dist/mermaid.tiny.js", "7a644017d37f93c8359790884e6b67fb1f747c78eb20475952404bd87190a3f8",
+                        "diagrams stay text"),
+    "minisearch.js": ("minisearch@7.2.0", "dist/umd/index.js", "03c27931eb603af1d3358579e9885eafdb6a2f5fa9929557b3e77d7e99d06d03",
+                      "the search answers on a page of its own, not as one types"),
+}
 
 
-def mermaid() -> Path | None:
-    "The script that draws diagrams, fetched once; none where npm is missing, and the site shows what they say as text"
-    script = ROOT / ".tools" / "mermaid.tiny.js"
-    if script.exists(): return script
-    if not (npm := shutil.which("npm")): return print("docs: diagrams stay text: npm, which fetches what draws them, is not installed")
-    package, digest = MERMAID
+def script(name: str) -> Path | None:
+    "A script of others that the site uses, checked; none where npm is missing, which fetches it"
+    package, member, digest, without = SCRIPTS[name]
+    path = ROOT / ".tools" / name
+    if path.exists(): return path
+    if not (npm := shutil.which("npm")): return print(f"docs: {without}: npm, which fetches {package}, is not installed")
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([npm, "pack", "--silent", package], cwd=folder, check=True, stdout=subprocess.DEVNULL)
-        with tarfile.open(next(Path(folder).glob("*.tgz"))) as packed: content = packed.extractfile("package/dist/mermaid.tiny.js").read()
-    if hashlib.sha256(content).hexdigest() != digest: raise BridgeError(f"{package} is not what it was; see what changed, and MERMAID in website.py")
-    script.parent.mkdir(exist_ok=True)
-    script.write_bytes(content)
-    return script
+        with tarfile.open(next(Path(folder).glob("*.tgz"))) as packed: content = packed.extractfile(f"package/{member}").read()
+    if hashlib.sha256(content).hexdigest() != digest: raise BridgeError(f"{package} is not what it was; see what changed, and SCRIPTS in website.py")
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    return path
 
 
 def build(draft: bool) -> list[str]:
@@ -153,7 +164,7 @@ def build(draft: bool) -> list[str]:
     strict = [] if draft else ["--fail-on-warning"]
     status = sphinx(["-q", "-E", *strict, "-b", "html", "-c", str(ROOT / "docs"), "-d", str(SOURCES / ".doctrees"), str(SOURCES), str(SITE)])
     shutil.rmtree(ROOT / "jupyter_execute", ignore_errors=True)  # MyST-NB's copy of the notebooks
-    if script := mermaid(): shutil.copy(script, SITE / "_static")
+    for path in filter(None, map(script, SCRIPTS)): shutil.copy(path, SITE / "_static")
     (SITE / ".nojekyll").touch()  # the host would leave out _static/
     return ["Sphinx found the above"] * bool(status) + fetched_from_elsewhere(SITE)
 

@@ -1,5 +1,8 @@
 """What docs/ makes of a notebook: text, names, cells, the sidebar, and whole pages"""
+import io
 import json
+import shutil
+import tarfile
 from pathlib import Path
 
 import nbformat
@@ -39,13 +42,41 @@ def test_names_lead_to_their_label_else_their_class_else_their_page():
     names = bridge.link_targets(URLS, LABELS, {"pool", "rows"}, here="index")
     assert names["Pool.find"] == names["lib.pool.Pool.find"] == "#pool:^pool.find"
     assert names["Pool.tidy"] == "#pool:^pool"
-    assert names["_row"] == "/rows.ipynb"
+    assert names["_row()"] == "/rows.ipynb"
 
 
 def test_a_name_that_two_pages_share_is_the_one_of_the_page_it_is_read_on():
-    assert "check" not in bridge.link_targets(URLS, LABELS, {"pool", "rows"}, here="index")
+    assert not {"check", "check()"} & bridge.link_targets(URLS, LABELS, {"pool", "rows"}, here="index").keys()
     assert bridge.link_targets(URLS, LABELS, {"pool", "rows"}, here="rows")["check"] == "#rows:check"
-    assert bridge.link_targets(URLS, LABELS, {"rows"}, here="index")["check"] == "#rows:check"  # the other is not on the site
+    assert bridge.link_targets(URLS, LABELS, {"rows"}, here="index")["check()"] == "#rows:check"  # the other is not on the site
+
+
+def test_a_word_is_another_page_s_function_only_where_it_is_called():
+    "`check` may be a parameter or a column; `Pool`, `open_pool` and what this page itself defines cannot be mistaken"
+    names = bridge.link_targets(URLS | {"lib.pool.open_pool": "pool.html#open_pool"}, LABELS, {"pool"}, here="index")
+    assert {"Pool", "open_pool", "check()", "lib.pool.check"} <= names.keys() and "check" not in names
+    assert bridge.doclinks("`check` `check()` `Pool()`", names) == "`check` [`check()`](/pool.ipynb) [`Pool()`](#pool:^pool)"
+    own = bridge.link_targets(URLS, LABELS | {bridge.label("pool", "check")}, {"pool"}, here="pool")
+    assert own["check"] == "#pool:check" and "check" not in bridge.link_targets(URLS, LABELS, {"pool"}, here="pool")  # to itself it would lead
+
+
+def test_what_a_parameter_or_attribute_is_called_is_no_link_either():
+    assert {"in_one_step", "batch_size"} <= bridge.variables() and bridge.as_called("in_one_step") == "in_one_step()"
+    assert bridge.as_called("open_pool") == "open_pool" and bridge.as_called("Pool") == "Pool"
+
+
+def test_parameters_are_not_linked_where_show_doc_prints_them():
+    text = ("### `read`\n\n```python\nread(rows: int, *table, size=max(1, 2)) -> Rows\n```\n\nOf `rows`, see `Pool`.\n\n"
+            "|  | Type | Default | Details |\n|---|---|---|---|\n| `rows` | `int` |  | how many of `facts` |\n| `**more` |  |  | all |")
+    assert bridge.own_parameters(text) >= {"rows", "table", "size", "more"} and bridge.own_parameters("`rows`") == set()
+    page = bridge.Page("here", "", "", [{"cell_type": "markdown", "metadata": {"reference": True}, "source": text}], set())
+    linked = bridge.finish(page, {"rows": "#rows", "facts": "#facts", "Pool": "#pool"})["cells"][0]["source"]
+    assert "Of `rows`, see [`Pool`](#pool)." in linked and "| `rows` | `int` |  | how many of [`facts`](#facts) |" in linked
+
+
+def test_modules_lead_to_their_pages():
+    pages = bridge.modules(bridge.notebooks(Path(bridge.__file__).parents[1] / "nbs"), "lib")
+    assert (pages["lib"], pages["lib.testing"], pages["lib.storage.pool.pool"]) == ("names", "testing/contract", "storage/pool/pool")
 
 
 @pytest.mark.parametrize("text", ["# `Pool`", "[`Pool`](x.md)", "[the `Pool` of](x.md)", "``a `Pool` b``", "    `Pool`",
@@ -122,6 +153,18 @@ def test_what_a_browser_would_fetch(tmp_path):
     (tmp_path / "a.html").write_text('<a href="https://x.org">fine</a> <img src="b.png"> <script src="https://x.org/a.js"></script>')
     (tmp_path / "b.css").write_text("@font-face { src: url(//x.org/f.woff2) }")
     assert website.fetched_from_elsewhere(tmp_path) == ["a.html loads https://x.org/a.js", "b.css loads //x.org/f.woff2"]
+
+
+def test_scripts_of_others_are_checked_and_can_be_done_without(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(website, "ROOT", tmp_path)
+    monkeypatch.setattr(website.shutil, "which", lambda name: None)
+    assert website.script("minisearch.js") is None and "not as one types: npm" in capsys.readouterr().out
+    with tarfile.open(tmp_path / "packed.tgz", "w:gz") as packed:
+        packed.addfile(tarfile.TarInfo("package/dist/umd/index.js"), io.BytesIO())
+    monkeypatch.setattr(website.shutil, "which", lambda name: "npm")
+    monkeypatch.setattr(website.subprocess, "run", lambda command, cwd, **options: shutil.copy(tmp_path / "packed.tgz", cwd))
+    with pytest.raises(bridge.BridgeError, match="is not what it was"): website.script("minisearch.js")
+    assert not (tmp_path / ".tools").exists()
 
 
 def test_links_of_a_readme():
