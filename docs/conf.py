@@ -5,7 +5,7 @@ cfg = get_config()
 project, author, release = cfg.title, cfg.author, cfg.version
 copyright = cfg.copyright
 
-extensions = ["myst_nb", "sphinx_copybutton", "sphinx_design"]
+extensions = ["myst_nb", "sphinx_copybutton", "sphinx_design", "visitors"]
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 suppress_warnings = ["myst.header"]  # `show_doc`'s headings are level 3, wherever they stand
@@ -17,15 +17,21 @@ nb_code_prompt_show = nb_code_prompt_hide = "Source"
 
 html_theme = "pydata_sphinx_theme"
 html_title = project
+html_baseurl = f"{cfg.doc_host}{cfg.doc_baseurl}".rstrip("/") + "/"
+html_favicon = "_static/favicon.svg"
 html_static_path = ["_static"]
+templates_path = ["_templates"]
 html_css_files = ["custom.css"]
 html_js_files = [("diagrams.js", {"defer": "defer"})]
 html_copy_source = html_show_sourcelink = html_show_sphinx = False
 html_theme_options = {
     "logo": {"text": project},
     "icon_links": [{"name": "Source", "url": cfg.git_url, "icon": "fa-brands fa-git-alt"}],
+    "navbar_start": ["navbar-logo", "version"],
+    "article_header_end": ["page-links"],
+    "secondary_sidebar_items": ["page-toc"],
     "footer_start": ["copyright"],
-    "footer_end": [],
+    "footer_end": ["project-links"],
     "show_toc_level": 2,
     "navigation_with_keys": False,
 }
