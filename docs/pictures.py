@@ -7,10 +7,11 @@ from __future__ import annotations
 import re
 from html import escape
 from pathlib import Path
+from textwrap import wrap
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, CHART, STATIC = ROOT / "benchmarks" / "results.md", ROOT / "nbs" / "images" / "batches_a_second.svg", ROOT / "docs" / "_static"
-OURS, BLUE, GREY = "data_io_nbdev", "#0969da", "#afb8c1"
+OURS, BLUE, GREY, WIDTH = "data_io_nbdev", "#0969da", "#afb8c1", 470
 FONT = "system-ui, 'Segoe UI', Helvetica, Arial, sans-serif"
 SUMS = {"uniform": "256 rows at random", "prioritized": "256 rows by priority, and new priorities for them",
         "n-step": "256 rows with the return of 5 steps", "windows": "32 slices of 64 steps"}
@@ -33,17 +34,21 @@ def chart(results: str) -> str:
     for kind, speeds in found.items():
         lines.append(f'<text x="10" y="{y}" font-weight="600">{escape(kind)}<tspan class="s" dx="10">{escape(SUMS.get(kind, ""))}</tspan></text>')
         for name, speed in speeds.items():
-            y, width = y + 26, max(2, round(330 * speed / most))
+            y, width = y + 26, max(2, round(240 * speed / most))
             mine = ' font-weight="600"' * (name == OURS)
             digits = 10 ** max(0, len(f"{speed:.0f}") - 2)
-            lines.append(f'<text x="10" y="{y}"{mine}>{escape(name)}</text><rect x="160" y="{y - 14}" width="{width}" height="18" rx="2" '
-                         f'fill="{BLUE if name == OURS else GREY}"/><text x="{168 + width}" y="{y}"{mine}>{round(speed / digits) * digits:,}</text>')
+            lines.append(f'<text x="10" y="{y}"{mine}>{escape(name)}</text><rect x="152" y="{y - 14}" width="{width}" height="18" rx="2" '
+                         f'fill="{BLUE if name == OURS else GREY}"/><text x="{160 + width}" y="{y}"{mine}>{round(speed / digits) * digits:,}</text>')
         y += 44
-    measured = re.search(r"^- (\d{4}-\d\d-\d\d, .*)$", results, re.M)[1]
-    lines.append(f'<text class="s" x="10" y="{y - 6}">batches a second; longer is better. {escape(measured)}</text>')
-    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" width="600" height="{y + 8}" viewBox="0 0 600 {y + 8}" font-family="{FONT}" font-size="15" '
+    measured, _, *remarks = re.search(r"^- (\d{4}-\d\d-\d\d, .*)\Z", results.strip(), re.M | re.S)[1].split("\n- ")  # the second are versions
+    for note in ("batches a second; longer is better", measured, *remarks):
+        for line in wrap(note, 66):
+            lines.append(f'<text class="s" x="10" y="{y - 6}">{escape(line)}</text>')
+            y += 18
+    size = f'width="{WIDTH}" height="{y}"'  # narrow, so that it can be read on a phone
+    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {WIDTH} {y}" font-family="{FONT}" font-size="15" '
                       'fill="#1f2328" role="img" aria-label="batches a second, beside other replay buffers">',
-                      '<style>.s{fill:#57606a;font-size:13px;font-weight:400}</style>', f'<rect width="600" height="{y + 8}" rx="8" fill="#ffffff"/>', *lines, "</svg>", ""])
+                      '<style>.s{fill:#57606a;font-size:13px;font-weight:400}</style>', f'<rect {size} rx="8" fill="#ffffff"/>', *lines, "</svg>", ""])
 
 
 FAVICON = f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32">
@@ -56,15 +61,13 @@ FAVICON = f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32">
 
 def card(path: Path, title: str, text: str) -> None:
     "The picture that a link to the site shows in a chat: 1200 x 630 pixels"
-    import textwrap
-
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
     figure = Figure(figsize=(12, 6.3), dpi=100, facecolor="#0d1117")
     for y, width, alpha in ((0.84, 1, 1), (0.77, 1, 0.75), (0.70, 0.4, 1)):
         figure.add_artist(Rectangle((0.08, y), 0.1 * width, 0.045, color=BLUE, alpha=alpha))
     figure.text(0.08, 0.50, title, color="white", fontsize=64, weight="bold")
-    figure.text(0.08, 0.40, "\n".join(textwrap.wrap(text, 48)), color="#c9d1d9", fontsize=30, va="top", linespacing=1.5)
+    figure.text(0.08, 0.40, "\n".join(wrap(text, 48)), color="#c9d1d9", fontsize=30, va="top", linespacing=1.5)
     figure.savefig(path, pil_kwargs={"optimize": True})
 
 
@@ -72,4 +75,4 @@ if __name__ == "__main__":
     from nbdev.config import get_config
     CHART.write_text(chart(RESULTS.read_text(encoding="utf-8")), encoding="utf-8")
     (STATIC / "favicon.svg").write_text(FAVICON, encoding="utf-8")
-    card(STATIC / "card.png", get_config().title, get_config().description)
+    if not (made := STATIC / "card.png").exists(): card(made, get_config().title, get_config().description)  # fonts differ; delete it to draw it anew

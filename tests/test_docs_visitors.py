@@ -13,6 +13,7 @@ import pictures  # noqa: E402
 import visitors  # noqa: E402
 import website  # noqa: E402
 import yaml  # noqa: E402
+from nbdev.config import get_config  # noqa: E402
 
 ROOT = Path(bridge.__file__).parents[1]
 CODE = {"cell_type": "code", "metadata": {}, "source": "1 + 1", "outputs": [{"output_type": "execute_result", "data": {"text/plain": "2"}}]}
@@ -115,6 +116,11 @@ def test_the_changelog_and_the_license_are_pages():
     assert "\n## 0.1.0" in texts["project/changelog"] and "Apache License" in texts["project/license"] and "](nbs/" not in texts["project/contributing"]
 
 
+def test_the_first_page_installs_from_the_repository():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert {*re.findall(r"git\+(\S+?)[\"\n]", readme)} == {*re.findall(r"git clone (\S+)", readme)} == {get_config().git_url}
+
+
 # --- figures ---
 
 def test_the_chart_is_made_of_the_results():
@@ -122,10 +128,10 @@ def test_the_chart_is_made_of_the_results():
 
 
 def test_bars_are_batches_a_second():
-    results = "Title\n\n| µs a batch | uniform | windows |\n|---|---:|---:|\n| floor: x | 1 | 1 |\n| slow | 1,000 | – |\n| quick | 250 | 20 |\n\n- 2026-01-01, a machine\n"
+    results = "Title\n\n| µs a batch | uniform | windows |\n|---|---:|---:|\n| floor: x | 1 | 1 |\n| slow | 1,000 | – |\n| quick | 250 | 20 |\n\n- 2026-01-01, a machine\n- Python 3\n- busy & slow\n"
     assert pictures.batches(results) == {"uniform": {"quick": 4000, "slow": 1000}, "windows": {"quick": 50000}}
     made = pictures.chart(results)
-    assert ElementTree.fromstring(made).tag.endswith("svg") and "50,000" in made and "2026-01-01, a machine" in made
+    assert ElementTree.fromstring(made).tag.endswith("svg") and "50,000" in made and "2026-01-01, a machine" in made and "busy &amp; slow" in made
     with pytest.raises(ValueError, match="ms a batch"): pictures.batches(results.replace("µs", "ms"))
 
 
