@@ -23,6 +23,7 @@ html_static_path = ["_static"]
 templates_path = ["_templates"]
 html_css_files = ["custom.css"]
 html_js_files = [("diagrams.js", {"defer": "defer"})]
+html_context = {"default_mode": "auto"}  # the system's theme, until a reader chooses
 html_copy_source = html_show_sourcelink = html_show_sphinx = False
 html_theme_options = {
     "logo": {"text": project},
