@@ -5,7 +5,7 @@ cfg = get_config()
 project, author, release = cfg.title, cfg.author, cfg.version
 copyright = cfg.copyright
 
-extensions = ["myst_nb", "sphinx_copybutton", "sphinx_design", "visitors"]
+extensions = ["myst_nb", "sphinx_copybutton", "sphinx_design"]
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 suppress_warnings = ["myst.header"]  # `show_doc`'s headings are level 3, wherever they stand
@@ -17,13 +17,10 @@ nb_code_prompt_show = nb_code_prompt_hide = "Source"
 
 html_theme = "pydata_sphinx_theme"
 html_title = project
-html_baseurl = f"{cfg.doc_host}{cfg.doc_baseurl}".rstrip("/") + "/"
-html_favicon = "_static/favicon.svg"
 html_static_path = ["_static"]
-templates_path = ["_templates"]
 html_css_files = ["custom.css"]
 html_js_files = [("diagrams.js", {"defer": "defer"})]
-html_context = {"default_mode": "auto"}  # the system's theme, until a reader chooses
+html_context = {"default_mode": "auto"}  # light or dark, as the reader's machine is; the theme complains where it is not told
 html_copy_source = html_show_sourcelink = html_show_sphinx = False
 html_theme_options = {
     "logo": {"text": project},
@@ -37,3 +34,9 @@ html_theme_options = {
     "navigation_with_keys": False,
 }
 copybutton_exclude = ".linenos, .gp, .go"
+
+# What visitors expect besides pages
+extensions += ["visitors"]
+html_baseurl = f"{cfg.doc_host}{cfg.doc_baseurl}".rstrip("/") + "/"
+html_favicon = "_static/favicon.svg"
+templates_path = ["_templates"]

@@ -8,16 +8,19 @@ from __future__ import annotations
 import posixpath
 import re
 import shutil
-from html import escape
+from html import escape, unescape
 from pathlib import Path
 from urllib.parse import urljoin
 
 from bridge import CALLOUT, Page, markdown_cell, read_callout
 from docutils import nodes
+from docutils.io import StringOutput
 from nbdev.config import get_config
+from sphinx.builders.text import TextBuilder
+from sphinx.writers.text import TextWriter
 
 ROOT = Path(__file__).resolve().parents[1]
-PROJECT = {"project/changelog": "CHANGELOG.md", "project/contributing": "CONTRIBUTING.md", "project/license": "LICENSE"}
+PROJECT = {"changelog": "CHANGELOG.md", "contributing": "CONTRIBUTING.md", "license": "LICENSE"}
 NO_PAGES = {"404", "search", "genindex"}  # they are for nobody to find or to read elsewhere
 NOT_FOUND = """---
 orphan: true
@@ -40,9 +43,9 @@ def base() -> str:
 def project_pages(root: Path = ROOT) -> dict[str, Page]:
     "The changelog, how to contribute, and the license, as pages"
     changes, work, terms = ((root / file).read_text(encoding="utf-8") for file in PROJECT.values())
-    about = {"project/changelog": ("Changelog", "What changed for users, by version, newest first", changes),
-             "project/contributing": ("Contributing", "How the project is worked on: set up, change, check, commit", work),
-             "project/license": ("License", "Apache 2.0: use it, change it, pass it on, and keep the notice", f"# \n\n```text\n{terms.strip(chr(10))}\n```\n")}
+    about = {"changelog": ("Changelog", "What changed for users, by version, newest first", changes),
+             "contributing": ("Contributing", "How the project is worked on: set up, change, check, commit", work),
+             "license": ("License", "Apache 2.0: use it, change it, pass it on, and keep the notice", f"# \n\n```text\n{terms.strip(chr(10))}\n```\n")}
     pages = {}
     for name, (title, description, text) in about.items():
         text = re.sub(r"\]\(nbs/", "](/", re.sub(r"\A# .*\n", f"# {title}\n\n> {description}\n", text))
@@ -120,6 +123,14 @@ def twin(page: Page) -> str:
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
+def twin_of(doctree: nodes.document, app) -> str:
+    "The same for a page that is made without a notebook, as Sphinx's text"
+    writer = TextWriter(builder := TextBuilder(app, app.env))
+    builder.init()
+    writer.write(doctree.deepcopy(), text := StringOutput(encoding="unicode"))
+    return re.sub(r"\A(.*)\n\*+\n", r"# \1\n", text.destination) + "\n"
+
+
 def tell(pages: dict[str, Page]) -> dict[str, tuple[str, str, str]]:
     "Each page's title, description and twin; to be asked before its names become Sphinx's links"
     return {name: (page.title, page.description, twin(page)) for name, page in pages.items()}
@@ -156,6 +167,13 @@ def found(site: Path) -> list[str]:
     return [name for name in names if not name.startswith("_") and name not in NO_PAGES]
 
 
+def read_head(path: Path) -> tuple[str, str]:
+    "The title and the description of a finished page; nothing for what it lacks"
+    html, site_title = path.read_text(encoding="utf-8"), re.escape(get_config().title)
+    title, about = re.search(r"<title>(.*?)</title>", html, re.S), re.search(r'<meta name="description" content="([^"]*)"', html)
+    return re.sub(rf"\s+[—-]\s+{site_title}.*", "", unescape(title[1] if title else ""), flags=re.S).strip(), unescape(about[1] if about else "")
+
+
 def sitemap(site: Path) -> str:
     urls = (f"  <url><loc>{escape(f'{base()}{name}.html')}</loc></url>" for name in found(site))
     return "\n".join(['<?xml version="1.0" encoding="utf-8"?>', '<urlset xmlns="http://www.sitemaps.org/schemas/sitemap/0.9">', *urls, "</urlset>", ""])
@@ -169,12 +187,11 @@ def at_any_depth(html: str, root: str) -> str:
 
 def publish(site: Path, sections: list, told: dict[str, tuple[str, str, str]], nbs: Path = ROOT / "nbs") -> list[str]:
     "Put all of it beside the pages that Sphinx has written; returns what is wrong"
-    cfg, told = get_config(), told | of_sections(sections, told)
-    for name, (_, _, text) in told.items():
-        if not (site / f"{name}.html").exists(): continue
-        (site / f"{name}.md").write_text(text, encoding="utf-8")
+    cfg, told, pages = get_config(), told | of_sections(sections, told), {}
+    for name in found(site):
+        pages[name] = told.get(name) or (*read_head(site / f"{name}.html"), "")
+        if name in told: (site / f"{name}.md").write_text(told[name][2], encoding="utf-8")  # else Sphinx has
         if (nbs / f"{name}.ipynb").exists(): shutil.copy(nbs / f"{name}.ipynb", site / f"{name}.ipynb")
-    pages = {name: about for name, about in told.items() if (site / f"{name}.html").exists()}
     (site / "llms.txt").write_text(llms(sections, pages, f"# {cfg.title}\n\n> {cfg.description}"), encoding="utf-8")
     (site / "sitemap.xml").write_text(sitemap(site), encoding="utf-8")
     (site / "robots.txt").write_text(f"User-agent: *\nAllow: /\nSitemap: {base()}sitemap.xml\n", encoding="utf-8")
@@ -187,8 +204,7 @@ def lacking(site: Path) -> list[str]:
     wrong = [f"{name} is missing" for name in ("404.html", "llms.txt", "sitemap.xml", "_static/card.png") if not (site / name).exists()]
     for name in found(site):
         html = (site / f"{name}.html").read_text(encoding="utf-8")
-        if not re.search(r"<title>\s*[^<\s]", html): wrong.append(f"{name}.html has no title")
-        if not re.search(r'<meta\s(?=[^>]*name="description")[^>]*content="[^"]', html): wrong.append(f"{name}.html has no description")
+        wrong += [f"{name}.html has no {what}" for what, said in zip(("title", "description"), read_head(site / f"{name}.html")) if not said]
         offered = re.findall(r'<a\s(?=[^>]*class="page-offer")[^>]*href="(?![a-z]+:)([^"#]+)"', html)
         wrong += [f"{name}.html offers {file}, which is missing" for file in {*offered, f"{posixpath.basename(name)}.md"}
                   if not (site / posixpath.dirname(name) / file).exists()]
@@ -220,9 +236,10 @@ def about_page(app, pagename, templatename, context, doctree):
             'property="og:url"': f"{base()}{pagename}.html", 'property="og:image"': f"{base()}_static/card.png",
             'property="og:image:width"': "1200", 'property="og:image:height"': "630", 'name="twitter:card"': "summary_large_image"}
     context["metatags"] = context.get("metatags", "") + "".join(f'\n<meta {key} content="{escape(text)}" />' for key, text in tags.items())
+    if doctree and pagename not in NO_PAGES: (Path(app.outdir) / f"{pagename}.md").write_text(twin_of(doctree, app), encoding="utf-8")
     context["page_links"] = links_of(pagename)
     context["project_links"] = [(title, context["pathto"](page)) for title, page in
-                                (("Changelog", "project/changelog"), ("Contributing", "project/contributing"), ("License", "project/license"))]
+                                (("Changelog", "changelog"), ("Contributing", "contributing"), ("License", "license"))]
     context["project_links"].append(("llms.txt", context["pathto"]("llms.txt", 1)))
 
 

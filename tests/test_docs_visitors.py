@@ -28,7 +28,7 @@ HTML = '<title>{0}</title><meta name="description" content="of {0}"/><a class="p
 @pytest.fixture
 def site(tmp_path):
     "A site of three pages and a section, as Sphinx leaves it, with the notebooks of two"
-    for name in ("index", "data/core", "data/index", "project/changelog", "404", "search", "_static/part"):
+    for name in ("index", "data/core", "data/index", "changelog", "404", "search", "_static/part"):
         (tmp_path / "site" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "site" / f"{name}.html").write_text(HTML.format(name.split("/")[-1]))
     (tmp_path / "site/_static/card.png").touch()
@@ -38,19 +38,19 @@ def site(tmp_path):
     return tmp_path / "site"
 
 
-SECTIONS = ["index", website.Section("Data", ["data/core"]), website.Section("Project", ["project/changelog"])]
+SECTIONS = ["index", website.Section("Data", ["data/core"]), website.Section("Project", ["changelog"])]
 
 
-def publish(site): return visitors.publish(site, SECTIONS, visitors.tell({n: page(n) for n in ("index", "data/core", "project/changelog")}), site.parent / "nbs")
+def publish(site): return visitors.publish(site, SECTIONS, visitors.tell({n: page(n) for n in ("index", "data/core", "changelog")}), site.parent / "nbs")
 
 
 def test_every_page_has_its_place_its_twin_and_its_notebook(site):
     assert publish(site) == []
     urls = [url.text for url in ElementTree.parse(site / "sitemap.xml").iter("{http://www.sitemaps.org/schemas/sitemap/0.9}loc")]
-    assert urls == [f"{visitors.base()}{name}.html" for name in ("data/core", "data/index", "index", "project/changelog")]
+    assert urls == [f"{visitors.base()}{name}.html" for name in ("changelog", "data/core", "data/index", "index")]
     assert (site / "data/core.md").read_text() == "# Data/Core\n\n> about data/core\n"
     assert (site / "data/index.md").read_text() == "# Data\n\n- [Data/Core](core.md): about data/core\n"
-    assert json.loads((site / "data/core.ipynb").read_text()) == {"cells": ["data/core"]} and not (site / "project/changelog.ipynb").exists()
+    assert json.loads((site / "data/core.ipynb").read_text()) == {"cells": ["data/core"]} and not (site / "changelog.ipynb").exists()
     assert f"## Data\n\n- [Data/Core]({visitors.base()}data/core.md): about data/core\n" in (site / "llms.txt").read_text()
 
 
@@ -113,7 +113,7 @@ def test_the_changelog_and_the_license_are_pages():
     pages = visitors.project_pages()
     texts = {name: p.cells[0]["source"] for name, p in pages.items()}
     assert all(text.startswith(f"# {pages[name].title}\n\n> ") for name, text in texts.items())
-    assert "\n## 0.1.0" in texts["project/changelog"] and "Apache License" in texts["project/license"] and "](nbs/" not in texts["project/contributing"]
+    assert "\n## 0.1.0" in texts["changelog"] and "Apache License" in texts["license"] and "](nbs/" not in texts["contributing"]
 
 
 def test_the_first_page_installs_from_the_repository():
