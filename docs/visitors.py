@@ -14,10 +14,9 @@ from urllib.parse import urljoin
 
 from bridge import CALLOUT, Page, markdown_cell, read_callout
 from docutils import nodes
-from docutils.io import StringOutput
 from nbdev.config import get_config
 from sphinx.builders.text import TextBuilder
-from sphinx.writers.text import TextWriter
+from sphinx.writers.text import TextTranslator
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = {"changelog": "CHANGELOG.md", "contributing": "CONTRIBUTING.md", "license": "LICENSE"}
@@ -123,12 +122,18 @@ def twin(page: Page) -> str:
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
+class Said(TextTranslator):
+    "A page as Sphinx's text, with nothing for what has no text"
+    def unknown_visit(self, node): pass
+    def unknown_departure(self, node): pass
+
+
 def twin_of(doctree: nodes.document, app) -> str:
-    "The same for a page that is made without a notebook, as Sphinx's text"
-    writer = TextWriter(builder := TextBuilder(app, app.env))
+    "The same for a page that is made without a notebook"
+    builder = TextBuilder(app, app.env)
     builder.init()
-    writer.write(doctree.deepcopy(), text := StringOutput(encoding="unicode"))
-    return re.sub(r"\A(.*)\n\*+\n", r"# \1\n", text.destination) + "\n"
+    doctree.walkabout(said := Said(doctree, builder))
+    return re.sub(r"\A(.*)\n\*+\n", r"# \1\n", said.body.strip()) + "\n"
 
 
 def tell(pages: dict[str, Page]) -> dict[str, tuple[str, str, str]]:
@@ -236,7 +241,9 @@ def about_page(app, pagename, templatename, context, doctree):
             'property="og:url"': f"{base()}{pagename}.html", 'property="og:image"': f"{base()}_static/card.png",
             'property="og:image:width"': "1200", 'property="og:image:height"': "630", 'name="twitter:card"': "summary_large_image"}
     context["metatags"] = context.get("metatags", "") + "".join(f'\n<meta {key} content="{escape(text)}" />' for key, text in tags.items())
-    if doctree and pagename not in NO_PAGES: (Path(app.outdir) / f"{pagename}.md").write_text(twin_of(doctree, app), encoding="utf-8")
+    if doctree and pagename not in NO_PAGES and not source(pagename):
+        (made := Path(app.outdir) / f"{pagename}.md").parent.mkdir(parents=True, exist_ok=True)
+        made.write_text(twin_of(doctree, app), encoding="utf-8")
     context["page_links"] = links_of(pagename)
     context["project_links"] = [(title, context["pathto"](page)) for title, page in
                                 (("Changelog", "changelog"), ("Contributing", "contributing"), ("License", "license"))]
