@@ -20,7 +20,7 @@ from sphinx.writers.text import TextTranslator
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = {"changelog": "CHANGELOG.md", "contributing": "CONTRIBUTING.md", "license": "LICENSE"}
-NO_PAGES = {"404", "search", "genindex"}  # they are for nobody to find or to read elsewhere
+NO_PAGES = {"404", "search", "genindex", "py-modindex"}  # they are for nobody to find or to read elsewhere
 NOT_FOUND = """---
 orphan: true
 ---
@@ -192,15 +192,18 @@ def at_any_depth(html: str, root: str) -> str:
 
 def publish(site: Path, sections: list, told: dict[str, tuple[str, str, str]], nbs: Path = ROOT / "nbs") -> list[str]:
     "Put all of it beside the pages that Sphinx has written; returns what is wrong"
-    cfg, told, pages = get_config(), told | of_sections(sections, told), {}
+    cfg, indexes, pages = get_config(), of_sections(sections, told), {}
+    told = told | indexes
     for name in found(site):
         pages[name] = told.get(name) or (*read_head(site / f"{name}.html"), "")
         if name in told: (site / f"{name}.md").write_text(told[name][2], encoding="utf-8")  # else Sphinx has
         if (nbs / f"{name}.ipynb").exists(): shutil.copy(nbs / f"{name}.ipynb", site / f"{name}.ipynb")
-    (site / "llms.txt").write_text(llms(sections, pages, f"# {cfg.title}\n\n> {cfg.description}"), encoding="utf-8")
+    to_read = {name: about for name, about in pages.items() if name not in indexes}
+    (site / "llms.txt").write_text(llms(sections, to_read, f"# {cfg.title}\n\n> {cfg.description}"), encoding="utf-8")
     (site / "sitemap.xml").write_text(sitemap(site), encoding="utf-8")
     (site / "robots.txt").write_text(f"User-agent: *\nAllow: /\nSitemap: {base()}sitemap.xml\n", encoding="utf-8")
-    if (lost := site / "404.html").exists(): lost.write_text(at_any_depth(lost.read_text(encoding="utf-8"), f"{cfg.doc_baseurl.rstrip('/')}/"), encoding="utf-8")
+    if (lost := site / "404.html").exists():
+        lost.write_text(at_any_depth(lost.read_text(encoding="utf-8"), f"{cfg.doc_baseurl.rstrip('/')}/"), encoding="utf-8")
     return lacking(site)
 
 
