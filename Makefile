@@ -87,8 +87,9 @@ docs: export ## build the site into _docs/; DOCS_OPTIONS=--draft leaves out page
 lab: $(VENV)/with-dev ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab nbs
 
-readme: $(VENV)/with-dev ## make README.md from nbs/index.ipynb
+readme: $(VENV)/with-dev ## make README.md from nbs/index.ipynb, and its chart from benchmarks/results.md
 	@$(BIN)/python docs/readme.py
+	@$(BIN)/python docs/pictures.py
 
 # Not nbdev_export alone: it leaves out of the docstrings what the notebooks say in comments.
 export: $(VENV)/with-dev ## write the package from the notebooks

@@ -26,13 +26,23 @@ html_static_path = ["_static"]
 html_css_files = ["custom.css"]
 html_js_files = [("diagrams.js", {"defer": "defer"})]
 html_show_search_summary = False  # it would fetch each page that was found, with the code that the search leaves out
+html_context = {"default_mode": "auto"}  # light or dark, as the reader's machine is; the theme complains where it is not told
 html_copy_source = html_show_sourcelink = html_show_sphinx = False
 html_theme_options = {
     "logo": {"text": project},
     "icon_links": [{"name": "Source", "url": cfg.git_url, "icon": "fa-brands fa-git-alt"}],
+    "navbar_start": ["navbar-logo", "version"],
+    "article_header_end": ["page-links"],
+    "secondary_sidebar_items": ["page-toc"],
     "footer_start": ["copyright"],
-    "footer_end": [],
+    "footer_end": ["project-links"],
     "show_toc_level": 2,
     "navigation_with_keys": False,
 }
 copybutton_exclude = ".linenos, .gp, .go"
+
+# What visitors expect besides pages
+extensions += ["visitors"]
+html_baseurl = f"{cfg.doc_host}{cfg.doc_baseurl}".rstrip("/") + "/"
+html_favicon = "_static/favicon.svg"
+templates_path = ["_templates"]

@@ -19,6 +19,7 @@ from nbdev.config import get_config
 from nbdev.doclinks import NbdevLookup
 from nbdev.process import NBProcessor
 from traitlets.config import Config
+from visitors import unfenced
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTICE = "<!-- Made from nbs/index.ipynb by `make readme`; edit that. -->"
@@ -48,7 +49,7 @@ def readme(index: Path) -> str:
     cells = []
     for cell in NBProcessor(nb=read_nb(index), procs=processors(run=False), process=True).nb.cells:
         if cell.cell_type == "markdown":
-            cells.append(markdown_cell(doclinks(links(alerts(cell.source), site), urls)))
+            cells.append(markdown_cell(doclinks(links(alerts(unfenced(cell.source)), site), urls)))
         elif cell.cell_type == "code" and (code := code_cell(cell)): cells.append(code)
     hide = {"enabled": True, "remove_input_tags": {"remove-input"}, "remove_all_outputs_tags": {"remove-output"}}
     exporter = MarkdownExporter(config=Config(TagRemovePreprocessor=hide))

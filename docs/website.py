@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
+import visitors
 import yaml
 from bridge import BridgeError, Page, convert, finish, link_targets, markdown_cell, modules, notebooks
 from nbdev.config import get_config
@@ -102,6 +103,7 @@ def write_sources(sidebar: list[str | Section], pages: dict[str, Page]) -> None:
     top = [name for item in sidebar if (name := write_index(item, pages) if isinstance(item, Section) else item in pages and item)]
     pages.setdefault("index", Page("index", "", "", [markdown_cell("# Draft")], set()))
     pages["index"].cells.append(markdown_cell(toctree([name for name in top if name != "index"])))
+    (SOURCES / "404.md").write_text(visitors.NOT_FOUND, encoding="utf-8")
     symbols = import_module(f"{get_config().lib_path.name}._modidx").d["syms"]
     urls = {name: url for found in symbols.values() for name, (url, _) in found.items()}
     urls |= inherited(symbols, urls)
@@ -159,6 +161,10 @@ def build(draft: bool) -> list[str]:
     with ProcessPoolExecutor(2, mp_context=spawn, max_tasks_per_child=1) as pool:
         paths = [written[page] for page in listed if page in written]
         pages = {page.name: page for page in pool.map(convert, paths, [NBS] * len(paths))}
+    pages |= visitors.project_pages()
+    sidebar.append(Section("Project", list(visitors.PROJECT)))
+    told = visitors.tell(pages)
+    visitors.lay_out(pages)
     write_sources(sidebar, pages)
     shutil.rmtree(SITE, ignore_errors=True)
     strict = [] if draft else ["--fail-on-warning"]
@@ -166,7 +172,7 @@ def build(draft: bool) -> list[str]:
     shutil.rmtree(ROOT / "jupyter_execute", ignore_errors=True)  # MyST-NB's copy of the notebooks
     for path in filter(None, map(script, SCRIPTS)): shutil.copy(path, SITE / "_static")
     (SITE / ".nojekyll").touch()  # the host would leave out _static/
-    return ["Sphinx found the above"] * bool(status) + fetched_from_elsewhere(SITE)
+    return ["Sphinx found the above"] * bool(status) + visitors.publish(SITE, sidebar, told) + fetched_from_elsewhere(SITE)
 
 
 if __name__ == "__main__":
