@@ -20,6 +20,7 @@ html_title = project
 html_static_path = ["_static"]
 html_css_files = ["custom.css"]
 html_js_files = [("diagrams.js", {"defer": "defer"})]
+html_context = {"default_mode": "auto"}  # light or dark, as the reader's machine is; the theme complains where it is not told
 html_copy_source = html_show_sourcelink = html_show_sphinx = False
 html_theme_options = {
     "logo": {"text": project},
