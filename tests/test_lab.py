@@ -55,6 +55,7 @@ def test_a_tutorial_runs_in_jupyterlab(lab, browser):
     heard.listen(page, address)
     page.goto(f"{address}lab/tree/{path.name}?reset&token={token}")
     page.locator(".jp-Notebook .jp-CodeCell").first.wait_for(timeout=PATIENCE * 1000)
+    page.locator("#jp-main-statusbar").get_by_text(re.compile(r"\| Idle$")).wait_for(timeout=PATIENCE * 1000)  # what runs before asks for a kernel
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.locator("li.lm-Menu-item[data-command='runmenu:run-all']").click()
     runs = [cell["id"] for cell in before["cells"] if cell["cell_type"] == "code" and "".join(cell["source"]).strip()]
