@@ -18,6 +18,8 @@ from importlib import import_module, metadata
 from itertools import count
 from pathlib import Path
 from shlex import quote
+from shutil import get_terminal_size
+from textwrap import wrap
 from typing import Any, NamedTuple, Optional
 import numpy as np
 import pandas as pd  # type: ignore
@@ -183,18 +185,25 @@ _POOL = _arg("pool", metavar="POOL", help="a folder, a file or a URL")
 _FORMS = (_arg("--csv", dest="form", action="store_const", const="csv", help="as CSV"),
           _arg("--json", dest="form", action="store_const", const="json", help="as JSON"))
 
+def _columns() -> Optional[int]:
+    "How wide the terminal is, where one is written to"
+    return get_terminal_size().columns if sys.stdout.isatty() else None
+
 def _print_table(table: pd.DataFrame, form: Optional[str] = None, none: str = "nothing") -> None:
     "A table, whose index is its first column"
     if form == "csv": table.to_csv(sys.stdout)
     elif form == "json":
         print(table.reset_index().to_json(orient="records", date_format="iso", date_unit="us", indent=1))
     elif not len(table): print(none)
-    else: print(getattr(table, "_short", lambda: table)().to_string(max_cols=16))
+    else: print(getattr(table, "_short", lambda: table)().to_string(max_cols=16, line_width=_columns()))
 
 def _print_facts(facts: Mapping[str, Any]) -> None:
     "Names and what is said of them, one below the other"
     width = max(map(len, facts))
-    for name, value in facts.items(): print(f"{name:{width}}  {value}")
+    for name, value in facts.items():
+        room = max(20, (_columns() or 1_000_000) - width - 2)
+        lines = wrap(str(value), room, break_long_words=False, break_on_hyphens=False)
+        print(f"{name:{width}}  " + f"\n{'':{width}}  ".join(lines))
 
 # %% ../nbs/cli.ipynb #ea1fdc91
 @contextmanager

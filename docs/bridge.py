@@ -189,6 +189,8 @@ def code_cell(cell, documented: bool = False) -> dict | None:
               "remove-output": options.get("output") == "false", "exported": exported}
     metadata = {"tags": [tag for tag, on in hidden.items() if on]}
     if only_imports(cell): metadata["mystnb"] = {"code_prompt_show": "Imports", "code_prompt_hide": "Imports"}
+    if said := next((" ".join(value) for name, value in cell.directives_.items() if name.rstrip(":") == "fig-alt"), ""):
+        metadata["mystnb"] = {"image": {"alt": said}}  # what a picture shows, for those who do not see it
     return {"cell_type": "code", "metadata": metadata, "source": source, "outputs": cell.get("outputs", []), "execution_count": None}
 
 

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from coverage import Coverage
 
+from browser import browser, site  # noqa: F401 (fixtures: one browser for every test of a session)
+
 SOAK, SEED = float(os.environ.get("SOAK", 1)), int(os.environ.get("ATTACK_SEED", 0))
 PATIENCE = 300  # seconds that a forked child may take at most; `timeout` in pytest.ini is what a test may
 
