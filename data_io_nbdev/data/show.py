@@ -171,7 +171,7 @@ def _thinned(values: np.ndarray, most: int) -> np.ndarray:
 # %% ../../nbs/data/show.ipynb #98a8cbed
 def _svg(width: int, height: int, *content: Any) -> Any:
     size = dict(width=width, height=height, viewBox=f"0 0 {width} {height}")
-    return element("svg", *content, **size, style="vertical-align:middle", role="img")
+    return element("svg", *content, **size, style="vertical-align:middle", aria_hidden="true")
 
 def _runs(there: np.ndarray) -> list[slice]:
     "Where consecutive values are there"
