@@ -6,6 +6,7 @@
 import io
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from html import escape
 from typing import Any, Optional
 import numpy as np
 
@@ -258,6 +259,10 @@ INKS = ("#4e8ac8", "#4aa564", "#d08a3e", "#b05fb0", "#cc5c5c", "#8c8c8c")  # rea
 _TEXT = "#010203"  # stands for the colour of the page's own text
 _INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
 
+def _said(ax: Any) -> str:
+    "What axes show, in words: their title, else what is over what"
+    return ax.get_title() or " over ".join(filter(None, (ax.get_ylabel(), ax.get_xlabel())))
+
 def plot(
     draw: Callable[[Any, Any], None], # Is given a figure and its axes, as `plt.subplots` makes them
     size: tuple[float, float] = (3.4, 2.1), # Width and height; 1 is 100 pixels, where there is so much room
@@ -291,12 +296,14 @@ def plot(
         figure, axes = plt.subplots(figsize=size, layout="constrained", **options)
         try:
             draw(figure, axes)
+            said = "; ".join(dict.fromkeys(filter(None, map(_said, figure.axes)))) or "plot"
             figure.savefig(drawn, format="svg", transparent=True, metadata=nothing)
         finally: plt.close(figure)
     svg = drawn.getvalue()[drawn.getvalue().index("<svg"):].replace(_TEXT, _INK)
     svg = re.sub(r"<style.*?</style>", "", svg, flags=re.S)  # it would be the whole page's
     svg = re.sub(r' width="[\d.]+pt"| height="[\d.]+pt"', "", svg, count=2)
-    return svg.replace("<svg", f'<svg role="img" style="width:100%;max-width:{100 * size[0]:.0f}px"', 1)
+    style = f"width:100%;max-width:{100 * size[0]:.0f}px"
+    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(said)}" style="{style}"', 1)
 
 def side_by_side(
     pictures: Iterable[str], # HTML, such as SVG of `plot`
