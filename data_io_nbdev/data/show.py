@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
+from html import escape
 from typing import Any, Optional
 import numpy as np
 
@@ -177,7 +178,7 @@ def _thinned(values: np.ndarray, most: int) -> np.ndarray:
 # %% ../../nbs/data/show.ipynb #98a8cbed
 def _svg(width: int, height: int, *content: Any) -> Any:
     size = dict(width=width, height=height, viewBox=f"0 0 {width} {height}")
-    return element("svg", *content, **size, style="vertical-align:middle", role="img")
+    return element("svg", *content, **size, style="vertical-align:middle", aria_hidden="true")
 
 def _runs(there: np.ndarray) -> list[slice]:
     "Where consecutive values are there"
@@ -264,6 +265,10 @@ INKS = ("#4e8ac8", "#4aa564", "#d08a3e", "#b05fb0", "#cc5c5c", "#8c8c8c")  # rea
 _TEXT = "#010203"  # stands for the colour of the page's own text
 _INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
 
+def _said(ax: Any) -> str:
+    "What axes show, in words: their title, else what is over what"
+    return ax.get_title() or " over ".join(filter(None, (ax.get_ylabel(), ax.get_xlabel())))
+
 def plot(
     draw: Callable[[Any, Any], None], # Is given a figure and its axes, as `plt.subplots` makes them
     size: tuple[float, float] = (3.4, 2.1), # Width and height; 1 is 100 pixels, where there is so much room
@@ -297,12 +302,14 @@ def plot(
         figure, axes = plt.subplots(figsize=size, layout="constrained", **options)
         try:
             draw(figure, axes)
+            said = "; ".join(dict.fromkeys(filter(None, map(_said, figure.axes)))) or "plot"
             figure.savefig(drawn, format="svg", transparent=True, metadata=nothing)
         finally: plt.close(figure)
     svg = drawn.getvalue()[drawn.getvalue().index("<svg"):].replace(_TEXT, _INK)
     svg = re.sub(r"<style.*?</style>", "", svg, flags=re.S)  # it would be the whole page's
     svg = re.sub(r' width="[\d.]+pt"| height="[\d.]+pt"', "", svg, count=2)
-    return svg.replace("<svg", f'<svg role="img" style="width:100%;max-width:{100 * size[0]:.0f}px"', 1)
+    style = f"width:100%;max-width:{100 * size[0]:.0f}px"
+    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(said)}" style="{style}"', 1)
 
 def side_by_side(
     pictures: Iterable[str], # HTML, such as SVG of `plot`
