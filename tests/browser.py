@@ -9,9 +9,11 @@ from urllib.parse import urlsplit
 
 import pytest
 from loud import absent
+from nbdev.config import get_config
 
 ROOT = Path(__file__).parent.parent
 SITE = ROOT / "_docs"
+BASE = get_config(path=ROOT).doc_baseurl.rstrip("/")  # where the page for wrong addresses looks for the rest
 
 
 @pytest.fixture(scope="session")
@@ -34,8 +36,8 @@ class Files(SimpleHTTPRequestHandler):
     timeout = 60  # a browser keeps its connections
 
     def translate_path(self, path):
-        inside = urlsplit(path).path.startswith("/site/")
-        return super().translate_path(path.removeprefix("/site") if inside else "/nothing/of/this/site")
+        inside = urlsplit(path).path.startswith(f"{BASE}/")
+        return super().translate_path(path.removeprefix(BASE) if inside else "/nothing/of/this/site")
 
     def do_GET(self):
         if self.path != "/favicon.ico": return super().do_GET()
@@ -61,7 +63,7 @@ def site():
     if newer := stale(): absent(f"the site in a browser: it is older than {newer[0]}; `make docs` builds it", need)
     server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Files, directory=str(SITE)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/site/"
+    yield f"http://127.0.0.1:{server.server_port}{BASE}/"
     server.shutdown()
     server.server_close()
 
