@@ -242,8 +242,15 @@ def _resolved(part: str, found: Mapping, names: Sequence[str]) -> Places:
                 raise SchemaError(f"{part} {name}: no column begins with {stem!r}; {_near('', names)}")
     return out
 
+def _glued(names: Sequence[str]) -> str:
+    "What to do where the only column is called as many, joined by what stands between them in the file"
+    between = next((c for c in ";\t|" if len(names) == 1 and c in str(names[0])), "")
+    read = f"pd.read_csv(path, sep={between!r}), with decimal=',' where numbers are written 1,5"
+    return between and f"its only column is {brief(names[0])}, so {between!r} stands between columns: read it by {read}"
+
 def _near(name: str, names: Sequence[str]) -> str:
     "The columns that a table has, for a message"
+    if said := _glued(names): return said
     near = get_close_matches(name, names, 3)
     some = ", ".join(map(brief, names[:20])) + f" and {len(names) - 20} more" * (len(names) > 20)
     return f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {some or 'none'}"
@@ -332,11 +339,12 @@ def _localised(index: pd.DatetimeIndex, zone: str, numbers: np.ndarray) -> pd.Da
     twice = np.asarray(index[lost].tz_localize(zone, ambiguous="NaT", nonexistent="shift_forward").isna())
     said = []
     for what, bad, why, how in (
-        ("twice", twice, "as they are set back", "ambiguous='infer'), or True for summer time"),
+        ("twice", twice, "as they are set back",
+         "ambiguous=True), False for winter time, or 'infer' where the hour is there twice"),
         ("never", ~twice, "as they are set forward", "nonexistent='shift_forward'), if it was set late")):
         if not bad.any(): continue
         some, where = ", ".join(map(str, index[lost][bad][:3])), _in_rows(numbers[lost][bad])
-        said.append(f"clocks show {some} {what} ({where}), {why}: table[time].dt.tz_localize({zone!r}, {how}")
+        said.append(f"clocks show {some} {what} ({where}), {why}: pd.to_datetime(table[time]).dt.tz_localize({zone!r}, {how}")
     raise SchemaError(f"in {zone}, {'; '.join(said)}; or log in UTC")
 
 # %% ../../nbs/data/layout.ipynb #9109e6ca
@@ -922,7 +930,8 @@ def reward(self: Reader, frame: pd.DataFrame, numbers: np.ndarray) -> np.ndarray
         raise SchemaError(f"reward: expected a number for each of {len(frame)} rows, got {len(values)}")
     if lacking is not None and lacking[:-1].any() and self.layout.missing != "keep":
         raise SchemaError(f"the reward function gives NaN in {_in_rows(numbers[:-1][lacking[:-1]])}; "
-                          "fill it there, or Layout(missing='keep')")
+                          "fill it there, name the columns that it reads in info=, so that missing='drop' drops "
+                          "such rows, or Layout(missing='keep')")
     return cast(values, self.schema.of("reward")[0].dtype, "reward", loose=True)
 
 @patch
@@ -1241,7 +1250,8 @@ def guess(cls: Layout,
         frame = _first_rows(table)
         parts = {**guess_parts(dict(zip(frame.columns, frame.dtypes))), **known}
         if lacking := [part for part in PARTS[:4] if part not in parts]:
-            raise SchemaError(f"no column looks like {', '.join(lacking)}; say it: {layout_code(parts)}")
+            how = _glued(frame.columns) or f"say it: {layout_code(parts)}"
+            raise SchemaError(f"no column looks like {', '.join(lacking)}; {how}")
         time = frame[parts["time"]] if parts["time"] in frame.columns else pd.Series(dtype="float64")
         if "epoch" not in parts and pd.api.types.is_numeric_dtype(time.dtype) and time.notna().any():
             parts["epoch"] = _unit_of(time.dropna().to_numpy("float64"))
