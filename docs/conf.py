@@ -31,6 +31,7 @@ html_copy_source = html_show_sourcelink = html_show_sphinx = False
 html_theme_options = {
     "logo": {"text": project},
     "icon_links": [{"name": "Source", "url": cfg.git_url, "icon": "fa-brands fa-git-alt"}],
+    "header_links_before_dropdown": 6,
     "navbar_start": ["navbar-logo", "version"],
     "article_header_end": ["page-links"],
     "secondary_sidebar_items": ["page-toc"],

@@ -20,6 +20,7 @@ from sphinx.writers.text import TextTranslator
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = {"changelog": "CHANGELOG.md", "contributing": "CONTRIBUTING.md", "license": "LICENSE"}
+MADE = {"reference/index"}  # sections with more on their page than what is below them
 NO_PAGES = {"404", "search", "genindex", "py-modindex"}  # they are for nobody to find or to read elsewhere
 NOT_FOUND = """---
 orphan: true
@@ -149,7 +150,7 @@ def of_sections(sections: list, told: dict[str, tuple[str, str, str]]) -> dict[s
         names = [name for item in section.items if (name := item if isinstance(item, str) else item.name) in told | below]
         lines = [f"- [{title}]({posixpath.relpath(name, posixpath.dirname(section.name))}.md): {about}" for name in names
                  for title, about, _ in [(told | below)[name]]]
-        if lines: made[section.name] = section.title, ", ".join((told | below)[name][0] for name in names), "\n".join([f"# {section.title}", "", *lines, ""])
+        if lines and section.name not in MADE: made[section.name] = section.title, ", ".join((told | below)[name][0] for name in names), "\n".join([f"# {section.title}", "", *lines, ""])
     return made
 
 

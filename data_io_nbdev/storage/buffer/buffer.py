@@ -1192,7 +1192,7 @@ class Buffer(BufferState[ItemT]):
     @abc.abstractmethod
     def sample(self) -> Tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """
-        sample data pool to get (state, action, reward, nstate) as a tuple of 4 arrays
+        sample data pool to get (state, action, reward, nstate) as a tuple of 4 arrays; the buffers here give a `Batch`
         """
 
     def __dir__(self) -> list[str]: return offered(self)
