@@ -44,8 +44,8 @@ def screen(tmp_path_factory):
 
 
 def shown(screen, *words):
-    "After `data-io words`: the screen's rows, its lines as they were before they were wrapped, the last row with its escapes; what was written; the exit code"
-    typed = shlex.join([sys.executable, "-m", "data_io_nbdev.cli", *words])
+    "After `python words`: the screen's rows, its lines as they were before they were wrapped, the last row with its escapes; what was written; the exit code"
+    typed = shlex.join([sys.executable, *words])
     (screen.folder / "typed").write_text(f"{typed}\nprintf '[exit %s]\\n' $?\n")
     before = len((screen.folder / "written").read_bytes().decode())
     screen.run("send-keys", "clear; . ./typed", "Enter")
@@ -61,17 +61,26 @@ def shown(screen, *words):
 @pytest.mark.parametrize("words", [["info"], ["info", "week.npz"], ["ls", "week.npz"], ["show", "week.npz", "ID"], ["history", "week.npz"],
                                    ["verify", "week.npz"]], ids=" ".join)
 def test_a_screen_is_whole(screen, words):
-    found = shown(screen, *(screen.id if word == "ID" else word for word in words))
+    found = shown(screen, "-m", "data_io_nbdev.cli", *(screen.id if word == "ID" else word for word in words))
     assert found.code == 0 and any(row.strip() for row in found.rows)
     assert found.rows == found.joined, "a line is longer than the terminal is wide"
     assert re.fullmatch(r"(\x1b\[[039;]*m)*\$", found.prompt.rstrip()), f"the prompt is not in its own colours: {found.prompt!r}"
 
 
-@pytest.mark.parametrize("words", [["copy", "week.npz", "lake"], ["export", "week.npz", "week.csv"]], ids=" ".join)
-def test_a_bar_moves_on_one_line_and_goes(screen, words):
+SLOW = """
+import time
+from data_io_nbdev.data.show import progress_bar
+with progress_bar(True, 6, "copy", "parts") as tick:  # comes after two seconds
+    for _ in range(6):
+        time.sleep(0.5)
+        tick()
+"""
+
+
+def test_a_bar_moves_on_one_line_and_goes(screen):
     pytest.importorskip("tqdm")
-    found = shown(screen, *words)
-    bars = re.findall(rf"\r({words[0]}: [^\r\n]*)(\r?\n)?", found.written)
+    found = shown(screen, "-c", SLOW)
+    bars = re.findall(r"\r(copy: [^\r\n]*)(\r?\n)?", found.written)
     assert found.code == 0 and bars, "no bar was drawn"
     assert [bar for bar, ended in bars if len(bar) > 80 or ended] == [], "a bar took more than its line"
     assert not re.search(r"\d%\||it/s", "\n".join(found.rows)), "what is left of a bar stands on the screen"
