@@ -8,6 +8,7 @@ import inspect
 import io
 import linecache
 import re
+import textwrap
 import tokenize
 from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
@@ -223,7 +224,8 @@ def headline(
         return _call("async " * inspect.iscoroutinefunction(sym) + name, sig) if sig else f"{name}(...)"
     if not sig or all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in sig.parameters.values()):
         bases = ", ".join(base.__name__ for base in sym.__bases__ if base is not object)
-        return f"class {name}({bases})" if bases else f"class {name}"
+        line = f"class {name}({bases})" if bases else f"class {name}"
+        return textwrap.fill(line, 88, subsequent_indent="    ")
     return _call(f"class {name}", sig.replace(return_annotation=sig.empty))
 
 # %% ../nbs/showdoc.ipynb #66ea5a20

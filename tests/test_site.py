@@ -1,14 +1,14 @@
 """The built site in a real browser: every page, wide and narrow, light and dark. `make docs` builds it.
 
 Each page is loaded once, in one tab (several at a time take longer, not shorter): the window and the colours change under it, and
-what is wrong is collected for the tests below."""
+what is wrong is collected for the tests below. A page that is light where it is wide is dark where it is narrow; the next one is the other way round."""
 import pytest
 
 from browser import SITE, Heard
 from test_finding import WANTED, missing
 
 WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
-VIEWS = [(WIDE, "light"), (WIDE, "dark"), (NARROW, "dark"), (NARROW, "light")]  # one thing changes from each to the next
+VIEWS = [((WIDE, "light"), (NARROW, "dark")), ((NARROW, "light"), (WIDE, "dark"))]  # of every second page, and of the others
 
 # What a page says of itself. Its own scroll: how far it can be moved aside, not what hangs over an edge unseen.
 LOOK = """() => {
@@ -53,13 +53,12 @@ def context(browser, site):
 @pytest.fixture(scope="module")
 def seen(context, site):
     "What each page says, `[page, width, scheme, facts]`, and what was heard meanwhile"
-    found, heard, tab, views = [], Heard(), context.new_page(), VIEWS
+    found, heard, tab = [], Heard(), context.new_page()
     heard.listen(tab, site)
-    for name in pages():
+    for i, name in enumerate(pages()):
         tab.goto(site + name)
         if drawn(): tab.wait_for_function("() => !document.querySelector('pre.mermaid:not(:has(svg))')")
-        found += [(name, size["width"], scheme, turned(tab, size, scheme)) for size, scheme in views]
-        views = views[::-1]  # so the tab keeps what it has for its next page
+        found += [(name, size["width"], scheme, turned(tab, size, scheme)) for size, scheme in VIEWS[i % 2]]
     tab.close()
     return found, heard
 
@@ -74,8 +73,9 @@ def of(seen, fact, widths=(1280, 390)):
 
 
 def test_every_page_was_seen(seen):
-    views = {(page, width, scheme) for page, width, scheme, _ in seen[0]}
-    assert views == {(page, size["width"], scheme) for page in pages() for size, scheme in VIEWS} and len(pages()) > 60
+    views = [(page, width, scheme) for page, width, scheme, _ in seen[0]]
+    assert len(views) == 2 * len(pages()) > 120
+    assert {(page, what) for page, *both in views for what in both} == {(page, what) for page in pages() for what in (1280, 390, "light", "dark")}
     for page, _, scheme, facts in seen[0]:
         assert facts["theme"] == scheme, page
         paper, ink = ([int(x) for x in facts[what].removeprefix("rgb(").removesuffix(")").split(",")] for what in ("paper", "ink"))

@@ -246,7 +246,7 @@ def _glued(names: Sequence[str]) -> str:
     "What to do where the only column is called as many, joined by what stands between them in the file"
     between = next((c for c in ";\t|" if len(names) == 1 and c in str(names[0])), "")
     read = f"pd.read_csv(path, sep={between!r}), with decimal=',' where numbers are written 1,5"
-    return between and f"its only column is {brief(names[0])}, so {between!r} stands between columns: read it by {read}"
+    return between and f"its only column is {brief(names[0])}, joined by {between!r}: read it by {read}"
 
 def _near(name: str, names: Sequence[str]) -> str:
     "The columns that a table has, for a message"
@@ -344,7 +344,8 @@ def _localised(index: pd.DatetimeIndex, zone: str, numbers: np.ndarray) -> pd.Da
         ("never", ~twice, "as they are set forward", "nonexistent='shift_forward'), if it was set late")):
         if not bad.any(): continue
         some, where = ", ".join(map(str, index[lost][bad][:3])), _in_rows(numbers[lost][bad])
-        said.append(f"clocks show {some} {what} ({where}), {why}: pd.to_datetime(table[time]).dt.tz_localize({zone!r}, {how}")
+        said.append(f"clocks show {some} {what} ({where}), {why}: "
+                    f"pd.to_datetime(table[time]).dt.tz_localize({zone!r}, {how}")
     raise SchemaError(f"in {zone}, {'; '.join(said)}; or log in UTC")
 
 # %% ../../nbs/data/layout.ipynb #9109e6ca
