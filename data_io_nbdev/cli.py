@@ -21,6 +21,7 @@ from shlex import quote
 from shutil import get_terminal_size
 from textwrap import wrap
 from typing import Any, NamedTuple, Optional
+from zipfile import ZipFile, is_zipfile
 import numpy as np
 import pandas as pd  # type: ignore
 
@@ -99,6 +100,14 @@ def _parser(words: Sequence[str] = ()) -> _Parser:
         for names, options in command.arguments: sub.add_argument(*names, **options)
     return parser
 
+def _parsed(words: Sequence[str]) -> argparse.Namespace:
+    "What was typed; ids may stand behind options, too"
+    options, more = (parser := _parser(words)).parse_known_args(words)
+    if hasattr(options, "ids") and not any(word.startswith("-") for word in more):
+        options.ids, more = [*options.ids, *more], []
+    if more: parser.error(f"unrecognized arguments: {' '.join(more)}")
+    return options
+
 def _version() -> str:
     from data_io_nbdev import __version__
     return __version__
@@ -123,7 +132,7 @@ def main(
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *more, **named: _tell(_shown(str(message), words))
         try:
-            options = _parser(words).parse_args(words)
+            options = _parsed(words)
             debug = getattr(options, "debug", False)
             code = COMMANDS[options.command].run(options) or 0
             sys.stdout.flush()
@@ -209,11 +218,20 @@ def _print_facts(facts: Mapping[str, Any]) -> None:
 @contextmanager
 def _reading(url: str) -> Iterator[Pool]:
     "A pool that is there, to read"
+    remedy = "data-io copy and data-io import make one"
     try: pool = open_pool(url, mode="r")
-    except PoolNotFound:
-        remedy = "data-io copy and data-io import make one"
-        raise PoolNotFound(f"no pool at {safe_url(url)!r}; {remedy}") from None
+    except PoolNotFound: raise PoolNotFound(f"no pool at {safe_url(url)!r}; {remedy}") from None
+    except CorruptData:
+        if not _is_other(Path(url)): raise
+        raise QueryError(f"{safe_url(url)!r} is a file, and no pool; {remedy}") from None
     with pool: yield pool
+
+def _is_other(path: Path) -> bool:
+    "Whether a file is something else than a `MemoryPool` saved, and not a damaged one"
+    if not path.is_file(): return False
+    with open(path, "rb") as file: begins = file.read(2)
+    if not is_zipfile(path): return not b"PK".startswith(begins) and begins != b"\0\0"  # else cut, or zeroed
+    with ZipFile(path) as file: return "log.json" not in file.namelist() and file.testzip() is None
 
 def _fields(schema: Schema) -> pd.DataFrame:
     "The fields of a schema, one in a row"
@@ -313,14 +331,18 @@ def _flat(schema: Schema) -> Layout:
     return Layout(**parts, **names, who=who, dtype=dtype, units=units, zone="UTC", missing="keep")
 
 # %% ../nbs/cli.ipynb #36128fe2
+def _check_id(pool: Pool, id: str, url: str) -> None:
+    "Raise `EpisodeNotFound` for an id that the pool lacks"
+    if id in pool: return
+    short = "expected an id, or its first 8 digits or more; " if len(id) < 8 else ""
+    raise EpisodeNotFound(f"no episode {id!r}; {short}data-io ls {safe_url(url)} lists what there is")
+
 @_command("show", _POOL, _arg("id", metavar="ID", help="of the episode, or its first 8 digits or more"),
           _arg("-n", metavar="N", type=int, default=5, help="the first N steps (%(default)s)"), _FORMS[0])
 def _show(args: argparse.Namespace) -> None:
     "One episode: who, when, its fields, and its first steps"
     with _reading(args.pool) as pool:
-        if args.id not in pool:
-            remedy = f"data-io ls {safe_url(args.pool)} lists what there is"
-            raise EpisodeNotFound(f"no episode {args.id!r}; {remedy}")
+        _check_id(pool, args.id, args.pool)
         e = pool[args.id]
     layout = _flat(e.schema)
     kept = {name for place in layout.nstate.values() for name in np.atleast_1d(place)} | {layout.episode}
@@ -383,10 +405,10 @@ def _subject(args: argparse.Namespace, pool: Pool) -> dict[str, Any]:
     "What a picture is of: an episode, or what matches; raises `QueryError` where both are asked for"
     filters = _query(args, pool.schema)
     if args.id and filters != PoolQuery(): raise QueryError("expected an ID or filters, got both")
+    if args.id: _check_id(pool, args.id, args.pool)
     if args.kind != "signals": return {"pool": pool, "query": args.id or filters}
     remedy = f"data-io ls {safe_url(args.pool)} lists them"
     if not args.id: raise QueryError(f"signals draws one episode, and needs its ID; {remedy}")
-    if args.id not in pool: raise EpisodeNotFound(f"no episode {args.id!r}; {remedy}")
     return {"episode": pool[args.id]}
 
 # %% ../nbs/cli.ipynb #b0a1cbb6
@@ -523,7 +545,7 @@ def _verify(args: argparse.Namespace) -> int:
 _REMOVES = (_arg("--dry-run", action="store_true", help="only say what would be removed"),
             _arg("--yes", action="store_true", help="do not ask"))
 
-def _agreed(args: argparse.Namespace, things: int) -> bool:
+def _agreed(args: argparse.Namespace, things: int | str) -> bool:
     "Whether so many things may be removed; raises `QueryError` where nobody can be asked"
     if args.dry_run or args.yes: return args.yes and not args.dry_run
     if not (sys.stdin and sys.stdin.isatty()):
@@ -564,6 +586,31 @@ def _compact(args: argparse.Namespace) -> None:
 def _vacuum(args: argparse.Namespace) -> None:
     "Give up a lake's old versions, and remove the files that only they need"
     _remove(args, lambda pool, dry_run: _lake_can(pool, "vacuum")(args.older_than, dry_run=dry_run))
+
+# %% ../nbs/cli.ipynb #1e75d035
+def _doomed(args: argparse.Namespace, pool: Pool) -> pd.DataFrame:
+    "The rows of the episodes that were named, by ids or by filters; raises `QueryError` for both, or neither"
+    filters = _query(args, pool.schema)
+    if bool(args.ids) == (filters != PoolQuery()):
+        raise QueryError(f"expected IDs or filters, got {'both' if args.ids else 'neither'}; "
+                         f"data-io ls {safe_url(args.pool)} lists what there is")
+    for id in args.ids: _check_id(pool, id, args.pool)
+    table = pool.catalogue(args.ids or filters)
+    if not len(table): raise NotEnoughData(f"no episode of {safe_url(args.pool)} matches")
+    return table
+
+@_command("delete", _POOL, _arg("ids", metavar="ID", nargs="*", help="of an episode, or its first 8 digits or more"),
+          *_FILTERS, *_REMOVES)
+def _delete(args: argparse.Namespace) -> None:
+    "Hide episodes from the next version on; older versions still have them"
+    with _reading(args.pool) as pool: table = _doomed(args, pool)
+    amount = _amount(len(table), int(table["seq_len"].sum()))
+    _print_table(table)
+    if not _agreed(args, amount): return print(f"nothing was deleted, {amount} would be")
+    with _writing(args.pool) as pool:
+        pool.delete(table.index)
+        until = ", until data-io vacuum gives them up" if hasattr(pool, "vacuum") else ""
+        print(f"deleted {amount}; version {pool.version} is the newest, and older ones have them{until}")
 
 # %% ../nbs/cli.ipynb #907871ec
 @_command("demo",
