@@ -416,6 +416,13 @@ class TestShells:
             [case] = re.findall(rf"^ +{name}\) (.*) ;;$", script, re.M)
             assert f"'{name}:" in script and all(f"'{option}[" in case for names, _ in command.arguments for option in names if option.startswith("-"))
 
+    def test_the_page(self):
+        "Its table says something of every command, with a line that can be typed"
+        page = json.loads((ROOT / "nbs" / "cli.ipynb").read_text(encoding="utf-8"))
+        told = dict(re.findall(r"^\| `(\w+)` \| .* \| `(.*)` \|$", "".join(line for c in page["cells"][:4] for line in (*c["source"], "\n")), re.M))
+        assert set(told) == set(COMMANDS)
+        for name, line in told.items(): assert cli._parsed(line.removeprefix('eval "$(').removesuffix(')"').split()[1:]).command == name
+
     def test_the_script(self):
         "What pip installs leads to `main`"
         settings = configparser.ConfigParser(delimiters=["="])
