@@ -220,6 +220,37 @@ class TestTidying:
         fine("repair", pool, "--yes")
         assert files(pool.parent).keys() == before.keys() - {str(left)} and fine("repair", pool) == "nothing to remove\n"
 
+    @pytest.mark.parametrize("words", [[DRIVES[1].id, DRIVES[2].id[:8]], ["--where", "driver=anna"], ["--since", "2026-01-01T09:00Z"]])
+    def test_delete(self, pool, words):
+        "By ids or by filters: listed first, kept by a dry run and by a refusal, and gone with --yes from the next version on"
+        before = files(pool.parent)
+        for more in (["--dry-run"], ["--dry-run", "--yes"]):
+            listed = fine("delete", pool, *more, *words)
+            assert "nothing was deleted, 2 episodes, 12 steps would be" in listed and DRIVES[0].id[:8] not in listed and all(e.id[:8] in listed for e in DRIVES[1:])
+        code, out, err = run("delete", pool, *words)
+        assert code == 2 and DRIVES[1].id[:8] in out and "--yes" in err and files(pool.parent) == before
+        done = fine("delete", pool, words[0], "--yes", *words[1:]) if words[0] == DRIVES[1].id else fine("delete", pool, *words, "--yes")
+        assert "deleted 2 episodes, 12 steps; version 2 is the newest" in done and ("vacuum" in done) == pool.is_dir()
+        with open_pool(pool, "r") as left: assert facts_of(left) == facts_of(DRIVES[:1]) and left.version == 2 and len(left.snapshot(1)) == 3
+
+    @pytest.mark.parametrize("make", [lambda p: p.write_text("a,b\n1,2\n"), lambda p: np.savez(p.open("wb"), state=[1.0]), lambda p: p.mkdir() or (p / "x.txt").write_text("x")],
+                             ids=["text", "arrays", "folder"])
+    def test_no_pool(self, tmp_path, make):
+        "What is no pool is a mistake, and not damage"
+        make(tmp_path / "other")
+        before = files(tmp_path)
+        for words in (["verify"], ["ls"], ["delete", "--yes", "--where", "driver=bo"]): assert "no pool" in refused(*words, tmp_path / "other")
+        assert files(tmp_path) == before
+
+    @pytest.mark.parametrize("cut", [0, 1, 2, 300, -1], ids=["nothing", "a byte", "two", "some", "all but one"])
+    def test_a_file_that_was_cut(self, tmp_path, cut):
+        "A saved pool that lost its end, or all but its length, is damaged: exit code 1"
+        with MemoryPool(tmp_path / "week.npz") as pool: pool.extend(DRIVES)
+        content = (tmp_path / "week.npz").read_bytes()
+        for left in (content[:cut], bytes(len(content))):
+            (tmp_path / "week.npz").write_bytes(left)
+            assert "damaged" in refused("verify", tmp_path / "week.npz", code=1)
+
     def test_compact_and_vacuum(self, tmp_path):
         "A lake is compacted, and gives up versions; a dry run and a refusal change nothing"
         lake = tmp_path / "lake"
@@ -285,10 +316,13 @@ class TestPlot:
 class TestMistakes:
     @pytest.mark.parametrize("words, said", [
         ([], "required"), (["list", "x"], "there are 'info'|there are info"), (["ls"], "POOL"), (["ls", "{}/none"], "no pool at"), (["ls", "{}/none.npz"], "no pool at"),
-        (["verify", "{}/none"], "no pool at"), (["repair", "{}/none", "--yes"], "no pool at"), (["compact", "{}/none"], "no pool at"),
+        (["verify", "{}/none"], "no pool at"), (["delete", "{}/none", "0" * 8], "no pool at"), (["repair", "{}/none", "--yes"], "no pool at"), (["compact", "{}/none"], "no pool at"),
         (["export", "{}/none", "out.csv"], "no pool at"), (["history", "{}/none"], "no pool at"), (["ls", "{}/week.npz", "--where", "driver"], "LEVEL=VALUE"),
         (["ls", "{}/week.npz", "--where", "colour=red"], "no identity level"), (["ls", "{}/week.npz", "--since", "soon"], "--since"), (["ls", "{}/week.npz", "-n", "-1"], "-n"),
-        (["ls", "{}/week.npz", "-n", "x"], "invalid int"), (["show", "{}/week.npz", "0" * 32], "no episode"), (["export", "{}/week.npz", "out.xls"], "out.csv"),
+        (["ls", "{}/week.npz", "-n", "x"], "invalid int"), (["show", "{}/week.npz", "0" * 32], "no episode .0*.; data-io ls"), (["show", "{}/week.npz", "bb8"], "no episode .bb8.; expected an id, or its first 8 digits"),
+        (["delete", "{}/week.npz"], "IDs or filters, got neither"), (["delete", "{}/week.npz", "0" * 8, "--where", "driver=bo"], "got both"), (["delete", "{}/week.npz", "bb8", "--yes"], "first 8 digits"),
+        (["delete", "{}/week.npz", "0" * 8, "--yes"], "no episode"), (["delete", "{}/week.npz", "--where", "driver=eve", "--yes"], "no episode of .* matches"),
+        (["ls", "{}/week.npz", "0" * 8], "unrecognized"), (["delete", "{}/week.npz", "0" * 8, "--not"], "unrecognized"), (["plot", "{}/week.npz", "coverage", "bb8"], "first 8 digits"), (["export", "{}/week.npz", "out.xls"], "out.csv"),
         (["import", "{}/none.csv", "{}/new"], "No such file"), (["import", "{}/none.csv", "{}/new", "--layout", "{}/none.json"], "No such file"),
         (["import", "{}/week.npz", "{}/new", "--layout", "{}/week.npz"], "."), (["ls", "ftp://host/x"], "no back-end"), (["completion", "fish"], "fish"),
         (["plot", "{}/week.npz", "pie"], "coverage"), (["plot", "{}/week.npz", "signals"], "needs its ID"), (["plot", "{}/week.npz", "signals", "0" * 8], "no episode"),
@@ -381,6 +415,13 @@ class TestShells:
         for name, command in COMMANDS.items():
             [case] = re.findall(rf"^ +{name}\) (.*) ;;$", script, re.M)
             assert f"'{name}:" in script and all(f"'{option}[" in case for names, _ in command.arguments for option in names if option.startswith("-"))
+
+    def test_the_page(self):
+        "Its table says something of every command, with a line that can be typed"
+        page = json.loads((ROOT / "nbs" / "cli.ipynb").read_text(encoding="utf-8"))
+        told = dict(re.findall(r"^\| `(\w+)` \| .* \| `(.*)` \|$", "".join(line for c in page["cells"][:4] for line in (*c["source"], "\n")), re.M))
+        assert set(told) == set(COMMANDS)
+        for name, line in told.items(): assert cli._parsed(line.removeprefix('eval "$(').removesuffix(')"').split()[1:]).command == name
 
     def test_the_script(self):
         "What pip installs leads to `main`"
