@@ -22,8 +22,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from data_io_nbdev import MemoryBuffer, MemoryPool, NStep, Prioritized, Sampler, Windows
-from data_io_nbdev.errors import CorruptData, PoolNotFound, PoolUnavailable, QueryError
+from data_io_nbdev import MemoryBuffer, MemoryPool, NStep, Prioritized, Sampler, Windows, open_pool
+from data_io_nbdev.errors import CorruptData, PoolNotFound, PoolUnavailable, QueryError, SnapshotNotFound
 from data_io_nbdev.storage.buffer.sampler import Draw
 from data_io_nbdev.storage.buffer.state import read_state, same_state, take_apart, write_state
 from data_io_nbdev.testing import draws, drive
@@ -317,6 +317,25 @@ def test_goes_on(path, make, capacity):
         for other in (buffer, *others): other.refresh()
         right = learn(buffer)
         assert all(learn(other) == right for other in others)
+
+
+def test_versions_that_are_gone(path, tmp_path):
+    "A state of versions that vacuum gave up, or of the original of a copy, is refused; a buffer without it goes on, as the message says"
+    pytest.importorskip("deltalake")
+    def buffer(pool): return MemoryBuffer(pool=pool, batch_size=4, seed=1)
+    with open_pool(tmp_path / "lake") as lake, open_pool(tmp_path / "copy") as copied, open_pool(tmp_path / "other") as other:
+        for hour in range(3): lake.store(drive(5, hour=hour))
+        learner = buffer(lake)
+        learner.sample()
+        learner.save_state(path)
+        lake.copy_to(copied)
+        for hour in range(3): other.store(drive(6, hour=hour))
+        lake.delete(drive(5, hour=0).id)
+        lake.vacuum("0s", dry_run=False)
+        for pool, why, episodes in ((lake, "those before 4 were given up", 2), (copied, "is of another pool, or of the one that this is a copy of", 3), (other, "has 15 rows", 3)):
+            anew = buffer(pool)
+            with pytest.raises(SnapshotNotFound, match=rf"(?s){why}.*keep the learner's weights, and load a new buffer"): anew.load_state(path)
+            assert len(anew) == sum(map(len, pool)) and len(pool) == episodes and len(anew.sample().index) == 4
 
 
 def test_states_are_copies():

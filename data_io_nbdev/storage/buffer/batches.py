@@ -723,7 +723,7 @@ class Batches:
     n : Optional[int], default None
         How many; by default one after the other for ever
     prefetch : int, default 2
-        Batches that a thread draws ahead; with 0 there is no thread
+        Batches a thread draws ahead, or 0 for no thread; `DaskBuffer.prefetch` is another
     to : str, default 'numpy'
         What arrays are of: "numpy", "torch" or "jax"
     device : Any, default None
@@ -742,7 +742,7 @@ class Batches:
     def __init__(self,
         buffer: Any, # A `Buffer`
         n: Optional[int] = None, # How many; by default one after the other for ever
-        prefetch: int = 2, # Batches that a thread draws ahead; with 0 there is no thread
+        prefetch: int = 2, # Batches a thread draws ahead, or 0 for no thread; `DaskBuffer.prefetch` is another
         to: str = "numpy", # What arrays are of: "numpy", "torch" or "jax"
         device: Any = None, # Where they shall be
         pin: bool = False, # Through pinned memory
@@ -829,7 +829,7 @@ def __repr__(self: Batches) -> str:
 @patch
 def batches(self: Buffer,
     n: Optional[int] = None, # How many; by default one after the other for ever
-    prefetch: int = 2, # Batches that a thread draws ahead; with 0 there is no thread
+    prefetch: int = 2, # Batches a thread draws ahead, or 0 for no thread; `DaskBuffer.prefetch` is another
     to: str = "numpy", # What arrays are of: "numpy", "torch" or "jax"
     device: Any = None, # Where PyTorch or JAX shall have them; by default where they put what comes from numpy
     pin: bool = False, # Through pinned memory, from where PyTorch copies to a GPU without waiting
@@ -845,7 +845,7 @@ def batches(self: Buffer,
     n : Optional[int], default None
         How many; by default one after the other for ever
     prefetch : int, default 2
-        Batches that a thread draws ahead; with 0 there is no thread
+        Batches a thread draws ahead, or 0 for no thread; `DaskBuffer.prefetch` is another
     to : str, default 'numpy'
         What arrays are of: "numpy", "torch" or "jax"
     device : Any, default None

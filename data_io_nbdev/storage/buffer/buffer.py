@@ -953,6 +953,9 @@ def _parse_state(state: Any) -> _State:
         raise QueryError(f"no state of a buffer: {brief(e, 200)}") from e
 
 # %% ../../../nbs/storage/buffer/buffer.ipynb #18416680
+_ELSEWHERE = "it is of another pool, or of the one that this is a copy of"
+_ANEW = "To go on here, keep the learner's weights, and load a new buffer from the pool, without the state"
+
 @patch
 def _check_state(self: BufferDraws, told: _State) -> None:
     "Raise unless this sampler and this pool can go on from a state"
@@ -961,7 +964,8 @@ def _check_state(self: BufferDraws, told: _State) -> None:
     oldest, newest = self.pool._oldest(), self.pool.version
     if last > newest or (first < oldest and told.capacity is None):
         there = f"{self.pool!r} has {oldest} to {newest}"
-        raise SnapshotNotFound(f"the state is of versions {first} to {last}; {there}")
+        why = _ELSEWHERE if last > newest else f"those before {oldest} were given up"
+        raise SnapshotNotFound(f"the state is of versions {first} to {last}, and {there}: {why}. {_ANEW}")
 
 @patch
 def _replayed(self: BufferDraws, told: _State) -> View:
@@ -974,7 +978,7 @@ def _replayed(self: BufferDraws, told: _State) -> View:
     as_many = (len(view), view.serial) == (told.rows, told.serial)
     if as_many and (view.begin or view.trail == told.trail): return view
     there = f"{self.pool!r} gives {len(view)}, or others"
-    raise SnapshotNotFound(f"the state has {told.rows} rows, {there}: another pool?")
+    raise SnapshotNotFound(f"the state has {told.rows} rows, and {there}: {_ELSEWHERE}. {_ANEW}")
 
 @patch
 def _resumed(self: BufferDraws, state: dict[str, Any]) -> Sampler:

@@ -464,7 +464,7 @@ class DaskBuffer(Buffer[Episode]):
     progress : bool | Callable, default True
         A bar when loading takes longer than two seconds; or a class like `tqdm`
     prefetch : int, default 32
-        Batches that travel together from a cluster
+        Batches that travel together from a cluster; `batches(prefetch=)` draws ahead
     """
     pool: Optional[Pool] = None  # Where the episodes are; None gives the buffer a MemoryPool of its own
     resident: str = "auto"  # `"memory"`, `"mapped"`, `"cluster"`; `"auto"`: memory up to a limit, else mapped
@@ -473,7 +473,7 @@ class DaskBuffer(Buffer[Episode]):
     cache_limit: Optional[int | str] = None  # Bytes of mapped rows that stay; by default half of the disk
     client: Any = None  # A `distributed.Client`; by default the current one, if there is one
     progress: bool | Callable = True  # A bar when loading takes longer than two seconds; or a class like `tqdm`
-    prefetch: int = 32  # Batches that travel together from a cluster
+    prefetch: int = 32  # Batches that travel together from a cluster; `batches(prefetch=)` draws ahead
     _STAYS: ClassVar[frozenset[str]] = frozenset({"client"})  # a buffer that arrives takes the current one
 
     def __post_init__(self):
