@@ -13,7 +13,7 @@ import pandas as pd  # type: ignore
 from fastcore.basics import patch
 
 # %% auto #0
-__all__ = ['Nested', 'Chances', 'Prioritized', 'Recent', 'Epoch', 'Once', 'Groups', 'Balanced', 'Fresh']
+__all__ = ['Nested', 'Chances', 'Prioritized', 'Recent', 'Epoch', 'Once', 'Groups', 'groups_of', 'Balanced', 'Fresh']
 
 # %% ../../../nbs/storage/buffer/chances.ipynb #b3cd1376
 from ...errors import NotEnoughData, QueryError
@@ -519,15 +519,32 @@ def _with(array: np.ndarray, i: int, value: int) -> np.ndarray:
     return array
 
 # %% ../../../nbs/storage/buffer/chances.ipynb #e377e5fd
+def groups_of(
+    values: np.ndarray, # `(n,)` int64, group by group
+    sizes: np.ndarray, # `(groups,)` int64: how many are of each
+) -> Groups: # With room for as many again in each, and for half of that behind all
+    """Numbers by group
+
+    Parameters
+    ----------
+    values : np.ndarray
+        `(n,)` int64, group by group
+    sizes : np.ndarray
+        `(groups,)` int64: how many are of each
+
+    Returns
+    -------
+    Groups
+        With room for as many again in each, and for half of that behind all
+    """
+    begin, room = 2 * (sizes.cumsum() - sizes), np.empty(3 * len(values), "int64")
+    room[np.arange(len(values)) + np.repeat(sizes.cumsum() - sizes, sizes)] = values
+    return Groups(room, begin, begin + sizes, begin + 2 * sizes)
+
 @patch
 def _anew(self: Groups, i: int, values: np.ndarray) -> Groups:
-    "In another array, with room for as much again, and for half of that behind all"
     every = [self.of(k) if k != i else values for k in range(len(self.begin))]
-    sizes = np.array([len(some) for some in every])
-    upto = 2 * sizes.cumsum()
-    begin, room = upto - 2 * sizes, np.empty(3 * sizes.sum(), "int64")
-    for at, some in zip(begin.tolist(), every): room[at:at + len(some)] = some
-    return Groups(room, begin, begin + sizes, upto)
+    return groups_of(np.concatenate(every), np.array([len(some) for some in every]))
 
 @patch
 def drop(self: Groups,
@@ -578,7 +595,7 @@ class Balanced(Chances):
         if not (callable(by) or levels and self.by):
             raise QueryError(f"by: expected an identity level, several in a list, or a function, got {brief(by)}")
         self._seen, self._groups, self._numbers, self._keys = (None, 0, 0, 0), Groups(), {}, {}
-        self._alive = np.empty(0, "int64")  # numbers of the groups that have items
+        self._order = self._alive = np.empty(0, "int64")  # numbers of all groups, and of those that have items
 
     def draw(self, n: int, rng: np.random.Generator, rows: Drawable) -> Draw:
         """Raises
@@ -603,6 +620,16 @@ def _changed(groups: Groups, i: int, serials: np.ndarray, anchors: np.ndarray) -
     lost, new = at[known & ~anchors], ~known & anchors
     if not len(lost) and (at[new] == len(there)).all(): return groups.push(i, serials[new])
     return groups.put(i, np.insert(np.delete(there, lost), at[new] - lost.searchsorted(at[new]), serials[new]))
+
+def _refreshed(groups: Groups, of: np.ndarray, serials: np.ndarray, anchors: np.ndarray) -> Groups:
+    "Groups after some serial numbers, each of a group, were looked at"
+    if not len(groups.room):
+        order = np.argsort(of[anchors], kind="stable")
+        return groups_of(serials[anchors][order], np.bincount(of[anchors], minlength=len(groups.begin)))
+    for i in np.unique(of).tolist():
+        mine = of == i
+        groups = _changed(groups, i, serials[mine], anchors[mine])
+    return groups
 
 @patch
 def _group_of(self: Balanced, ids: list[str], rows: Drawable) -> list[Any]:
@@ -636,13 +663,11 @@ def _follow(self: Balanced, rows: Drawable) -> tuple[Groups, np.ndarray]:
     keys = self._group_of(ids, rows)
     for key in keys: numbers.setdefault(key, len(numbers))
     of, anchors = np.array([numbers[key] for key in keys], "int64")[which], self.over.anchors(at, rows)
-    groups = groups.grow(len(numbers))
-    for i in np.unique(of).tolist():
-        mine = of == i
-        groups = _changed(groups, i, serials[mine], anchors[mine])
-    there = (groups.begin < groups.end).tolist()
-    alive = np.array([i for key, i in sorted(numbers.items(), key=lambda item: repr(item[0])) if there[i]], "int64")
-    vars(self).update(_groups=groups, _numbers=numbers, _alive=alive, _seen=now)
+    same = numbers == self._numbers
+    order = self._order if same else np.array([numbers[key] for key in sorted(numbers, key=repr)], "int64")
+    groups = _refreshed(groups.grow(len(numbers)), of, serials, anchors)
+    alive = order[(groups.begin < groups.end)[order]]
+    vars(self).update(_groups=groups, _numbers=numbers, _order=order, _alive=alive, _seen=now)
     return groups, alive
 
 # %% ../../../nbs/storage/buffer/chances.ipynb #2c670e00
