@@ -1,14 +1,14 @@
 """The built site in a real browser: every page, wide and narrow, light and dark. `make docs` builds it.
 
 Each page is loaded once, in one tab (several at a time take longer, not shorter): the window and the colours change under it, and
-what is wrong is collected for the tests below. A page that is light where it is wide is dark where it is narrow; the next one is the other way round."""
+what is wrong is collected for the tests below. A page that is light where it is wide is dark where it is narrow, or the other way round."""
 import pytest
 
 from browser import SITE, Heard
 from test_finding import WANTED, missing
 
 WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
-VIEWS = [((WIDE, "light"), (NARROW, "dark")), ((NARROW, "light"), (WIDE, "dark"))]  # of every second page, and of the others
+VIEWS = [((WIDE, "light"), (NARROW, "dark")), ((WIDE, "dark"), (NARROW, "light"))]  # of half the pages, and of the others
 
 # What a page says of itself. Its own scroll: how far it can be moved aside, not what hangs over an edge unseen.
 LOOK = """() => {
@@ -38,7 +38,7 @@ def pages(): return sorted(p.relative_to(SITE).as_posix() for p in SITE.rglob("*
 def turned(tab, size, scheme):
     "The page of a tab in another light, and in a window of another size"
     tab.emulate_media(color_scheme=scheme)
-    tab.set_viewport_size(size)
+    if tab.viewport_size != size: tab.set_viewport_size(size)
     tab.wait_for_function("theme => document.documentElement.dataset.theme == theme", arg=scheme)
     return tab.evaluate(LOOK)
 
@@ -55,10 +55,11 @@ def seen(context, site):
     "What each page says, `[page, width, scheme, facts]`, and what was heard meanwhile"
     found, heard, tab = [], Heard(), context.new_page()
     heard.listen(tab, site)
-    for i, name in enumerate(pages()):
+    names = pages()
+    for i, name in enumerate([*names[::2], *names[1::2]]):
         tab.goto(site + name)
         if drawn(): tab.wait_for_function("() => !document.querySelector('pre.mermaid:not(:has(svg))')")
-        found += [(name, size["width"], scheme, turned(tab, size, scheme)) for size, scheme in VIEWS[i % 2]]
+        found += [(name, size["width"], scheme, turned(tab, size, scheme)) for size, scheme in VIEWS[2 * i > len(names)][::(-1) ** i]]  # the tab begins as the last page left it
     tab.close()
     return found, heard
 
@@ -114,22 +115,25 @@ def test_code_can_be_copied(seen, context, site):
     page.close()
 
 
-def hits(page, site, words):
-    "What the field of the site finds as one types, best first"
-    page.goto(f"{site}index.html")
-    page.keyboard.press("Control+k")
-    page.locator("dialog input[name=q]").press_sequentially(words)
-    found = page.locator("dialog .site-search a")
-    found.first.wait_for()
-    return [link.evaluate("a => a.href").removeprefix(site) for link in found.all()]
-
-
-@pytest.mark.parametrize("words", WANTED)
-def test_search_leads_where_it_should(context, site, words):
+@pytest.fixture(scope="module")
+def dialog(context, site):
+    "The page of the site's address with its search open, and what was heard"
     if not (SITE / "_static" / "minisearch.js").exists(): missing("the search as one types: npm, which fetches MiniSearch, was not there when the site was built")
     page, heard = context.new_page(), Heard()
     heard.listen(page, site)
-    found = hits(page, site, words)[:3]
+    page.goto(f"{site}index.html")
+    page.keyboard.press("Control+k")
+    yield page.locator("dialog"), heard
     page.close()
-    assert any(href.partition("#")[0] == place or href == place for href in found for place in WANTED[words]), f"{words!r} leads to {found}"
+
+
+@pytest.mark.parametrize("words", WANTED)
+def test_search_leads_where_it_should(dialog, site, words):
+    (shown, heard), found = dialog, dialog[0].locator(".site-search a")
+    field = shown.locator("input[name=q]")
+    field.fill("")
+    field.press_sequentially(words)
+    found.first.wait_for()
+    hrefs = [link.evaluate("a => a.href").removeprefix(site) for link in found.all()[:3]]
+    assert any(href.partition("#")[0] == place or href == place for href in hrefs for place in WANTED[words]), f"{words!r} leads to {hrefs}"
     assert [said for said in heard if not said[1].startswith("log: [PST]:")] == []
