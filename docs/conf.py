@@ -5,7 +5,7 @@ cfg = get_config()
 project, author, version, release = cfg.title, cfg.author, cfg.version, cfg.version
 copyright = cfg.copyright
 
-extensions = ["myst_nb", "sphinx_copybutton", "sphinx_design", "reference", "search"]
+extensions = ["myst_nb", "sphinx_copybutton", "sphinx_design", "reference", "search", "visitors"]
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 suppress_warnings = ["myst.header"]  # `show_doc`'s headings are level 3, wherever they stand
@@ -43,7 +43,6 @@ html_theme_options = {
 copybutton_exclude = ".linenos, .gp, .go"
 
 # What visitors expect besides pages
-extensions += ["visitors"]
 html_baseurl = f"{cfg.doc_host}{cfg.doc_baseurl}".rstrip("/") + "/"
 html_favicon = "_static/favicon.svg"
 templates_path = ["_templates"]

@@ -147,10 +147,11 @@ def of_sections(sections: list, told: dict[str, tuple[str, str, str]]) -> dict[s
     made = {}
     for section in (s for s in sections if not isinstance(s, str)):
         made |= (below := of_sections(section.items, told))
-        names = [name for item in section.items if (name := item if isinstance(item, str) else item.name) in told | below]
-        lines = [f"- [{title}]({posixpath.relpath(name, posixpath.dirname(section.name))}.md): {about}" for name in names
-                 for title, about, _ in [(told | below)[name]]]
-        if lines and section.name not in MADE: made[section.name] = section.title, ", ".join((told | below)[name][0] for name in names), "\n".join([f"# {section.title}", "", *lines, ""])
+        known = told | below
+        items = {name: known[name] for item in section.items if (name := item if isinstance(item, str) else item.name) in known}
+        lines = [f"- [{title}]({posixpath.relpath(name, posixpath.dirname(section.name))}.md): {about}" for name, (title, about, _) in items.items()]
+        if not lines or section.name in MADE: continue
+        made[section.name] = section.title, ", ".join(title for title, *_ in items.values()), "\n".join([f"# {section.title}", "", *lines, ""])
     return made
 
 

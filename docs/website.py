@@ -25,7 +25,7 @@ import visitors
 import yaml
 from bridge import BridgeError, Page, convert, finish, link_targets, markdown_cell, modules, notebooks
 from nbdev.config import get_config
-from reference import mark_module, write_reference
+from reference import mark_module, toctree, write_reference
 from sphinx.cmd.build import main as sphinx
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,10 +63,6 @@ def compare(listed: list[str], written: set[str]) -> list[str]:
             + [f"nbs/sidebar.yml names {page}.ipynb twice" for page in sorted({p for p in listed if listed.count(p) > 1})])
 
 
-def toctree(names: list[str]) -> str:
-    return "\n".join(["```{toctree}", ":hidden:", "", *(f"/{name}" for name in names), "```"])
-
-
 def write_index(section: Section, pages: dict[str, Page]) -> str | None:
     "Write a section's index page and those below it; returns its name, or none where nothing is written yet"
     cards, names = [], []
@@ -80,7 +76,7 @@ def write_index(section: Section, pages: dict[str, Page]) -> str | None:
     if not names: return None
     target = SOURCES / f"{section.name}.md"
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text("\n".join([f"# {section.title}", "", "::::{grid} 1 1 2 2", ":gutter: 3", "", *cards, "::::", "", toctree(names)]))
+    target.write_text("\n".join([f"# {section.title}", "", "::::{grid} 1 1 2 2", ":gutter: 3", "", *cards, "::::", "", toctree([f"/{name}" for name in names])]))
     return section.name
 
 
@@ -102,7 +98,7 @@ def write_sources(sidebar: list[str | Section], pages: dict[str, Page]) -> None:
     shutil.copytree(NBS, SOURCES, ignore=shutil.ignore_patterns("*.ipynb", "*.yml", ".*", "_*"))
     top = [name for item in sidebar if (name := write_index(item, pages) if isinstance(item, Section) else item in pages and item)]
     pages.setdefault("index", Page("index", "", "", [markdown_cell("# Draft")], set()))
-    pages["index"].cells.append(markdown_cell(toctree([name for name in top if name != "index"])))
+    pages["index"].cells.append(markdown_cell(toctree([f"/{name}" for name in top if name != "index"])))
     (SOURCES / "404.md").write_text(visitors.NOT_FOUND, encoding="utf-8")
     symbols = import_module(f"{get_config().lib_path.name}._modidx").d["syms"]
     urls = {name: url for found in symbols.values() for name, (url, _) in found.items()}

@@ -10,3 +10,8 @@ def absent(what, need=bool(os.environ.get("CI"))):
     if need: pytest.fail(what)
     warnings.warn(f"NOT TESTED: {what}")
     pytest.skip(what)
+
+
+def unbuilt(what):
+    "What needs the built site fails without it only in the workflow that builds it: the other jobs have other Pythons than it is built on"
+    absent(what, need=bool(os.environ.get("SITE")))

@@ -4,7 +4,6 @@ What needs a built site is said loudly not to be tested where there is none.
 """
 import inspect
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import data_io_nbdev
 import pytest
-from loud import absent
+from loud import unbuilt
 
 reference = pytest.importorskip("reference", reason="the site is built with the dev extra")
 import search  # noqa: E402
@@ -40,12 +39,9 @@ WANTED = {
 }
 
 
-def missing(what): absent(what, need=bool(os.environ.get("SITE")))  # the workflow that builds the site sets it
-
-
 @pytest.fixture(scope="module")
 def site():
-    if not (ROOT / "_docs" / "objects.inv").exists(): missing("finding things on the site: make docs builds it")
+    if not (ROOT / "_docs" / "objects.inv").exists(): unbuilt("finding things on the site: make docs builds it")
     return ROOT / "_docs"
 
 
@@ -172,8 +168,8 @@ console.log(JSON.stringify(queries.map((query) => search(query).slice(0, 3).map(
 def hits(site):
     "The first three of each word, from the very script that the site has"
     library = site / "_static" / "minisearch.js"
-    if not (node := shutil.which("node")): missing("the search: node, which runs its script, is not installed")
-    if not library.exists(): missing("the search as one types: npm, which fetches MiniSearch, was not there when the site was built")
+    if not (node := shutil.which("node")): unbuilt("the search: node, which runs its script, is not installed")
+    if not library.exists(): unbuilt("the search as one types: npm, which fetches MiniSearch, was not there when the site was built")
     asked = json.dumps({"documents": search.read(site), "queries": [*WANTED]})
     said = subprocess.run([node, "-e", ASK, str(site / "_static" / "search.js"), str(library)], input=asked, capture_output=True, text=True, check=True)
     return dict(zip(WANTED, json.loads(said.stdout)))

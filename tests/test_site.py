@@ -5,7 +5,8 @@ what is wrong is collected for the tests below. A page that is light where it is
 import pytest
 
 from browser import SITE, Heard
-from test_finding import WANTED, missing
+from loud import unbuilt
+from test_finding import WANTED
 
 WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 VIEWS = [((WIDE, "light"), (NARROW, "dark")), ((WIDE, "dark"), (NARROW, "light"))]  # of half the pages, and of the others
@@ -118,7 +119,7 @@ def test_code_can_be_copied(seen, context, site):
 @pytest.fixture(scope="module")
 def dialog(context, site):
     "The page of the site's address with its search open, and what was heard"
-    if not (SITE / "_static" / "minisearch.js").exists(): missing("the search as one types: npm, which fetches MiniSearch, was not there when the site was built")
+    if not (SITE / "_static" / "minisearch.js").exists(): unbuilt("the search as one types: npm, which fetches MiniSearch, was not there when the site was built")
     page, heard = context.new_page(), Heard()
     heard.listen(page, site)
     page.goto(f"{site}index.html")

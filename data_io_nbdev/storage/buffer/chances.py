@@ -537,8 +537,9 @@ def groups_of(
     Groups
         With room for as many again in each, and for half of that behind all
     """
-    begin, room = 2 * (sizes.cumsum() - sizes), np.empty(3 * len(values), "int64")
-    room[np.arange(len(values)) + np.repeat(sizes.cumsum() - sizes, sizes)] = values
+    before, room = sizes.cumsum() - sizes, np.empty(3 * len(values), "int64")
+    begin = 2 * before
+    room[np.arange(len(values)) + np.repeat(before, sizes)] = values
     return Groups(room, begin, begin + sizes, begin + 2 * sizes)
 
 @patch

@@ -12,7 +12,7 @@ __all__ = ['Summed', 'Returns', 'Around', 'NStep']
 
 # %% ../../../nbs/storage/buffer/nstep.ipynb #81ec2cf9
 from ...errors import QueryError
-from ...data.schema import brief, check_whole, is_number
+from ...data.schema import FLAGS, brief, check_whole, is_number
 from .sampler import Draw, Drawable, Sampler, Sequences, Uniform
 from .windows import Stack
 from .chances import Chances, Nested, Prioritized
@@ -68,7 +68,7 @@ class Returns(NamedTuple):
         weights = weights.reshape(*weights.shape, *[1] * (reward.ndim - 2))
         summed = (weights * reward[:, first:]).cumsum(1)[:, -1]  # from left to right, as a loop does
         rows = s.rows[:, first].copy()
-        for flag in ("terminated", "truncated"): rows[flag] = s.rows[flag][each, last]
+        for flag in FLAGS: rows[flag] = s.rows[flag][each, last]
         discount = _discount(gammas[steps], rows)
         summed, after = _as_reward(summed, reward), nstate[each, last]
         if not self.states: now = state[:, 0]
@@ -150,7 +150,7 @@ class NStep(Around):
 
     def draw(self, n: int, rng: np.random.Generator, rows: Drawable) -> Draw:
         drawn = self.over.draw(n, rng, rows)
-        at, gammas = drawn.rows if drawn.anchor is None else drawn.anchor, _powers(self.gamma, self.n)
+        at, gammas = drawn.anchors, _powers(self.gamma, self.n)
         if self._states or not (ahead := rows.ahead(at, gammas)): return self.whole(drawn, rows)
         last, summed, steps = ahead
         return Draw(at, None, drawn.weight, fold=Summed(summed, gammas[steps]), last=last)
@@ -172,7 +172,7 @@ class NStep(Around):
         -------
         Draw
         """
-        at = drawn.rows if drawn.anchor is None else drawn.anchor
+        at = drawn.anchors
         back = np.minimum(np.arange(max(self._states, 1) - 1, 0, -1), rows.places(at)[0][:, None])
         steps = np.concatenate([-back, np.broadcast_to(np.arange(self.n), (len(at), self.n))], axis=1)
         found = rows.beside(at[:, None], steps)

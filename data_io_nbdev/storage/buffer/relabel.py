@@ -190,7 +190,7 @@ class Relabel(Around):
         _check_fields(self.goal, rows.schema)
         over = self.over
         drawn = over.whole(over.over.draw(n, rng, rows), rows) if isinstance(over, NStep) else over.draw(n, rng, rows)
-        at = drawn.rows if drawn.anchor is None else drawn.anchor
+        at = drawn.anchors
         (chance, which), (before, behind, _) = rng.random((2, len(at))), rows.places(at)
         first = {"future": 0 * behind, "final": behind, "episode": -before}[self.strategy]
         goals = rows.beside(at, first + (which * (behind + 1 - first)).astype("int64"))

@@ -80,6 +80,9 @@ class Draw(NamedTuple):
     fold: Optional[Callable] = None  # Makes what a learner gets of `Sequences`; `None` leaves them as they are
     last: Optional[np.ndarray] = None  # `(batch,)` int64: rows in which single steps end; `None`: `rows`
 
+    @property
+    def anchors(self) -> np.ndarray: return self.rows if self.anchor is None else self.anchor
+
 class Sequences(NamedTuple):
     """What a batch is made of, as a `fold` takes and gives it
 
