@@ -26,11 +26,14 @@ STEPS = 1000  # of an episode
 
 
 def medians(contenders: dict[str, Callable[[], object]], rounds: int, calls: int) -> dict[str, float]:
-    "Microseconds a call of each contender, in turns so that all see the same weather"
+    "Microseconds a call of each contender, in turns so that all see the same weather, and in another order each time: a neighbour leaves its traces in the caches"
     took: dict[str, list[float]] = {name: [] for name in contenders}
+    order = np.random.default_rng(0)
     for call in contenders.values(): call()
     for _ in range(rounds):
-        for name, call in contenders.items():
+        for name in order.permutation([*contenders]):
+            call = contenders[name]
+            call()
             began = time.perf_counter()
             for _ in range(calls): call()
             took[name].append((time.perf_counter() - began) / calls * 1e6)
