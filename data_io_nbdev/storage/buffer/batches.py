@@ -10,7 +10,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from operator import is_
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple, Optional
 import numpy as np
 from fastcore.basics import patch
@@ -79,7 +79,8 @@ class Ahead:
     def _forked(self) -> None:
         if self.home is not None: self.buffer._go_back(self.home)  # the parent's thread was drawing
         self.waiting, self.asked = deque(), SimpleQueue()
-        self.thread, self.hungry, self.home = None, False, None  # whether the learner waits
+        self.thread, self.home = None, None
+        self.hungry = self.dozing = False  # whether the learner waits, and the thread for the learner
 
     def seen(self) -> tuple: # Compared by `is`
         """What a batch is drawn from
@@ -219,7 +220,7 @@ def _hand_out(self: Ahead) -> Optional[tuple]:
         raise
     finally:
         self.hungry = False
-        if 2 * len(self.waiting) < self.size: self.asked.put(None)
+        if self.dozing: self.asked.put(None)
     return (ready.batch,)
 
 # %% ../../../nbs/storage/buffer/batches.ipynb #1fe0ee9e
@@ -234,15 +235,33 @@ def wake(self: Ahead) -> None:
         self.thread = thread  # one that an interrupt keeps from coming to this is told to end, too
     self.asked.put(None)
 
+_REST = 1e-4, 2e-2  # Seconds from one look to the next, at least and at most
+
 @patch
 def work(self: Ahead, asked: SimpleQueue) -> None:
     "Keep batches ready"
+    least, most = _REST
+    rest = least
     while not self.closed:
-        asked.get()
-        while self._wants_more():
-            with self.filling:
-                if not self.fill(): break
+        if self._fill_up(): rest, self.dozing = max(least, rest / 2), False
+        elif rest < most: rest *= 1.3
+        elif not self.dozing:
+            self.dozing = True  # one look more, now that the learner knows
+            continue
+        try: asked.get(timeout=None if self.dozing else rest)
+        except Empty: continue
+        rest, self.dozing = least, False
     asked.put(None)  # for another that waits
+
+@patch
+def _fill_up(self: Ahead) -> bool:
+    "Draw what there is room for; whether that was anything"
+    drew = False
+    while self._wants_more():
+        with self.filling:
+            if not self.fill(): break
+        drew = True
+    return drew
 
 @patch
 def _wants_more(self: Ahead) -> bool:
