@@ -9,14 +9,14 @@ import pytest
 
 from data_io_nbdev import DaskPool, Episode, Episodes, MemoryBuffer, MemoryPool, PoolQuery, Uniform
 from data_io_nbdev.errors import NotEnoughData, QueryError, SchemaError
-from data_io_nbdev.storage.buffer import chains, sampler as trees
+from data_io_nbdev.storage.buffer import nstep, sampler as trees
 from data_io_nbdev.storage.buffer.buffer import make_batch
 from data_io_nbdev.storage.buffer.chains import Rows
 from data_io_nbdev.storage.buffer.chances import Balanced, Epoch, Fresh, Once, Prioritized, Recent
 from data_io_nbdev.storage.buffer.dask import DaskBuffer
 from data_io_nbdev.storage.buffer.nstep import NStep
 from data_io_nbdev.storage.buffer.relabel import Relabel
-from data_io_nbdev.storage.buffer.sampler import Sums, Tally, sampler_state
+from data_io_nbdev.storage.buffer.sampler import Blocks, Sums, Tally, sampler_state
 from data_io_nbdev.storage.buffer.state import same_state
 from data_io_nbdev.storage.buffer.windows import Stack, Windows
 from data_io_nbdev.testing import batch_facts, drive, errand, through_json
@@ -35,7 +35,8 @@ def life(seed, capacity=None, once=False, events=28):
             going = [g for g in going if g[0].id != gone]
         else:
             if not going or (kind < 0.5 and len(going) < 5):
-                going.append([drive(int(rng.choice([1, 2, 7, 30])), hour=begun, linked=bool(rng.random() < 0.8)), 0])
+                end = (None, "terminated", "truncated")[begun % 3]
+                going.append([drive(int(rng.choice([1, 2, 7, 30])), hour=begun, linked=bool(rng.random() < 0.8), end=end), 0])
                 begun += 1
             one = going[rng.integers(len(going))]
             upto = min(len(one[0]), one[1] + int(rng.choice([1, 1, 3, 20])))
@@ -100,7 +101,7 @@ def test_items(sampler, options):
         if right:
             assert sampler.take(np.arange(len(right)), rows).anchor.tolist() == right
         fresh = Tally(sampler.reach).follow(rows, sampler.anchors)
-        assert np.array_equal(fresh.sums.nodes, sampler._weights(rows).sums.nodes)
+        assert np.array_equal(fresh.sums.weights, sampler._weights(rows).sums.weights)
 
 
 @pytest.mark.parametrize("options", LIVES[::2], ids=str)
@@ -160,21 +161,77 @@ def test_sums_compiled(size):
         assert np.isclose(plain.upto(int(at[0])), running[at[0]] - plain.weights[at[0]], atol=near)
 
 
-@pytest.mark.parametrize("once, hides", [(False, False), (True, False), (False, True), (True, True)])
-def test_returns_looked_up(monkeypatch, once, hides):
-    "Looking ahead gives the bits that fetching every step gives, by numpy and by a loop, compiled where numba is installed"
-    for capacity in (None, 30):
-        rows, es = ended(5, capacity, once=once)
-        if hides: rows.hide([list(es)[-1]])
-        sampler, drawn = NStep(4, 0.97), []
-        for kind in (lambda loop: None, trees.fast if trees.fast(chains._ahead) else lambda loop: loop):
-            monkeypatch.setattr(chains, "fast", kind)
-            looked = sampler.draw(300, np.random.default_rng(0), rows)
-            assert looked.last is not None and looked.rows.shape == (300,)
-            fetched = sampler.whole(Uniform().draw(300, np.random.default_rng(0), rows), rows)
-            for batch in (make_batch(rows, draw) for draw in (looked, fetched)):
-                drawn.append([*batch, batch.discount, batch.terminated, batch.truncated, batch.index])
-        for other in drawn[1:]: assert all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(drawn[0], other))
+def blocks(weights, compiled):
+    found = Blocks(len(weights))
+    found.set(np.arange(len(weights)), weights)
+    found.inside = trees.fast(trees._inside) or trees._inside if compiled else None
+    return found
+
+
+@pytest.mark.parametrize("kind", ["alike", "rising", "0 and 1", "any", "few", "one", "tiny and huge"])
+@pytest.mark.parametrize("size", [1, 32, 64, 256, 2**13])
+def test_blocks(size, kind):
+    "As many numbers lead to a leaf as it weighs, by numpy and by a loop, also at the edges of what rounding leaves"
+    rng = np.random.default_rng(size)
+    weights = {"alike": lambda: np.full(size, 0.1), "rising": lambda: np.exp2(np.arange(size) / size), "any": lambda: rng.exponential(size=size) ** 5,
+               "0 and 1": lambda: np.float64(rng.random(size) < 0.7), "few": lambda: np.where(rng.random(size) < 0.05, rng.random(size), 0),
+               "one": lambda: np.arange(size) == size // 3, "tiny and huge": lambda: 10.0 ** rng.integers(-200, 3, size)}[kind]().astype("float64")
+    if not weights.any(): weights[-1] = 0.3
+    plain, looped = (blocks(weights, compiled) for compiled in (False, True))
+    assert np.isclose(plain.total, weights.sum()) and np.isclose(plain.upto(size // 2), weights[:size // 2].sum())
+    edges = np.append(plain.sums.running, 64 * plain.least.cumsum())
+    asked = np.concatenate([rng.random(500) * plain.total, edges, np.nextafter(edges, 0), np.nextafter(edges, np.inf), [0]])
+    asked = asked[(asked >= 0) & (asked <= plain.total)]
+    found = plain.select(asked)
+    assert np.array_equal(found, looped.select(asked)) and (weights[found] > 0).all() and (found < size).all()
+    grid = (np.arange(200_000) + rng.random()) / 200_000 * plain.total
+    shares = np.bincount(plain.select(grid), minlength=size) / 200_000
+    assert np.abs(shares - weights / weights.sum()).max() < 3e-5
+    if set(weights) <= {0, 1}: assert np.array_equal(plain.select(np.arange(weights.sum()) + 0.5), np.flatnonzero(weights))   # in their order
+
+
+def test_blocks_changed():
+    "What was changed step by step is what is set at once"
+    rng, weights, blocks = np.random.default_rng(0), np.zeros(1024), Blocks(1024)
+    for n in (1024, 1, 300, 7):
+        at = rng.choice(1024, n, replace=False)
+        weights[at] = rng.random(n)
+        blocks.set(at, weights[at])
+        blocks.clear(gone := at[::3])
+        weights[gone] = 0
+        once = Blocks(1024)
+        once.set(np.arange(1024), weights)
+        assert all(np.array_equal(a, b) for a, b in ((blocks.weights, weights), (blocks.least, once.least), (blocks.sums.nodes, once.sums.nodes)))
+
+
+@pytest.mark.parametrize("once", [False, True])
+@pytest.mark.parametrize("most", [64, 0])
+def test_returns_looked_up(monkeypatch, once, most):
+    "Looking ahead gives the bits that fetching every step gives, and what is kept of it follows the rows, whatever came, left or was hidden"
+    monkeypatch.setattr(nstep, "_FEW", most)
+    for seed, capacity in ((5, None), (6, 8), (7, 40)):
+        sampler, kept = NStep(4, 0.97), pickle.loads(pickle.dumps(NStep(4, 0.97)))
+        for rows, rng in life(seed, capacity, once, events=60):
+            if rng.random() < 0.3: continue
+            looked, new = (s.draw(50, np.random.default_rng(0), rows) for s in (sampler, kept))
+            assert looked.ends is not None and all(np.array_equal(a, b) for a, b in zip(looked.ends, new.ends))
+            fetched = sampler.whole(Uniform().draw(50, np.random.default_rng(0), rows), rows)
+            one, other = ([*batch, batch.discount, batch.terminated, batch.truncated, batch.index] for batch in (make_batch(rows, draw) for draw in (looked, fetched)))
+            assert all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(one, other))
+            kept = pickle.loads(pickle.dumps(sampler))   # a copy asks anew
+
+
+@pytest.mark.parametrize("reward", ["float64", "int32", (2,)], ids=str)
+def test_returns_of_any_reward(reward):
+    "Rewards of several elements, and of integers, are summed up as fetched ones are"
+    e, shape = drive(9, end="terminated"), reward if isinstance(reward, tuple) else ()
+    values = np.arange(9 * 2)[:9 * (shape or (1,))[0]].reshape(9, *shape).astype("float32" if shape else reward)
+    one = Episode.from_arrays(state=e.state, action=e.action, reward=values, nstate=e.nstate, timestamp=e.timestamp, terminated=e.terminated, who={"vehicle": "VB7"})
+    rows, sampler = Rows(one.schema), NStep(3, 0.9)
+    rows.append(one)
+    looked = make_batch(rows, sampler.draw(20, np.random.default_rng(0), rows))
+    fetched = make_batch(rows, sampler.whole(Uniform().draw(20, np.random.default_rng(0), rows), rows))
+    assert all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip([*looked, looked.discount], [*fetched, fetched.discount]))
 
 
 def chi_square(counts, chances):

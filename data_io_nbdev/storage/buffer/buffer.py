@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice
 from typing import Any, ClassVar, Generic, NamedTuple, Optional, Tuple, TypeVar, get_args, get_origin
 import numpy as np
@@ -26,7 +26,7 @@ __all__ = ['Transition', 'Batch', 'make_batch', 'BufferHandle', 'BufferRows', 'B
 
 # %% ../../../nbs/storage/buffer/buffer.ipynb #bc09b2f9
 from ...errors import ClosedError, NotEnoughData, QueryError, SnapshotNotFound, at_the_door, cut
-from ...data.schema import Schema, brief, is_whole, offered, selection, short_name
+from ...data.schema import FLAGS, Schema, brief, is_whole, offered, selection, short_name
 from ...data.core import Episode, ItemT, PoolQuery, as_episode
 from ..pool.pool import Pool, forkable, forkable_lock, safe_url
 from ..pool.memory import MemoryPool
@@ -173,15 +173,17 @@ def _spread(values: np.ndarray, mask: np.ndarray, blank: Any = None) -> np.ndarr
 # %% ../../../nbs/storage/buffer/buffer.ipynb #1990962d
 def _sequences(rows: Rows, wanted: np.ndarray, mask: Optional[np.ndarray], found: Optional[np.ndarray]) -> Taken:
     "Rows `(batch, length)` for a batch, zeros where the mask hides them"
-    shape, hidden, wanted = wanted.shape, () if mask is None else np.flatnonzero(~mask), wanted.ravel()
-    if found is None: found = rows.fetch(rows.slots(wanted))
-    if len(hidden) and len(found) == len(wanted):
-        whole = found.view(f"V{found.nbytes // len(found)}")  # to numpy a row is bytes then, and quickly blank
-        whole[hidden] = np.zeros(1, whole.dtype)
-    elif len(hidden): found = _spread(found, mask).reshape(-1, *found.shape[1:])
-    transition, flags, slots = rows.take(wanted, found)
-    shaped = (a.reshape(*shape, *a.shape[1:]) for a in transition)
-    return Taken(tuple(shaped), flags.reshape(shape), slots.reshape(shape))
+    slots = rows.slots(wanted)
+    if found is None: found = rows.fetch(slots.ravel())
+    if mask is None or len(found) == mask.size: found = found.reshape(*slots.shape, *found.shape[1:])
+    else: found, mask = _spread(found, mask), None
+    if mask is not None:
+        whole = found.view(_void(found.nbytes // found.size))  # to numpy a row is bytes then, and quickly blank
+        whole[~mask] = np.zeros(1, whole.dtype)
+    return rows.arrange(slots, found)
+
+@lru_cache(64)
+def _void(size: int) -> np.dtype: return np.dtype(f"V{size}")
 
 # %% ../../../nbs/storage/buffer/buffer.ipynb #1332c345
 def make_batch(
@@ -210,14 +212,19 @@ def make_batch(
     """
     mask, discount = draw.mask, None
     if draw.rows.ndim == 1 and mask is None:
-        fits = into is not None and not draw.fold and len(into) == len(draw.rows)
-        transition, flags, slots = rows.take(draw.rows, found, into if fits else None, draw.last)
-    else: transition, flags, slots = _sequences(rows, draw.rows, mask, found)
-    if draw.fold: transition, flags, slots, mask, discount = draw.fold(Sequences(transition, flags, slots, mask))
+        fits = into is not None and not draw.fold and draw.ends is None and len(into) == len(draw.rows)
+        transition, rest, slots = rows.take(draw.rows, found, into if fits else None)
+    else: transition, rest, slots = _sequences(rows, draw.rows, mask, found)
+    if draw.fold: transition, rest, slots, mask, discount = draw.fold(Sequences(transition, rest, slots, mask))
+    if draw.ends is None: flags = rest
+    else:
+        last, reward, discount = draw.ends
+        (*_, nstate), flags, _ = rows.take(last)
+        transition = (*transition[:2], reward, nstate)
     anchor = None if draw.anchor is None else rows.serials(draw.anchor)
-    return Batch(transition, {"schema": rows.schema, "_rows": flags, "_mask": mask, "_weight": draw.weight,
-                              "_learn": draw.learn, "_anchor": anchor, "_discount": discount,
-                              "_slots": slots, "_ledger": rows.ledger})
+    return Batch(transition, {"schema": rows.schema, "_rows": rest, "_flags": flags, "_mask": mask,
+                              "_weight": draw.weight, "_learn": draw.learn, "_anchor": anchor,
+                              "_discount": discount, "_slots": slots, "_ledger": rows.ledger})
 
 # %% ../../../nbs/storage/buffer/buffer.ipynb #3c87b859
 @patch
@@ -233,7 +240,7 @@ def _look_up(self: Batch, name: str) -> dict[str, np.ndarray]:
         given = self.__dict__[f"_{name}"]
         return {name: np.ones(len(self[2]), _ONES[name]) if given is None else given}
     if name not in self.schema.roles: raise AttributeError(f"the schema of this batch has no {name!r}")
-    return {name: self._rows[name]}
+    return {name: (self._flags if name in FLAGS else self._rows)[name]}
 
 @patch
 def _names(self: Batch) -> list[str]:

@@ -11,7 +11,7 @@ from fastcore.basics import patch
 __all__ = ['Chains']
 
 # %% ../../../nbs/storage/buffer/chains.ipynb #4bbdcba2
-from .rows import _HIDDEN, Growing, RowReader, Rows, Run
+from .rows import _HIDDEN, Growing, Rows, Run
 from .sampler import fast
 
 # %% ../../../nbs/storage/buffer/chains.ipynb #0b03e71f
@@ -212,11 +212,13 @@ def serials(self: Rows,
     np.ndarray
         Of the same shape
     """
-    return at + self.oldest() if self._serials is None else self._serials.values.take(at)
+    if self._serials is not None: return self._serials.values.take(at)
+    return at + oldest if (oldest := self.oldest()) else at
 
 @patch
 def find(self: Rows,
     serials: np.ndarray, # int64
+    here: bool = False, # Known to be of rows that are here, which saves looking
 ) -> np.ndarray: # Of the same shape: logical rows; -1 for what has left, is hidden, or never came
     """Where rows are now, by their serial numbers
 
@@ -224,18 +226,20 @@ def find(self: Rows,
     ----------
     serials : np.ndarray
         int64
+    here : bool, default False
+        Known to be of rows that are here, which saves looking
 
     Returns
     -------
     np.ndarray
         Of the same shape: logical rows; -1 for what has left, is hidden, or never came
     """
-    if self._serials is None:
-        at = serials - self.oldest()
-        return np.where(at.view("uint64") < self.serial - self.oldest(), at, -1)  # below 0 is far above all
-    known = self._serials.values
+    known = None if self._serials is None else self._serials.values
+    at = serials - self.oldest() if known is None else known.searchsorted(serials)
+    if here: return at
+    if known is None: return np.where(at.view("uint64") < self.serial - self.oldest(), at, -1)  # below 0 is far above
     if not len(known): return np.full(np.shape(serials), -1)
-    at = np.minimum(known.searchsorted(serials), len(known) - 1)
+    at = np.minimum(at, len(known) - 1)
     return np.where(known[at] == serials, at, -1)
 
 @patch
@@ -387,7 +391,7 @@ def column(self: Rows,
 def ahead(self: Rows,
     at: np.ndarray, # `(n,)` int64 logical rows
     gammas: np.ndarray, # `(steps + 1,)` float64: what the rewards count, and then the value
-) -> Optional[tuple[np.ndarray, np.ndarray, np.ndarray]]: # Each `(n,)`: last row, return, how many steps
+) -> Optional[tuple[np.ndarray, np.ndarray, np.ndarray]]: # Last rows `(n,)`, returns `(n, *reward)`, discounts `(n,)`
     """What follows some rows, up to the end of an episode; `None` where it cannot be looked up in place
 
     Parameters
@@ -400,40 +404,20 @@ def ahead(self: Rows,
     Returns
     -------
     Optional[tuple[np.ndarray, np.ndarray, np.ndarray]]
-        Each `(n,)`: last row, return, how many steps
+        Last rows `(n,)`, returns `(n, *reward)`, discounts `(n,)`
     """
-    reward = self.data["reward"]
-    if reward.ndim > 1 or type(self).fetch is not RowReader.fetch: return None
-    if self._slots is None and (loop := fast(_ahead)):
-        c, serials = self.chains(), self.serials(at)
-        last, sums, steps = np.empty(len(at), "int64"), np.empty(len(at)), np.empty(len(at), "int64")
-        loop(c.at(serials), serials, last, sums, steps, gammas, (c.first.values, c.length.values, c.on.values), reward)
-        return last - self.oldest(), sums, steps
     found = self.beside(at[:, None], np.arange(len(gammas) - 1))
     real, slots = found >= 0, self.slots(np.maximum(found, 0))
-    steps, rewards = real.sum(1), reward[slots % len(reward) if self.capacity else slots]
-    sums = (gammas[:-1] * np.where(real, rewards, 0)).cumsum(1)[:, -1]  # from left to right, as a loop does
-    return found[np.arange(len(at)), steps - 1], sums, steps
+    if self.capacity: slots = slots % len(self.data)
+    steps, rewards = real.sum(1), self.data["reward"][slots]
+    weights = np.where(real, gammas[:-1], 0).reshape(*real.shape, *[1] * (rewards.ndim - 2))
+    rewards[~real] = 0
+    sums = (weights * rewards).cumsum(1)[:, -1]  # from left to right, as a loop does
+    last = np.arange(len(at)), steps - 1
+    return found[last], sums, gammas[steps] * ~self.data["terminated"][slots[last]]
 
-def _ahead(at, serials, last, sums, steps, gammas, links, reward):
-    "The same for a compiler: first what lies side by side, of all rows together, so that none waits for another"
-    (first, length, on), n = links, len(gammas) - 1
-    for i in range(len(at)):
-        slot = serials[i] % len(reward)
-        steps[i] = min(n, first[at[i]] + length[at[i]] - serials[i], len(reward) - slot)
-        last[i], sums[i] = slot, 0.0
-    for k in range(n):
-        for i in range(len(at)):
-            if k < steps[i]: sums[i] += gammas[k] * reward[last[i] + k]
-    for i in range(len(at)):
-        j, serial = at[i], serials[i] + steps[i]
-        while steps[i] < n and (serial < first[j] + length[j] or on[j] >= 0):
-            if serial == first[j] + length[j]: j, serial = on[j], first[on[j]]
-            slot = serial % len(reward)
-            beside = min(n - steps[i], first[j] + length[j] - serial, len(reward) - slot)
-            for k in range(beside): sums[i] += gammas[steps[i] + k] * reward[slot + k]
-            steps[i], serial = steps[i] + beside, serial + beside
-        last[i] = serial - 1
+@patch(as_prop=True)
+def at_hand(self: Rows) -> bool: return not isinstance(self.data.base, np.memmap)  # and not a file
 
 # %% ../../../nbs/storage/buffer/chains.ipynb #f3599400
 @patch

@@ -19,7 +19,7 @@ __all__ = ['Nested', 'Chances', 'Prioritized', 'Recent', 'Epoch', 'Once', 'Group
 from ...errors import NotEnoughData, QueryError
 from ...data.schema import brief, is_number, is_whole
 from .rows import Growing
-from .sampler import Draw, Drawable, Items, Sampler, Tally, Uniform, Weights, leaves
+from .sampler import Draw, Drawable, Items, Sampler, Sums, Tally, Uniform, Weights, leaves
 from .sampler import sampler_state, unlike
 
 # %% ../../../nbs/storage/buffer/chances.ipynb #a2761be0
@@ -129,7 +129,7 @@ class Prioritized(Chances):
         self._forget()
 
     def _forget(self, **more: Any) -> None:
-        fresh = dict(_raw=np.zeros(1), _low=0, _upto=0, _top=1.0, _tally=Tally(self.over.reach))
+        fresh = dict(_raw=np.zeros(1), _low=0, _upto=0, _top=1.0, _tally=Tally(self.over.reach, Sums))
         vars(self).update({**fresh, **more})
 
     def _weigh(self, at: np.ndarray, rows: Drawable) -> np.ndarray:
@@ -140,7 +140,7 @@ class Prioritized(Chances):
         if not weights.total: raise _none(self, "no item, or no priority above 0")
         serials = weights.draw(n, rng)
         chances = weights.sums.weights[serials % weights.sums.size]
-        return self._items(rows.find(serials), rows, ((chances / chances.min()) ** -self.beta).astype("float32"))
+        return self._items(rows.find(serials, here=True), rows, ((chances / chances.min()) ** -self.beta).astype("float32"))
 
     def moment(self) -> Any: return self._told, self.alpha, self.beta, self.eps
     def go_back(self, moment: Any) -> None: pass  # a draw changes nothing that the next one would not
@@ -290,7 +290,7 @@ class Recent(Chances):
             age = -self.half_life * np.log2(1 - rng.random(n) * gone)
             return self.over.take(items - 1 - np.minimum(age.astype("int64"), items - 1), rows)
         if self._us is None or not (weights := self._follow(rows)).total: raise _none(self, "there is no item")
-        return self._items(rows.find(weights.draw(n, rng)), rows)
+        return self._items(rows.find(weights.draw(n, rng), here=True), rows)
 
 # %% ../../../nbs/storage/buffer/chances.ipynb #0fd50249
 _CHUNK = 4096  # Rows that are asked at once whether they anchor an item
@@ -610,7 +610,7 @@ class Balanced(Chances):
         which = alive.take((chance[0] * len(alive)).astype("int64"))
         begin = groups.begin.take(which)
         at = begin + (chance[1] * (groups.end.take(which) - begin)).astype("int64")
-        return self._items(rows.find(groups.room.take(at)), rows)
+        return self._items(rows.find(groups.room.take(at), here=True), rows)
 
 # %% ../../../nbs/storage/buffer/chances.ipynb #ae83a121
 def _changed(groups: Groups, i: int, serials: np.ndarray, anchors: np.ndarray) -> Groups:
@@ -720,7 +720,7 @@ class Fresh(Chances):
             A question that cannot be asked: a reversed range, an unknown identity level, a batch of no rows
         """
         if not (weights := self._follow(rows)).total: raise _none(self, "there is no item")
-        return self._items(rows.find(weights.draw(n, rng)), rows)
+        return self._items(rows.find(weights.draw(n, rng), here=True), rows)
 
 # %% ../../../nbs/storage/buffer/chances.ipynb #811cb2f2
 @patch

@@ -149,6 +149,9 @@ class ChunkedRows(Rows):
     @property
     def nbytes(self) -> int: return sum(chunk.nbytes for chunk in self.chunks)  # on workers
 
+    at_hand = False
+    def ahead(self, at: np.ndarray, gammas: np.ndarray) -> None: "Nothing can be looked up here"
+
     def adopt(self,
         rows: Any, # A future of them
         size: int, # How many

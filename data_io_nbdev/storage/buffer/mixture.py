@@ -390,11 +390,11 @@ Plan = list[tuple[int, Any, int, Any]]  # Of a member: number, buffer, items; an
 @patch
 def _plan(self: Mixture, n: int, ahead: Optional[tuple] = None) -> Optional[Plan]:
     "Taken before the members' locks; for a moment that is to come `None` where a member is not loaded yet"
-    draws, moments = (self._draws, [None] * len(self.members)) if ahead is None else ahead
-    counts = share_out(n, self._fixed or _asked(self._given, draws))
-    every = zip(self._numbers, self.members, counts, moments)
-    plan = [(i, m, k, m._plan(k, moment)) for i, m, k, moment in every if k]
-    return None if ahead is not None and any(its is None for *_, its in plan) else plan
+    counts = share_out(n, self._fixed or _asked(self._given, self._draws if ahead is None else ahead[0]))
+    every = zip(self._numbers, self.members, counts)
+    if ahead is None: return [(i, m, k, m._plan(k)) for i, m, k in every if k]
+    plan = [(i, m, k, m._plan(k, ahead[1][i])) for i, m, k in every if k]
+    return None if any(its is None for *_, its in plan) else plan
 
 @patch
 def _moment(self: Mixture) -> tuple: return self._draws, [member._moment() for member in self.members]

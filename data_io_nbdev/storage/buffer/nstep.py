@@ -4,44 +4,22 @@
 
 # %% ../../../nbs/storage/buffer/nstep.ipynb #460565ac
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 import numpy as np
 
 # %% auto #0
-__all__ = ['Summed', 'Returns', 'Around', 'NStep']
+__all__ = ['Returns', 'Around', 'Column', 'NStep']
 
 # %% ../../../nbs/storage/buffer/nstep.ipynb #81ec2cf9
 from ...errors import QueryError
 from ...data.schema import FLAGS, brief, check_whole, is_number
-from .sampler import Draw, Drawable, Sampler, Sequences, Uniform
+from .sampler import Draw, Drawable, Ends, Kept, Sampler, Sequences, Uniform
 from .windows import Stack
 from .chances import Chances, Nested, Prioritized
 
 # %% ../../../nbs/storage/buffer/nstep.ipynb #54d51648
-def _discount(gammas: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    "What the value behind the last step counts, by the flags of that"
-    return (gammas * ~rows["terminated"]).astype("float32")
-
-def _as_reward(summed: np.ndarray, reward: np.ndarray) -> np.ndarray:
-    return summed.astype(reward.dtype if reward.dtype.kind == "f" else "float32")
-
-class Summed(NamedTuple):
-    """Gives single steps their n-step returns, where these are known
-
-    Parameters
-    ----------
-    summed : np.ndarray
-        `(batch,)` float64 returns
-    gammas : np.ndarray
-        `(batch,)` float64: what the value behind them counts
-    """
-    summed: np.ndarray  # `(batch,)` float64 returns
-    gammas: np.ndarray  # `(batch,)` float64: what the value behind them counts
-
-    def __call__(self, s: Sequences) -> Sequences:
-        state, action, reward, nstate = s.transition
-        transition = (state, action, _as_reward(self.summed, reward), nstate)
-        return Sequences(transition, s.rows, s.slots, None, _discount(self.gammas, s.rows))
+def _as_reward(summed: np.ndarray, reward: np.dtype) -> np.ndarray:
+    return summed.astype(reward if reward.kind == "f" else "float32")
 
 # %% ../../../nbs/storage/buffer/nstep.ipynb #9dedb615
 class Returns(NamedTuple):
@@ -69,8 +47,8 @@ class Returns(NamedTuple):
         summed = (weights * reward[:, first:]).cumsum(1)[:, -1]  # from left to right, as a loop does
         rows = s.rows[:, first].copy()
         for flag in FLAGS: rows[flag] = s.rows[flag][each, last]
-        discount = _discount(gammas[steps], rows)
-        summed, after = _as_reward(summed, reward), nstate[each, last]
+        discount = (gammas[steps] * ~rows["terminated"]).astype("float32")
+        summed, after = _as_reward(summed, reward.dtype), nstate[each, last]
         if not self.states: now = state[:, 0]
         else:
             before = state[each[:, None], last[:, None] + np.arange(1 - first, 1)]
@@ -105,6 +83,54 @@ def _items(over: Any) -> Uniform | Stack:
                      f"chance, as Prioritized(), got {brief(over)}; windows have all their rewards in batch.reward; "
                      "Relabel goes around: Relabel(…, over=NStep(…))")
 
+# %% ../../../nbs/storage/buffer/nstep.ipynb #6debd8e9
+class Column:
+    """Something of every row, by its serial number
+
+    Parameters
+    ----------
+    size : int
+        Rows, a power of 2
+    """
+    def __init__(self,
+        size: int, # Rows, a power of 2
+    ):
+        self.size, self.values = size, np.empty(0)
+
+    def set(self,
+        at: np.ndarray, # `(n,)` int64 places
+        values: np.ndarray, # `(n,)`, always of one dtype
+    ) -> None:
+        """Note values
+
+        Parameters
+        ----------
+        at : np.ndarray
+            `(n,)` int64 places
+        values : np.ndarray
+            `(n,)`, always of one dtype
+        """
+        if not len(self.values): self.values = np.zeros(self.size, values.dtype)
+        self.values[at] = values
+
+    def clear(self, at: np.ndarray) -> None: pass  # nobody asks for what left
+    def of(self,
+        serials: np.ndarray, # `(n,)` int64, of rows that are here
+    ) -> np.ndarray: # `(n,)`, a copy
+        """The values of some rows
+
+        Parameters
+        ----------
+        serials : np.ndarray
+            `(n,)` int64, of rows that are here
+
+        Returns
+        -------
+        np.ndarray
+            `(n,)`, a copy
+        """
+        return self.values.take(serials & self.size - 1)
+
 # %% ../../../nbs/storage/buffer/nstep.ipynb #82a61990
 @lru_cache(64)
 def _powers(gamma: float, n: int) -> np.ndarray: # `(n + 1,)` float64, not to be written to
@@ -116,6 +142,8 @@ def _powers(gamma: float, n: int) -> np.ndarray: # `(n + 1,)` float64, not to be
         `(n + 1,)` float64, not to be written to
     """
     return gamma ** np.arange(n + 1)
+
+_FEW, _MOST = 64, 1 << 20  # Steps up to which returns are kept; rewards that are looked up together
 
 class NStep(Around):
     """Single steps with the return of the next n, and the discount that goes with it
@@ -145,15 +173,27 @@ class NStep(Around):
         if not is_number(gamma) or not 0 <= gamma <= 1:
             raise QueryError(f"gamma: expected a number from 0 to 1, got {brief(gamma)}")
         self._states = getattr(_items(over), "k", 0)  # side by side; 0 for single ones
-        self.n, self.gamma, self.over = n, float(gamma), over
+        self.n, self.gamma, self.over, self._kept = n, float(gamma), over, Kept((n - 1, 0), Column)
         self.in_range, self.in_one_step = over.in_range, over.in_one_step
 
     def draw(self, n: int, rng: np.random.Generator, rows: Drawable) -> Draw:
         drawn = self.over.draw(n, rng, rows)
-        at, gammas = drawn.anchors, _powers(self.gamma, self.n)
-        if self._states or not (ahead := rows.ahead(at, gammas)): return self.whole(drawn, rows)
-        last, summed, steps = ahead
-        return Draw(at, None, drawn.weight, fold=Summed(summed, gammas[steps]), last=last)
+        if self._states: return self.whole(drawn, rows)
+        at, known = drawn.anchors, rows.at_hand and self.n <= _FEW
+        found = self._kept.follow(rows, self._returns).of(rows.serials(at)) if known else self._returns(at, rows)
+        if found is None: return self.whole(drawn, rows)
+        return Draw(at, None, drawn.weight, ends=Ends(at + found["on"], found["reward"], found["discount"]))
+
+    def _returns(self, at: np.ndarray, rows: Drawable) -> Optional[np.ndarray]:
+        "Return and discount, and how many rows on the last step is; `None` where they cannot be looked up in place"
+        pieces = [rows.ahead(some, _powers(self.gamma, self.n)) for some in np.array_split(at, 1 + len(at) * self.n // _MOST)]
+        if pieces[0] is None: return None
+        last, summed, discount = (np.concatenate(parts) for parts in zip(*pieces))
+        reward = _as_reward(summed, rows.schema.block("reward").base)
+        types = [("on", "int64"), ("reward", reward.dtype, reward.shape[1:]), ("discount", "float32")]
+        found = np.empty(len(at), np.dtype(types, align=True))
+        found["on"], found["reward"], found["discount"] = last - at, reward, discount
+        return found
 
     def whole(self,
         drawn: Draw, # Of what it goes around

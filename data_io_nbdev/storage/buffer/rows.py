@@ -5,7 +5,7 @@
 # %% ../../../nbs/storage/buffer/rows.ipynb #8a426d8e
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple, Optional
 import numpy as np
 from fastcore.basics import patch
@@ -541,7 +541,6 @@ class RowReader(RowLog):
         rows: np.ndarray, # `(n,)` int64 logical row numbers, which must exist
         found: Optional[np.ndarray] = None, # What `fetch` gave for them, if it was asked already
         into: Optional[np.ndarray] = None, # Where to, as of `fetch`
-        last: Optional[np.ndarray] = None, # `(n,)` int64: rows whose next state and flags they get
     ) -> Taken:
         """Rows for a batch, copied
 
@@ -553,8 +552,6 @@ class RowReader(RowLog):
             What `fetch` gave for them, if it was asked already
         into : Optional[np.ndarray], default None
             Where to, as of `fetch`
-        last : Optional[np.ndarray], default None
-            `(n,)` int64: rows whose next state and flags they get
 
         Returns
         -------
@@ -562,7 +559,6 @@ class RowReader(RowLog):
         """
         slots = self.slots(rows)
         if found is None: found = self.fetch(slots) if into is None else self.fetch(slots, into)
-        if last is not None: self._end(found, self.slots(last))
         return self.arrange(slots, found)
 
     def slots(self,
@@ -606,44 +602,27 @@ class RowReader(RowLog):
         return self.data.take(slots) if into is None else self.data.take(slots, None, into, "clip")  # unbuffered
 
     def arrange(self,
-        slots: np.ndarray, # `(n,)` int64
-        found: np.ndarray, # What `fetch` gave for them
-    ) -> Taken:
+        slots: np.ndarray, # int64, of any shape
+        found: np.ndarray, # What `fetch` gave for them, in this shape
+    ) -> Taken: # Of this shape
         """Rows for a batch from what was fetched
 
         Parameters
         ----------
         slots : np.ndarray
-            `(n,)` int64
+            int64, of any shape
         found : np.ndarray
-            What `fetch` gave for them
+            What `fetch` gave for them, in this shape
 
         Returns
         -------
         Taken
+            Of this shape
         """
         if not self.once:
             return Taken((found["state"], found["action"], found["reward"], found["nstate"]), found, slots)
-        rows, states = found[:, 0], found["state"]
-        return Taken((states[:, 0], rows["action"], rows["reward"], states[:, 1]), rows, slots)
-
-# %% ../../../nbs/storage/buffer/rows.ipynb #140756c0
-@lru_cache(64)
-def _ending(dtype: np.dtype) -> np.dtype:
-    "The same rows with one field, `end`: next state, if they have it, and flags"
-    begin = dtype.fields["nstate" if "nstate" in dtype.fields else "terminated"][1]
-    size = dtype.fields["truncated"][1] + 1 - begin
-    return np.dtype({"names": ["end"], "formats": [f"V{size}"], "offsets": [begin], "itemsize": dtype.itemsize})
-
-@patch
-def _end(self: RowReader, found: np.ndarray, slots: np.ndarray) -> None:
-    "Let rows that were fetched end as those in other slots do"
-    if self.capacity: slots = slots % len(self.data)
-    if self.once:
-        found["state"][:, 1] = self.data["state"][(slots + 1) % len(self.data)]
-        found = found[:, 0]
-    ending = _ending(self.dtype)
-    found.view(ending)["end"] = self.data.view(ending)["end"][slots]
+        rows, states, each = found[..., 0], found["state"], (slice(None),) * (found.ndim - 1)
+        return Taken((states[(*each, 0)], rows["action"], rows["reward"], states[(*each, 1)]), rows, slots)
 
 # %% ../../../nbs/storage/buffer/rows.ipynb #966f6c00
 @patch

@@ -7,6 +7,7 @@ import abc
 import copy
 import inspect
 import json
+import math
 from collections.abc import Callable
 from functools import lru_cache
 from operator import methodcaller
@@ -15,8 +16,8 @@ import numpy as np
 from fastcore.basics import patch
 
 # %% auto #0
-__all__ = ['Drawable', 'Draw', 'Sequences', 'Sampler', 'Items', 'Sums', 'fast', 'Weights', 'leaves', 'Tally', 'Uniform',
-           'Episodes', 'sampler_state', 'unlike']
+__all__ = ['Drawable', 'Ends', 'Draw', 'Sequences', 'Sampler', 'Items', 'Sums', 'fast', 'Blocks', 'Weights', 'leaves', 'Kept',
+           'Tally', 'Uniform', 'Episodes', 'sampler_state', 'unlike']
 
 # %% ../../../nbs/storage/buffer/sampler.ipynb #dd38ae64
 class Drawable(Protocol):
@@ -32,16 +33,19 @@ class Drawable(Protocol):
         Goes up where rows are hidden
     serial : int
         Number of the row that will come next
+    at_hand : bool
+        All of them lie in memory, so that reading something of each is quick
     """
     schema: Any  # Of the steps, a `Schema`
     line: Any  # Another object where serial numbers begin anew, as after `load`
     era: int  # Goes up where rows are hidden
     serial: int  # Number of the row that will come next
+    at_hand: bool  # All of them lie in memory, so that reading something of each is quick
     def __len__(self) -> int: ...
     def episodes(self) -> list[np.ndarray]: ...  # The rows of each episode, in the order of its steps
     def oldest(self) -> int: ...  # Serial number of the oldest row that is here
     def serials(self, at: np.ndarray) -> np.ndarray: ...  # Numbers of rows that are never used again
-    def find(self, serials: np.ndarray) -> np.ndarray: ...  # Where such rows are now; -1 if nowhere
+    def find(self, serials: np.ndarray, here: bool = False) -> np.ndarray: ...  # Where they are; -1 if nowhere
     def beside(self, at: np.ndarray, steps: np.ndarray) -> np.ndarray: ...  # Rows some steps on; -1 if none
     def places(self, at: np.ndarray) -> tuple: ...  # How many are before and behind in the episode; step
     def whole(self, at: np.ndarray) -> list[np.ndarray]: ...  # All rows of their episodes
@@ -51,6 +55,22 @@ class Drawable(Protocol):
     def ahead(self, at: np.ndarray, gammas: np.ndarray) -> Optional[tuple]: ...  # Returns of several steps
     def changed(self, low: int, upto: int, back: int = 0, ahead: int = 0) -> Optional[np.ndarray]: ...
     def about(self, ids: list[str]) -> Any: ...  # Their rows in the pool's catalogue, a frame
+
+class Ends(NamedTuple):
+    """How transitions of several steps end, and what they are worth
+
+    Parameters
+    ----------
+    rows : np.ndarray
+        `(batch,)` int64: whose next state and flags they have
+    reward : np.ndarray
+        `(batch, *reward)`
+    discount : np.ndarray
+        `(batch,)` float32: what the value of `nstate` counts
+    """
+    rows: np.ndarray  # `(batch,)` int64: whose next state and flags they have
+    reward: np.ndarray  # `(batch, *reward)`
+    discount: np.ndarray  # `(batch,)` float32: what the value of `nstate` counts
 
 class Draw(NamedTuple):
     """The rows of a batch
@@ -69,8 +89,8 @@ class Draw(NamedTuple):
         `(batch,)` int64: the rows by which items are known; `None`: `rows`
     fold : Optional[Callable], default None
         Makes what a learner gets of `Sequences`; `None` leaves them as they are
-    last : Optional[np.ndarray], default None
-        `(batch,)` int64: rows in which single steps end; `None`: `rows`
+    ends : Optional[Ends], default None
+        How single steps end; `None`: as their rows do
     """
     rows: np.ndarray  # `(batch,)` int64, or `(batch, length)` for sequences
     mask: Optional[np.ndarray] = None  # Same shape, bool: False is padding; `None` means that nothing is
@@ -78,7 +98,7 @@ class Draw(NamedTuple):
     learn: Optional[np.ndarray] = None  # As the batch's mask, bool: to be learned from; `None` means all that is real
     anchor: Optional[np.ndarray] = None  # `(batch,)` int64: the rows by which items are known; `None`: `rows`
     fold: Optional[Callable] = None  # Makes what a learner gets of `Sequences`; `None` leaves them as they are
-    last: Optional[np.ndarray] = None  # `(batch,)` int64: rows in which single steps end; `None`: `rows`
+    ends: Optional[Ends] = None  # How single steps end; `None`: as their rows do
 
     @property
     def anchors(self) -> np.ndarray: return self.rows if self.anchor is None else self.anchor
@@ -287,6 +307,7 @@ class Items(Sampler):
         return self.around(self._nth(items, rows), rows)
 
     def draw(self, n: int, rng: np.random.Generator, rows: Drawable) -> Draw:
+        if self.every: return self.around(rng.integers(len(rows), size=n), rows)
         return self.take(rng.integers(self.count(rows), size=n), rows)
 
     def _nth(self, items: np.ndarray, rows: Drawable) -> np.ndarray:  # their anchors
@@ -295,7 +316,7 @@ class Items(Sampler):
         np.ndarray
             their anchors
         """
-        return items if self.every else rows.find(self._weights(rows).select(items + 0.5))
+        return items if self.every else rows.find(self._weights(rows).select(items + 0.5), here=True)
 
     def _weights(self, rows: Drawable) -> "Weights":  # 1 for each anchor
         """Returns
@@ -369,6 +390,19 @@ def set(self: Sums,
     np.cumsum(self.nodes[self.begins[-2]:], out=self.running)
 
 @patch
+def clear(self: Sums,
+    leaves: np.ndarray, # `(n,)` int64
+) -> None:
+    """Let leaves have no weight
+
+    Parameters
+    ----------
+    leaves : np.ndarray
+        `(n,)` int64
+    """
+    self.set(leaves, np.zeros(len(leaves)))
+
+@patch
 def _add_up(self: Sums, at: np.ndarray) -> None:
     "Make the sums above some leaves"
     many = 8 * len(at) >= self.size
@@ -395,14 +429,32 @@ def select(self: Sums,
     np.ndarray
         `(n,)` int64 leaves, each with a weight above 0
     """
-    left = np.minimum(sums, np.nextafter(self.total, 0))
+    return self.descend(sums)[0]
+
+@patch
+def descend(self: Sums,
+    sums: np.ndarray, # `(n,)` from 0, below `total`
+) -> tuple[np.ndarray, np.ndarray]: # The leaves, and what is left of each number
+    """The same; what is left is below the weight of the leaf
+
+    Parameters
+    ----------
+    sums : np.ndarray
+        `(n,)` from 0, below `total`
+
+    Returns
+    -------
+    tuple[np.ndarray, np.ndarray]
+        The leaves, and what is left of each number
+    """
+    left = np.minimum(sums, math.nextafter(self.total, 0))
     if self.go_down:
         self.go_down(self.nodes, self.begins, self.running, left, at := np.zeros(len(left), "int64"))
-        return at
+        return at, left
     at = self.running.searchsorted(left, side="right")
     left -= self.running[at - 1] * (at > 0)
     for floor in range(len(self.begins) - 3, -1, -1): at, left = _down(self._eights(floor).take(at, 0), at, left)
-    return at
+    return at, left
 
 def _down(eight: np.ndarray, at: np.ndarray, left: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "Which of the eight below each node, and what is left of the number"
@@ -471,6 +523,115 @@ def fast(loop: Callable) -> Optional[Callable]: # `None` without a numba that wo
     try: return njit(loop, cache=True)
     except RuntimeError: return njit(loop)  # nowhere to keep it
 
+# %% ../../../nbs/storage/buffer/sampler.ipynb #c231c26e
+_BLOCK = 64
+
+class Blocks:
+    """Weights of so many leaves, and a tree of the sums of 64 each
+
+    Parameters
+    ----------
+    size : int
+        How many leaves, a power of 2
+    """
+    def __init__(self,
+        size: int, # How many leaves, a power of 2
+    ):
+        self.size, self.weights = size, np.zeros(max(size, _BLOCK))  # the weight of each leaf
+        self.sums = Sums(len(self.weights) // _BLOCK)
+        self.least, self.inside = np.zeros(self.sums.size), fast(_inside)
+
+    @property
+    def total(self) -> float: return self.sums.total
+
+    def set(self,
+        leaves: np.ndarray, # `(n,)` int64
+        weights: np.ndarray, # `(n,)` from 0
+    ) -> None:
+        """Change leaves; done twice it is as if done once
+
+        Parameters
+        ----------
+        leaves : np.ndarray
+            `(n,)` int64
+        weights : np.ndarray
+            `(n,)` from 0
+        """
+        self.weights[leaves] = weights
+        at = np.unique(leaves // _BLOCK)
+        some = self.weights.reshape(-1, _BLOCK)[at]
+        self.least[at] = some.min(1)
+        self.sums.set(at, some.sum(1))
+
+    def clear(self,
+        leaves: np.ndarray, # `(n,)` int64
+    ) -> None:
+        """Let leaves have no weight
+
+        Parameters
+        ----------
+        leaves : np.ndarray
+            `(n,)` int64
+        """
+        self.set(leaves, np.zeros(len(leaves)))
+
+    def select(self,
+        sums: np.ndarray, # `(n,)` from 0, below `total`
+    ) -> np.ndarray: # `(n,)` int64 leaves, each with a weight above 0
+        """A leaf for each number; as many numbers lead to a leaf as it weighs
+
+        Parameters
+        ----------
+        sums : np.ndarray
+            `(n,)` from 0, below `total`
+
+        Returns
+        -------
+        np.ndarray
+            `(n,)` int64 leaves, each with a weight above 0
+        """
+        at, left = self.sums.descend(sums)
+        if self.inside: self.inside(self.weights, self.least, left, at)
+        else: _look_inside(self.weights.reshape(-1, _BLOCK), self.least, left, at)
+        return at
+
+    def upto(self,
+        leaf: int,
+    ) -> float:
+        "The sum of the weights before a leaf"
+        first = leaf - leaf % _BLOCK
+        return self.sums.upto(leaf // _BLOCK) + float(self.weights[first:leaf].sum())
+
+# %% ../../../nbs/storage/buffer/sampler.ipynb #9a000ce4
+def _look_inside(blocks: np.ndarray, least: np.ndarray, left: np.ndarray, at: np.ndarray) -> None:
+    "From blocks to leaves"
+    low = least[at]
+    deep = np.flatnonzero(left >= _BLOCK * low)
+    running = (blocks[at[deep]] - low[deep, None]).cumsum(1)
+    k = (running <= (left - _BLOCK * low)[deep, None]).sum(1)
+    k = np.where(k < _BLOCK, k, (running < running[:, -1:]).sum(1))  # unless rounding left too much
+    inside = np.divide(left, low, out=np.zeros(len(at)), where=low > 0).clip(0, _BLOCK - 1).astype("int64")
+    inside[deep] = k
+    at *= _BLOCK
+    at += inside
+
+def _inside(weights, least, left, at):
+    "The same for a compiler"
+    for k in range(len(at)):
+        low, first, inside = least[at[k]], at[k] * _BLOCK, 0
+        if left[k] < _BLOCK * low: inside = min(int(left[k] / low), _BLOCK - 1)
+        else:
+            rest, running = left[k] - _BLOCK * low, 0.0
+            for i in range(_BLOCK):
+                running += weights[first + i] - low
+                inside += running <= rest
+            if inside == _BLOCK:  # rounding left too much
+                total, running, inside = running, 0.0, 0
+                for i in range(_BLOCK):
+                    running += weights[first + i] - low
+                    inside += running < total
+        at[k] = first + inside
+
 # %% ../../../nbs/storage/buffer/sampler.ipynb #ca674274
 class Weights(NamedTuple):
     """The weights of rows at one moment
@@ -479,11 +640,11 @@ class Weights(NamedTuple):
     ----------
     low : int
         Serial number of the oldest row
-    sums : Sums
+    sums : Sums | Blocks
         Of each row, by its serial number
     """
     low: int  # Serial number of the oldest row
-    sums: Sums  # Of each row, by its serial number
+    sums: Sums | Blocks  # Of each row, by its serial number
 
     @property
     def total(self) -> float: return self.sums.total
@@ -491,7 +652,7 @@ class Weights(NamedTuple):
     def select(self,
         sums: np.ndarray, # `(n,)` from 0, below `total`
     ) -> np.ndarray: # `(n,)` int64
-        """Serial numbers of the rows at which the running sum, from the oldest on, exceeds some numbers
+        """Serial numbers of rows; as many numbers lead to a row as it weighs, and the smallest to the oldest
 
         Parameters
         ----------
@@ -504,9 +665,9 @@ class Weights(NamedTuple):
             `(n,)` int64
         """
         size = self.sums.size
-        if begin := self.low % size:
-            sums = sums + self.sums.upto(begin)
-            sums = np.where(sums >= self.total, sums - self.total, sums)
+        if not (begin := self.low % size): return self.sums.select(sums) + self.low
+        sums = sums + self.sums.upto(begin)
+        sums = np.where(sums >= self.total, sums - self.total, sums)
         return self.low + (self.sums.select(sums) - begin) % size
 
     def draw(self,
@@ -527,7 +688,10 @@ class Weights(NamedTuple):
         np.ndarray
             `(n,)` int64
         """
-        return self.select((np.arange(n) + rng.random(n)) / n * self.total)
+        sums = rng.random(n)
+        sums += np.arange(n)
+        sums *= self.total / n
+        return self.select(sums)
 
 # %% ../../../nbs/storage/buffer/sampler.ipynb #d47d129a
 def leaves(
@@ -546,18 +710,76 @@ def leaves(
     """
     return 1 << max(0, n - 1).bit_length()
 
-class Tally:
+class Kept:
+    """Keeps something of every row in step with the rows
+
+    Parameters
+    ----------
+    reach : tuple[int, int]
+        As of `Items`
+    make : Callable[[int], Any]
+        Gives a place for so many rows, with `size`, `set` and `clear`
+    """
+    def __init__(self,
+        reach: tuple[int, int], # As of `Items`
+        make: Callable[[int], Any], # Gives a place for so many rows, with `size`, `set` and `clear`
+    ):
+        self.reach, self.make, self._seen, self._kept = reach, make, (None, 0, 0, 0), None
+
+    def __reduce__(self): return type(self), (self.reach, self.make)  # a copy asks anew
+
+    def follow(self,
+        rows: Drawable, # The rows that there are
+        tell: Callable[[np.ndarray, Drawable], np.ndarray], # Gives what is to be kept of some of them
+        also: Optional[np.ndarray] = None, # Serial numbers of rows of which that changed by itself
+    ) -> Any: # What `make` gave; a row's place is its serial number, counted around
+        """What is kept, as the rows are now
+
+        Parameters
+        ----------
+        rows : Drawable
+            The rows that there are
+        tell : Callable[[np.ndarray, Drawable], np.ndarray]
+            Gives what is to be kept of some of them
+        also : Optional[np.ndarray], default None
+            Serial numbers of rows of which that changed by itself
+
+        Returns
+        -------
+        Any
+            What `make` gave; a row's place is its serial number, counted around
+        """
+        now, seen, kept = (rows.line, rows.era, rows.oldest(), rows.serial), self._seen, self._kept
+        if (same := now == seen) and also is None: return kept
+        low, upto, oldest, size = *seen[2:], now[2], leaves(now[3] - now[2])
+        fresh = seen[:2] != now[:2] or size != kept.size
+        serials = None if fresh else also if same else rows.changed(low, upto, *self.reach)
+        if serials is None: serials, kept = rows.serials(np.arange(len(rows))), self.make(size)
+        else:
+            gone = np.arange(low, min(oldest, low + size)) % size
+            if len(gone): kept.clear(gone)
+            if also is not None and not same: serials = np.union1d(serials, also)
+        at = rows.find(serials)
+        here = at >= 0
+        kept.set(serials[here] % size, tell(at[here], rows))
+        vars(self).update(_seen=now, _kept=kept)
+        return kept
+
+class Tally(Kept):
     """Keeps weights in step with rows
 
     Parameters
     ----------
     reach : tuple[int, int], default (0, 0)
         As of `Items`
+    make : type[Sums] | type[Blocks], default Blocks
+        `Sums` where weights change at every draw
     """
     def __init__(self,
         reach: tuple[int, int] = (0, 0), # As of `Items`
+        make: type[Sums] | type[Blocks] = Blocks, # `Sums` where weights change at every draw
     ):
-        self.reach, self._seen = reach, (None, 0, 0, 0, None)
+        super().__init__(reach, make)
 
     def follow(self,
         rows: Drawable, # The rows that there are
@@ -579,22 +801,7 @@ class Tally:
         -------
         Weights
         """
-        (line, era, low, upto, sums), oldest, serial = self._seen, rows.oldest(), rows.serial
-        size = leaves(serial - oldest)
-        fresh = line is not rows.line or era != rows.era or size != sums.size
-        same = (low, upto) == (oldest, serial)
-        if same and not fresh and also is None: return Weights(low, sums)
-        serials = None if fresh else also if same else rows.changed(low, upto, *self.reach)
-        if serials is None: serials, sums = rows.serials(np.arange(len(rows))), Sums(size)
-        else:
-            gone = np.arange(low, min(oldest, low + size)) % size
-            if len(gone): sums.set(gone, np.zeros(len(gone)))
-            if also is not None and not same: serials = np.union1d(serials, also)
-        at = rows.find(serials)
-        here = at >= 0
-        sums.set(serials[here] % size, weigh(at[here], rows))
-        self._seen = rows.line, rows.era, oldest, serial, sums
-        return Weights(oldest, sums)
+        return Weights(rows.oldest(), super().follow(rows, weigh, also))
 
 # %% ../../../nbs/storage/buffer/sampler.ipynb #2395f796
 class Uniform(Items):

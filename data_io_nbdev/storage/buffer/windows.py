@@ -118,7 +118,7 @@ class Windows(Items):
             mask &= self.steps < length + self.bootstrap
         learn = mask  # whole, unless there is something around it
         if self.burn_in or self.bootstrap: learn = mask & (self.steps >= 0) & (self.steps < length * self.dilation)
-        return Draw(np.maximum(found, 0), mask, learn=learn, anchor=at)
+        return Draw(np.maximum(found, 0, out=found), mask, learn=learn, anchor=at)
 
     def draw(self, n: int, rng: np.random.Generator, rows: Drawable) -> Draw:
         """Raises
