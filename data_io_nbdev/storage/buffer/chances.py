@@ -140,7 +140,8 @@ class Prioritized(Chances):
         if not weights.total: raise _none(self, "no item, or no priority above 0")
         serials = weights.draw(n, rng)
         chances = weights.sums.weights[serials % weights.sums.size]
-        return self._items(rows.find(serials, here=True), rows, ((chances / chances.min()) ** -self.beta).astype("float32"))
+        weight = ((chances / chances.min()) ** -self.beta).astype("float32")
+        return self._items(rows.find(serials, here=True), rows, weight)
 
     def moment(self) -> Any: return self._told, self.alpha, self.beta, self.eps
     def go_back(self, moment: Any) -> None: pass  # a draw changes nothing that the next one would not

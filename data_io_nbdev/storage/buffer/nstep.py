@@ -6,14 +6,15 @@
 from functools import lru_cache
 from typing import Any, NamedTuple, Optional
 import numpy as np
+from fastcore.basics import patch
 
 # %% auto #0
-__all__ = ['Returns', 'Around', 'Column', 'NStep']
+__all__ = ['Returns', 'Around', 'NStep']
 
 # %% ../../../nbs/storage/buffer/nstep.ipynb #81ec2cf9
 from ...errors import QueryError
 from ...data.schema import FLAGS, brief, check_whole, is_number
-from .sampler import Draw, Drawable, Ends, Kept, Sampler, Sequences, Uniform
+from .sampler import Column, Draw, Drawable, Ends, Kept, Sampler, Sequences, Uniform
 from .windows import Stack
 from .chances import Chances, Nested, Prioritized
 
@@ -74,7 +75,7 @@ class Around(Nested):
     def moment(self) -> Any: return self.over.moment()
     def go_back(self, moment: Any) -> None: self.over.go_back(moment)
 
-# %% ../../../nbs/storage/buffer/nstep.ipynb #3784bee0
+# %% ../../../nbs/storage/buffer/nstep.ipynb #82a61990
 def _items(over: Any) -> Uniform | Stack:
     "What a sampler draws; raises `QueryError` for anything but single steps"
     items = over.over if isinstance(over, Chances) else over
@@ -83,55 +84,6 @@ def _items(over: Any) -> Uniform | Stack:
                      f"chance, as Prioritized(), got {brief(over)}; windows have all their rewards in batch.reward; "
                      "Relabel goes around: Relabel(…, over=NStep(…))")
 
-# %% ../../../nbs/storage/buffer/nstep.ipynb #6debd8e9
-class Column:
-    """Something of every row, by its serial number
-
-    Parameters
-    ----------
-    size : int
-        Rows, a power of 2
-    """
-    def __init__(self,
-        size: int, # Rows, a power of 2
-    ):
-        self.size, self.values = size, np.empty(0)
-
-    def set(self,
-        at: np.ndarray, # `(n,)` int64 places
-        values: np.ndarray, # `(n,)`, always of one dtype
-    ) -> None:
-        """Note values
-
-        Parameters
-        ----------
-        at : np.ndarray
-            `(n,)` int64 places
-        values : np.ndarray
-            `(n,)`, always of one dtype
-        """
-        if not len(self.values): self.values = np.zeros(self.size, values.dtype)
-        self.values[at] = values
-
-    def clear(self, at: np.ndarray) -> None: pass  # nobody asks for what left
-    def of(self,
-        serials: np.ndarray, # `(n,)` int64, of rows that are here
-    ) -> np.ndarray: # `(n,)`, a copy
-        """The values of some rows
-
-        Parameters
-        ----------
-        serials : np.ndarray
-            `(n,)` int64, of rows that are here
-
-        Returns
-        -------
-        np.ndarray
-            `(n,)`, a copy
-        """
-        return self.values.take(serials & self.size - 1)
-
-# %% ../../../nbs/storage/buffer/nstep.ipynb #82a61990
 @lru_cache(64)
 def _powers(gamma: float, n: int) -> np.ndarray: # `(n + 1,)` float64, not to be written to
     """What the rewards of n steps count, and then the value
@@ -184,17 +136,6 @@ class NStep(Around):
         if found is None: return self.whole(drawn, rows)
         return Draw(at, None, drawn.weight, ends=Ends(at + found["on"], found["reward"], found["discount"]))
 
-    def _returns(self, at: np.ndarray, rows: Drawable) -> Optional[np.ndarray]:
-        "Return and discount, and how many rows on the last step is; `None` where they cannot be looked up in place"
-        pieces = [rows.ahead(some, _powers(self.gamma, self.n)) for some in np.array_split(at, 1 + len(at) * self.n // _MOST)]
-        if pieces[0] is None: return None
-        last, summed, discount = (np.concatenate(parts) for parts in zip(*pieces))
-        reward = _as_reward(summed, rows.schema.block("reward").base)
-        types = [("on", "int64"), ("reward", reward.dtype, reward.shape[1:]), ("discount", "float32")]
-        found = np.empty(len(at), np.dtype(types, align=True))
-        found["on"], found["reward"], found["discount"] = last - at, reward, discount
-        return found
-
     def whole(self,
         drawn: Draw, # Of what it goes around
         rows: Drawable, # The rows that there are
@@ -218,3 +159,17 @@ class NStep(Around):
         found = rows.beside(at[:, None], steps)
         mask = found >= 0
         return Draw(np.maximum(found, 0), mask, drawn.weight, anchor=at, fold=Returns(self.gamma, self._states))
+
+# %% ../../../nbs/storage/buffer/nstep.ipynb #d160bfc5
+@patch
+def _returns(self: NStep, at: np.ndarray, rows: Drawable) -> Optional[np.ndarray]:
+    "Return and discount, and how many rows on the last step is; `None` where they cannot be looked up in place"
+    pieces = np.array_split(at, 1 + len(at) * self.n // _MOST)
+    found = [rows.ahead(some, _powers(self.gamma, self.n)) for some in pieces]
+    if found[0] is None: return None
+    last, summed, discount = (np.concatenate(parts) for parts in zip(*found))
+    reward = _as_reward(summed, rows.schema.block("reward").base)
+    types = [("on", "int64"), ("reward", reward.dtype, reward.shape[1:]), ("discount", "float32")]
+    told = np.empty(len(at), np.dtype(types, align=True))
+    told["on"], told["reward"], told["discount"] = last - at, reward, discount
+    return told

@@ -16,8 +16,8 @@ import numpy as np
 from fastcore.basics import patch
 
 # %% auto #0
-__all__ = ['Drawable', 'Ends', 'Draw', 'Sequences', 'Sampler', 'Items', 'Sums', 'fast', 'Blocks', 'Weights', 'leaves', 'Kept',
-           'Tally', 'Uniform', 'Episodes', 'sampler_state', 'unlike']
+__all__ = ['Drawable', 'Ends', 'Draw', 'Sequences', 'Sampler', 'Items', 'Sums', 'fast', 'Blocks', 'leaves', 'Kept', 'Column',
+           'Weights', 'Tally', 'Uniform', 'Episodes', 'sampler_state', 'unlike']
 
 # %% ../../../nbs/storage/buffer/sampler.ipynb #dd38ae64
 class Drawable(Protocol):
@@ -56,6 +56,7 @@ class Drawable(Protocol):
     def changed(self, low: int, upto: int, back: int = 0, ahead: int = 0) -> Optional[np.ndarray]: ...
     def about(self, ids: list[str]) -> Any: ...  # Their rows in the pool's catalogue, a frame
 
+# %% ../../../nbs/storage/buffer/sampler.ipynb #dd7ab7f0
 class Ends(NamedTuple):
     """How transitions of several steps end, and what they are worth
 
@@ -523,7 +524,7 @@ def fast(loop: Callable) -> Optional[Callable]: # `None` without a numba that wo
     try: return njit(loop, cache=True)
     except RuntimeError: return njit(loop)  # nowhere to keep it
 
-# %% ../../../nbs/storage/buffer/sampler.ipynb #c231c26e
+# %% ../../../nbs/storage/buffer/sampler.ipynb #ad1c02f6
 _BLOCK = 64
 
 class Blocks:
@@ -602,7 +603,7 @@ class Blocks:
         first = leaf - leaf % _BLOCK
         return self.sums.upto(leaf // _BLOCK) + float(self.weights[first:leaf].sum())
 
-# %% ../../../nbs/storage/buffer/sampler.ipynb #9a000ce4
+# %% ../../../nbs/storage/buffer/sampler.ipynb #7a57627c
 def _look_inside(blocks: np.ndarray, least: np.ndarray, left: np.ndarray, at: np.ndarray) -> None:
     "From blocks to leaves"
     low = least[at]
@@ -631,67 +632,6 @@ def _inside(weights, least, left, at):
                     running += weights[first + i] - low
                     inside += running < total
         at[k] = first + inside
-
-# %% ../../../nbs/storage/buffer/sampler.ipynb #ca674274
-class Weights(NamedTuple):
-    """The weights of rows at one moment
-
-    Parameters
-    ----------
-    low : int
-        Serial number of the oldest row
-    sums : Sums | Blocks
-        Of each row, by its serial number
-    """
-    low: int  # Serial number of the oldest row
-    sums: Sums | Blocks  # Of each row, by its serial number
-
-    @property
-    def total(self) -> float: return self.sums.total
-
-    def select(self,
-        sums: np.ndarray, # `(n,)` from 0, below `total`
-    ) -> np.ndarray: # `(n,)` int64
-        """Serial numbers of rows; as many numbers lead to a row as it weighs, and the smallest to the oldest
-
-        Parameters
-        ----------
-        sums : np.ndarray
-            `(n,)` from 0, below `total`
-
-        Returns
-        -------
-        np.ndarray
-            `(n,)` int64
-        """
-        size = self.sums.size
-        if not (begin := self.low % size): return self.sums.select(sums) + self.low
-        sums = sums + self.sums.upto(begin)
-        sums = np.where(sums >= self.total, sums - self.total, sums)
-        return self.low + (self.sums.select(sums) - begin) % size
-
-    def draw(self,
-        n: int, # How many
-        rng: np.random.Generator, # Called once
-    ) -> np.ndarray: # `(n,)` int64
-        """Serial numbers by weight: one from each of `n` equal parts of the sum of all
-
-        Parameters
-        ----------
-        n : int
-            How many
-        rng : np.random.Generator
-            Called once
-
-        Returns
-        -------
-        np.ndarray
-            `(n,)` int64
-        """
-        sums = rng.random(n)
-        sums += np.arange(n)
-        sums *= self.total / n
-        return self.select(sums)
 
 # %% ../../../nbs/storage/buffer/sampler.ipynb #d47d129a
 def leaves(
@@ -765,6 +705,116 @@ class Kept:
         vars(self).update(_seen=now, _kept=kept)
         return kept
 
+# %% ../../../nbs/storage/buffer/sampler.ipynb #1dd0b388
+class Column:
+    """Something of every row, by its serial number
+
+    Parameters
+    ----------
+    size : int
+        Rows, a power of 2
+    """
+    def __init__(self,
+        size: int, # Rows, a power of 2
+    ):
+        self.size, self.values = size, np.empty(0)
+
+    def set(self,
+        at: np.ndarray, # `(n,)` int64 places
+        values: np.ndarray, # `(n,)`, always of one dtype
+    ) -> None:
+        """Note values
+
+        Parameters
+        ----------
+        at : np.ndarray
+            `(n,)` int64 places
+        values : np.ndarray
+            `(n,)`, always of one dtype
+        """
+        if not len(self.values): self.values = np.zeros(self.size, values.dtype)
+        self.values[at] = values
+
+    def clear(self, at: np.ndarray) -> None: pass  # nobody asks for what left
+    def of(self,
+        serials: np.ndarray, # `(n,)` int64, of rows that are here
+    ) -> np.ndarray: # `(n,)`, a copy
+        """The values of some rows
+
+        Parameters
+        ----------
+        serials : np.ndarray
+            `(n,)` int64, of rows that are here
+
+        Returns
+        -------
+        np.ndarray
+            `(n,)`, a copy
+        """
+        return self.values.take(serials & self.size - 1)
+
+# %% ../../../nbs/storage/buffer/sampler.ipynb #ca674274
+class Weights(NamedTuple):
+    """The weights of rows at one moment
+
+    Parameters
+    ----------
+    low : int
+        Serial number of the oldest row
+    sums : Sums | Blocks
+        Of each row, by its serial number
+    """
+    low: int  # Serial number of the oldest row
+    sums: Sums | Blocks  # Of each row, by its serial number
+
+    @property
+    def total(self) -> float: return self.sums.total
+
+    def select(self,
+        sums: np.ndarray, # `(n,)` from 0, below `total`
+    ) -> np.ndarray: # `(n,)` int64
+        """Serial numbers of rows; as many numbers lead to a row as it weighs, and the smallest to the oldest
+
+        Parameters
+        ----------
+        sums : np.ndarray
+            `(n,)` from 0, below `total`
+
+        Returns
+        -------
+        np.ndarray
+            `(n,)` int64
+        """
+        size = self.sums.size
+        if not (begin := self.low % size): return self.sums.select(sums) + self.low
+        sums = sums + self.sums.upto(begin)
+        sums = np.where(sums >= self.total, sums - self.total, sums)
+        return self.low + (self.sums.select(sums) - begin) % size
+
+    def draw(self,
+        n: int, # How many
+        rng: np.random.Generator, # Called once
+    ) -> np.ndarray: # `(n,)` int64
+        """Serial numbers by weight: one from each of `n` equal parts of the sum of all
+
+        Parameters
+        ----------
+        n : int
+            How many
+        rng : np.random.Generator
+            Called once
+
+        Returns
+        -------
+        np.ndarray
+            `(n,)` int64
+        """
+        sums = rng.random(n)
+        sums += np.arange(n)
+        sums *= self.total / n
+        return self.select(sums)
+
+# %% ../../../nbs/storage/buffer/sampler.ipynb #094164d1
 class Tally(Kept):
     """Keeps weights in step with rows
 
