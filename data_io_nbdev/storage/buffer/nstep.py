@@ -23,6 +23,17 @@ def _as_reward(summed: np.ndarray, reward: np.dtype) -> np.ndarray:
     return summed.astype(reward if reward.kind == "f" else "float32")
 
 # %% ../../../nbs/storage/buffer/nstep.ipynb #9dedb615
+@lru_cache(64)
+def _powers(gamma: float, n: int) -> np.ndarray: # `(n + 1,)` float64, not to be written to
+    """What the rewards of n steps count, and then the value
+
+    Returns
+    -------
+    np.ndarray
+        `(n + 1,)` float64, not to be written to
+    """
+    return gamma ** np.arange(n + 1)
+
 class Returns(NamedTuple):
     """Folds sequences to n-step transitions
 
@@ -83,17 +94,6 @@ def _items(over: Any) -> Uniform | Stack:
     raise QueryError(f"NStep(over=…): expected a sampler of single steps, Uniform(), Stack(…) or one of these by "
                      f"chance, as Prioritized(), got {brief(over)}; windows have all their rewards in batch.reward; "
                      "Relabel goes around: Relabel(…, over=NStep(…))")
-
-@lru_cache(64)
-def _powers(gamma: float, n: int) -> np.ndarray: # `(n + 1,)` float64, not to be written to
-    """What the rewards of n steps count, and then the value
-
-    Returns
-    -------
-    np.ndarray
-        `(n + 1,)` float64, not to be written to
-    """
-    return gamma ** np.arange(n + 1)
 
 _FEW, _MOST = 64, 1 << 20  # Steps up to which returns are kept; rewards that are looked up together
 
@@ -160,7 +160,7 @@ class NStep(Around):
         mask = found >= 0
         return Draw(np.maximum(found, 0), mask, drawn.weight, anchor=at, fold=Returns(self.gamma, self._states))
 
-# %% ../../../nbs/storage/buffer/nstep.ipynb #d160bfc5
+# %% ../../../nbs/storage/buffer/nstep.ipynb #9a3ce686
 @patch
 def _returns(self: NStep, at: np.ndarray, rows: Drawable) -> Optional[np.ndarray]:
     "Return and discount, and how many rows on the last step is; `None` where they cannot be looked up in place"
