@@ -234,6 +234,24 @@ def test_returns_of_any_reward(reward):
     assert all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip([*looked, looked.discount], [*fetched, fetched.discount]))
 
 
+@pytest.mark.parametrize("state, info", [((1,), None), ((24,), (1,)), ((3,), (50,)), ((5,), (3,)), ((600,), None)], ids=str)
+@pytest.mark.parametrize("capacity", [None, 16])
+@pytest.mark.parametrize("kind", ["float32", "float64", "uint8"])
+def test_endings(state, info, capacity, kind):
+    "What is copied of the rows in which transitions end is what the whole rows have, aligned, whatever a row looks like"
+    rng, n = np.random.default_rng(0), 20
+    s = rng.integers(0, 200, (n + 1, *state)).astype(kind)
+    told = {} if info is None else {"info": {"heat": rng.random((n, *info))}}
+    e = Episode.from_arrays(state=s[:-1], nstate=s[1:], action=rng.random((n, 2)), reward=rng.random(n).astype("float32"), truncated=np.arange(n) == n - 1,
+                            timestamp=drive(n).timestamp, who={"vehicle": "VB7"}, **told)
+    rows = Rows(e.schema, capacity=capacity)
+    rows.append(e)
+    at = rng.integers(len(rows), size=50)
+    whole, (nstate, flags) = rows.take(at), rows.endings(at)
+    assert np.array_equal(nstate, whole.transition[3]) and nstate.dtype == whole.transition[3].dtype and nstate.flags.aligned
+    assert all(np.array_equal(flags[name], whole.rows[name]) for name in ("terminated", "truncated"))
+
+
 def chi_square(counts, chances):
     "How unlikely counts are, in standard deviations (Wilson and Hilferty, 1931)"
     right, n = np.asarray(chances) / np.sum(chances) * np.sum(counts), len(counts) - 1

@@ -219,7 +219,7 @@ def make_batch(
     if draw.ends is None: flags = rest
     else:
         last, reward, discount = draw.ends
-        (*_, nstate), flags, _ = rows.take(last)
+        nstate, flags = rows.endings(last)
         transition = (*transition[:2], reward, nstate)
     anchor = None if draw.anchor is None else rows.serials(draw.anchor)
     return Batch(transition, {"schema": rows.schema, "_rows": rest, "_flags": flags, "_mask": mask,

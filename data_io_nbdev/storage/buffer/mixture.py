@@ -249,9 +249,11 @@ class Agreement:
 # %% ../../../nbs/storage/buffer/mixture.ipynb #56902be1
 def _under(locks: Sequence[Any], do: Callable, *args: Any) -> Any:
     "Call something with locks held"
+    if len(locks) == 1:
+        with locks[0]: return do(*args)
     if len(locks) > 2:
         with locks[0]: return _under(locks[1:], do, *args)
-    with locks[0], locks[-1]: return do(*args)  # where there is one, it is taken twice
+    with locks[0], locks[1]: return do(*args)
 
 def _in_order(locks: Iterable[Any]) -> list[Any]: return sorted(locks, key=id)
 

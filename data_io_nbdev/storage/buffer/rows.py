@@ -5,7 +5,7 @@
 # %% ../../../nbs/storage/buffer/rows.ipynb #8a426d8e
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, Optional
 import numpy as np
 from fastcore.basics import patch
@@ -15,7 +15,7 @@ __all__ = ['row_dtype', 'Growing', 'Line', 'Run', 'Ledger', 'RowArray', 'RowLog'
 
 # %% ../../../nbs/storage/buffer/rows.ipynb #3b56103b
 from ...errors import QueryError
-from ...data.schema import Schema
+from ...data.schema import FLAGS, Schema
 from ...data.core import Episode, same_steps
 
 # %% ../../../nbs/storage/buffer/rows.ipynb #2cab2056
@@ -623,6 +623,41 @@ class RowReader(RowLog):
             return Taken((found["state"], found["action"], found["reward"], found["nstate"]), found, slots)
         rows, states, each = found[..., 0], found["state"], (slice(None),) * (found.ndim - 1)
         return Taken((states[(*each, 0)], rows["action"], rows["reward"], states[(*each, 1)]), rows, slots)
+
+# %% ../../../nbs/storage/buffer/rows.ipynb #5014bca8
+@lru_cache(64)
+def _last_piece(dtype: np.dtype) -> tuple[np.dtype, int]:
+    "The smallest piece of a packed row that has next state and flags at its end, and how many make a row"
+    names, size = ("nstate", *FLAGS), dtype.itemsize
+    needed = size - dtype.fields["nstate"][1]
+    number = max(k for k in range(1, size // needed + 1) if size % (k * dtype.alignment) == 0)
+    piece = size // number
+    formats, offsets = zip(*((dtype.fields[name][0], dtype.fields[name][1] - size + piece) for name in names))
+    return np.dtype(dict(names=names, formats=formats, offsets=offsets, itemsize=piece)), number
+
+@patch
+def endings(self: RowReader,
+    rows: np.ndarray, # `(n,)` int64 logical row numbers, which must exist
+) -> tuple[np.ndarray, np.ndarray]: # `(n, *state)`, and `(n,)` structured, with the flags; copies
+    """The next states of rows, and how they end
+
+    Parameters
+    ----------
+    rows : np.ndarray
+        `(n,)` int64 logical row numbers, which must exist
+
+    Returns
+    -------
+    tuple[np.ndarray, np.ndarray]
+        `(n, *state)`, and `(n,)` structured, with the flags; copies
+    """
+    if self.once:
+        (*_, nstate), flags, _ = self.take(rows)
+        return nstate, flags
+    (piece, number), slots = _last_piece(self.dtype), self.slots(rows)
+    if self.capacity: slots = slots % len(self.data)
+    found = self.data.view(piece).take(slots * number + (number - 1))
+    return found["nstate"], found
 
 # %% ../../../nbs/storage/buffer/rows.ipynb #966f6c00
 @patch
