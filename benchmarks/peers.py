@@ -208,7 +208,7 @@ def _why(e: Exception) -> str:
     return text.splitlines()[0][:100].replace("|", "/")
 
 
-def measured(rows: int, rounds: int, calls: int = 20) -> dict[str, dict[str, Any]]:
+def measured(rows: int, rounds: int, calls: int = 100) -> dict[str, dict[str, Any]]:
     "Microseconds a batch by contender and kind, or why not"
     with suppress(ImportError):
         import torch
