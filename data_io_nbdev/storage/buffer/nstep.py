@@ -14,7 +14,7 @@ __all__ = ['Returns', 'Around', 'NStep']
 # %% ../../../nbs/storage/buffer/nstep.ipynb #81ec2cf9
 from ...errors import QueryError
 from ...data.schema import FLAGS, brief, check_whole, is_number
-from .sampler import Column, Draw, Drawable, Ends, Kept, Sampler, Sequences, Uniform
+from .sampler import Column, Draw, Drawable, Ending, Kept, Sampler, Sequences, Uniform
 from .windows import Stack
 from .chances import Chances, Nested, Prioritized
 
@@ -134,7 +134,7 @@ class NStep(Around):
         at, known = drawn.anchors, rows.at_hand and self.n <= _FEW
         found = self._kept.follow(rows, self._returns).of(rows.serials(at)) if known else self._returns(at, rows)
         if found is None: return self.whole(drawn, rows)
-        return Draw(at, None, drawn.weight, ends=Ends(at + found["on"], found["reward"], found["discount"]))
+        return Draw(at, None, drawn.weight, ends=Ending(at + found["on"], found["reward"], found["discount"]))
 
     def whole(self,
         drawn: Draw, # Of what it goes around
@@ -160,7 +160,7 @@ class NStep(Around):
         mask = found >= 0
         return Draw(np.maximum(found, 0), mask, drawn.weight, anchor=at, fold=Returns(self.gamma, self._states))
 
-# %% ../../../nbs/storage/buffer/nstep.ipynb #9a3ce686
+# %% ../../../nbs/storage/buffer/nstep.ipynb #0d3fb7d9
 @patch
 def _returns(self: NStep, at: np.ndarray, rows: Drawable) -> Optional[np.ndarray]:
     "Return and discount, and how many rows on the last step is; `None` where they cannot be looked up in place"

@@ -16,7 +16,7 @@ import numpy as np
 from fastcore.basics import patch
 
 # %% auto #0
-__all__ = ['Drawable', 'Ends', 'Draw', 'Sequences', 'Sampler', 'Items', 'Sums', 'fast', 'Blocks', 'leaves', 'Kept', 'Column',
+__all__ = ['Drawable', 'Ending', 'Draw', 'Sequences', 'Sampler', 'Items', 'Sums', 'fast', 'Blocks', 'leaves', 'Kept', 'Column',
            'Weights', 'Tally', 'Uniform', 'Episodes', 'sampler_state', 'unlike']
 
 # %% ../../../nbs/storage/buffer/sampler.ipynb #dd38ae64
@@ -56,8 +56,8 @@ class Drawable(Protocol):
     def changed(self, low: int, upto: int, back: int = 0, ahead: int = 0) -> Optional[np.ndarray]: ...
     def about(self, ids: list[str]) -> Any: ...  # Their rows in the pool's catalogue, a frame
 
-# %% ../../../nbs/storage/buffer/sampler.ipynb #dd7ab7f0
-class Ends(NamedTuple):
+# %% ../../../nbs/storage/buffer/sampler.ipynb #5968b721
+class Ending(NamedTuple):
     """How transitions of several steps end, and what they are worth
 
     Parameters
@@ -90,7 +90,7 @@ class Draw(NamedTuple):
         `(batch,)` int64: the rows by which items are known; `None`: `rows`
     fold : Optional[Callable], default None
         Makes what a learner gets of `Sequences`; `None` leaves them as they are
-    ends : Optional[Ends], default None
+    ends : Optional[Ending], default None
         How single steps end; `None`: as their rows do
     """
     rows: np.ndarray  # `(batch,)` int64, or `(batch, length)` for sequences
@@ -99,7 +99,7 @@ class Draw(NamedTuple):
     learn: Optional[np.ndarray] = None  # As the batch's mask, bool: to be learned from; `None` means all that is real
     anchor: Optional[np.ndarray] = None  # `(batch,)` int64: the rows by which items are known; `None`: `rows`
     fold: Optional[Callable] = None  # Makes what a learner gets of `Sequences`; `None` leaves them as they are
-    ends: Optional[Ends] = None  # How single steps end; `None`: as their rows do
+    ends: Optional[Ending] = None  # How single steps end; `None`: as their rows do
 
     @property
     def anchors(self) -> np.ndarray: return self.rows if self.anchor is None else self.anchor
@@ -524,7 +524,7 @@ def fast(loop: Callable) -> Optional[Callable]: # `None` without a numba that wo
     try: return njit(loop, cache=True)
     except RuntimeError: return njit(loop)  # nowhere to keep it
 
-# %% ../../../nbs/storage/buffer/sampler.ipynb #ad1c02f6
+# %% ../../../nbs/storage/buffer/sampler.ipynb #8c2563ec
 _BLOCK = 64
 
 class Blocks:
@@ -603,7 +603,7 @@ class Blocks:
         first = leaf - leaf % _BLOCK
         return self.sums.upto(leaf // _BLOCK) + float(self.weights[first:leaf].sum())
 
-# %% ../../../nbs/storage/buffer/sampler.ipynb #7a57627c
+# %% ../../../nbs/storage/buffer/sampler.ipynb #f49c3a9e
 def _look_inside(blocks: np.ndarray, least: np.ndarray, left: np.ndarray, at: np.ndarray) -> None:
     "From blocks to leaves"
     low = least[at]
@@ -705,7 +705,7 @@ class Kept:
         vars(self).update(_seen=now, _kept=kept)
         return kept
 
-# %% ../../../nbs/storage/buffer/sampler.ipynb #1dd0b388
+# %% ../../../nbs/storage/buffer/sampler.ipynb #411ab467
 class Column:
     """Something of every row, by its serial number
 
@@ -814,7 +814,7 @@ class Weights(NamedTuple):
         sums *= self.total / n
         return self.select(sums)
 
-# %% ../../../nbs/storage/buffer/sampler.ipynb #094164d1
+# %% ../../../nbs/storage/buffer/sampler.ipynb #b80a1885
 class Tally(Kept):
     """Keeps weights in step with rows
 
