@@ -263,7 +263,7 @@ def _fill_up(self: Ahead) -> bool:
         drew = True
     return drew
 
-# %% ../../../nbs/storage/buffer/batches.ipynb #072d0a21
+# %% ../../../nbs/storage/buffer/batches.ipynb #b783d1bd
 @patch
 def _wants_more(self: Ahead) -> bool:
     "Whether the thread shall draw another batch"
