@@ -1,5 +1,6 @@
 """Samplers against slow and obvious oracles, while episodes come in parts, end, leave a ring and are hidden."""
 import copy
+import gc
 import pickle
 import sys
 
@@ -219,6 +220,25 @@ def test_returns_looked_up(monkeypatch, once, most):
             one, other = ([*batch, batch.discount, batch.terminated, batch.truncated, batch.index] for batch in (make_batch(rows, draw) for draw in (looked, fetched)))
             assert all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(one, other))
             kept = pickle.loads(pickle.dumps(sampler))   # a copy asks anew
+
+
+@pytest.mark.parametrize("make", [lambda: NStep(4, 0.97), lambda: Windows(2, edge="strict"), Episodes])
+def test_shared(make):
+    "Buffers that share a sampler draw as if each had its own; nothing is asked again for that, and nothing is kept for rows that are gone"
+    ours = make()
+    both, apart = ([MemoryBuffer(batch_size=5, seed=seed, sampler=s) for seed, s in enumerate(samplers)] for samplers in ([ours] * 2, [make(), make()]))
+    kept = lambda: getattr(ours, "_kept", None) or ours._tally
+    for hour in range(6):
+        for buffers in (both, apart): buffers[hour % 2].store(drive(9, hour=hour))
+        if hour: assert all(batch_facts(a.sample()) == batch_facts(b.sample()) for a, b in zip(both, apart))
+    for b in both: b.sample()
+    before = [kept()._of[b._view.rows.line][1] for b in both]
+    for b in both: b.sample()
+    assert all(kept()._of[b._view.rows.line][1] is k for b, k in zip(both, before)) and len(kept()._of) == 2
+    both[0].load()
+    both[0].sample()
+    gc.collect()
+    assert len(kept()._of) == 2
 
 
 @pytest.mark.parametrize("reward", ["float64", "int32", (2,)], ids=str)

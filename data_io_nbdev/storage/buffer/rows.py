@@ -11,7 +11,8 @@ import numpy as np
 from fastcore.basics import patch
 
 # %% auto #0
-__all__ = ['row_dtype', 'Growing', 'Line', 'Run', 'Ledger', 'RowArray', 'RowLog', 'Room', 'Taken', 'RowReader', 'Rows']
+__all__ = ['row_dtype', 'Growing', 'Line', 'Run', 'Ledger', 'Numbering', 'RowArray', 'RowLog', 'Room', 'Taken', 'RowReader',
+           'Rows']
 
 # %% ../../../nbs/storage/buffer/rows.ipynb #3b56103b
 from ...errors import QueryError
@@ -234,6 +235,8 @@ class Ledger(NamedTuple):
                     step=inside + np.array([r.step for r in runs], "int64"), timestamp=times.view("M8[us]"))
 
 # %% ../../../nbs/storage/buffer/rows.ipynb #0c73793b
+class Numbering: "One numbering of rows, to be compared by `is`"
+
 class RowArray:
     """One structured array: unbounded, or a ring
 
@@ -270,7 +273,7 @@ class RowArray:
         self.begin = self.serial = self.slot = begin  # of the first row; the next row's
         self._slots = Growing() if once else None  # logical row to slot; None while they run in step
         self._serials: Optional[Growing] = None  # logical row to serial number; None while none is hidden
-        self.line, self.era = object(), 0  # one numbering of rows; how often some of them were hidden
+        self.line, self.era = Numbering(), 0  # how often some of the rows were hidden
         self._runs, self._firsts, self._names = Line(), Growing(), Growing()  # first slots, hashes of ids
         self._episodes: Optional[list[np.ndarray]] = None
         self._chains: Any = None  # which step follows which, once a sampler has asked for it
@@ -624,7 +627,7 @@ class RowReader(RowLog):
         rows, states, each = found[..., 0], found["state"], (slice(None),) * (found.ndim - 1)
         return Taken((states[(*each, 0)], rows["action"], rows["reward"], states[(*each, 1)]), rows, slots)
 
-# %% ../../../nbs/storage/buffer/rows.ipynb #5014bca8
+# %% ../../../nbs/storage/buffer/rows.ipynb #e53bc510
 @lru_cache(64)
 def _last_piece(dtype: np.dtype) -> tuple[np.dtype, int]:
     "The smallest piece of a packed row that has next state and flags at its end, and how many make a row"

@@ -8,6 +8,7 @@ import copy
 import inspect
 import json
 import math
+import weakref
 from collections.abc import Callable
 from functools import lru_cache
 from operator import methodcaller
@@ -56,7 +57,7 @@ class Drawable(Protocol):
     def changed(self, low: int, upto: int, back: int = 0, ahead: int = 0) -> Optional[np.ndarray]: ...
     def about(self, ids: list[str]) -> Any: ...  # Their rows in the pool's catalogue, a frame
 
-# %% ../../../nbs/storage/buffer/sampler.ipynb #5968b721
+# %% ../../../nbs/storage/buffer/sampler.ipynb #8ffed727
 class Ending(NamedTuple):
     """How transitions of several steps end, and what they are worth
 
@@ -524,7 +525,7 @@ def fast(loop: Callable) -> Optional[Callable]: # `None` without a numba that wo
     try: return njit(loop, cache=True)
     except RuntimeError: return njit(loop)  # nowhere to keep it
 
-# %% ../../../nbs/storage/buffer/sampler.ipynb #8c2563ec
+# %% ../../../nbs/storage/buffer/sampler.ipynb #9424dd0f
 _BLOCK = 64
 
 class Blocks:
@@ -603,7 +604,7 @@ class Blocks:
         first = leaf - leaf % _BLOCK
         return self.sums.upto(leaf // _BLOCK) + float(self.weights[first:leaf].sum())
 
-# %% ../../../nbs/storage/buffer/sampler.ipynb #f49c3a9e
+# %% ../../../nbs/storage/buffer/sampler.ipynb #9143a091
 def _look_inside(blocks: np.ndarray, least: np.ndarray, left: np.ndarray, at: np.ndarray) -> None:
     "From blocks to leaves"
     low = least[at]
@@ -664,7 +665,7 @@ class Kept:
         reach: tuple[int, int], # As of `Items`
         make: Callable[[int], Any], # Gives a place for so many rows, with `size`, `set` and `clear`
     ):
-        self.reach, self.make, self._seen, self._kept = reach, make, (None, 0, 0, 0), None
+        self.reach, self.make, self._of = reach, make, weakref.WeakKeyDictionary()  # of each numbering of rows
 
     def __reduce__(self): return type(self), (self.reach, self.make)  # a copy asks anew
 
@@ -689,10 +690,10 @@ class Kept:
         Any
             What `make` gave; a row's place is its serial number, counted around
         """
-        now, seen, kept = (rows.line, rows.era, rows.oldest(), rows.serial), self._seen, self._kept
+        now, (seen, kept) = (rows.era, rows.oldest(), rows.serial), self._of.get(rows.line, (None, None))
         if (same := now == seen) and also is None: return kept
-        low, upto, oldest, size = *seen[2:], now[2], leaves(now[3] - now[2])
-        fresh = seen[:2] != now[:2] or size != kept.size
+        (era, low, upto), oldest, size = seen or (None, 0, 0), now[1], leaves(now[2] - now[1])
+        fresh = era != now[0] or size != kept.size
         serials = None if fresh else also if same else rows.changed(low, upto, *self.reach)
         if serials is None: serials, kept = rows.serials(np.arange(len(rows))), self.make(size)
         else:
@@ -702,10 +703,10 @@ class Kept:
         at = rows.find(serials)
         here = at >= 0
         kept.set(serials[here] % size, tell(at[here], rows))
-        vars(self).update(_seen=now, _kept=kept)
+        self._of[rows.line] = now, kept
         return kept
 
-# %% ../../../nbs/storage/buffer/sampler.ipynb #411ab467
+# %% ../../../nbs/storage/buffer/sampler.ipynb #fa7aa13b
 class Column:
     """Something of every row, by its serial number
 
@@ -814,7 +815,7 @@ class Weights(NamedTuple):
         sums *= self.total / n
         return self.select(sums)
 
-# %% ../../../nbs/storage/buffer/sampler.ipynb #b80a1885
+# %% ../../../nbs/storage/buffer/sampler.ipynb #1333037f
 class Tally(Kept):
     """Keeps weights in step with rows
 
