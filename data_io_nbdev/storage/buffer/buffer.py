@@ -191,7 +191,7 @@ def make_batch(
     draw: Draw, # Which of them
     found: Optional[np.ndarray] = None, # What `rows.fetch` gave for them, if it was asked already
     into: Optional[np.ndarray] = None, # Where single steps go, if they are as many
-) -> Batch: # What a mask hides is zero
+) -> Batch: # What a mask hides is zero; without arrays where they went into something
     """The rows of a draw as a batch
 
     Parameters
@@ -208,7 +208,7 @@ def make_batch(
     Returns
     -------
     Batch
-        What a mask hides is zero
+        What a mask hides is zero; without arrays where they went into something
     """
     mask, discount = draw.mask, None
     if draw.rows.ndim == 1 and mask is None:
@@ -238,7 +238,7 @@ def _look_up(self: Batch, name: str) -> dict[str, np.ndarray]:
         raise AttributeError("the sampler of this batch gives no discount; NStep does")
     if name in _ONES:
         given = self.__dict__[f"_{name}"]
-        return {name: np.ones(len(self[2]), _ONES[name]) if given is None else given}
+        return {name: np.ones(len(self._slots), _ONES[name]) if given is None else given}
     if name not in self.schema.roles: raise AttributeError(f"the schema of this batch has no {name!r}")
     return {name: (self._flags if name in FLAGS else self._rows)[name]}
 

@@ -163,7 +163,7 @@ class MixedBatch(Batch):
 
     def __getattr__(self, name: str) -> np.ndarray:
         if name != "source": return super().__getattr__(name)
-        members, lengths = zip(*((i, len(part[2])) for i, part in self._parts))
+        members, lengths = zip(*((i, _items(part)) for i, part in self._parts))
         self.__dict__["source"] = np.repeat(members, lengths)
         return self.__dict__["source"]
 
@@ -192,25 +192,20 @@ class MixedBatch(Batch):
     def __reduce__(self): return MixedBatch, super().__reduce__()[1]
 
 # %% ../../../nbs/storage/buffer/mixture.ipynb #10441c7b
-def _laid(parts: list[tuple[int, Batch]], owner: np.ndarray) -> bool:
-    "Whether all parts were written into one array"
-    for _, part in parts:
-        if part._rows is None or part._rows.base is not owner: return False
-    return True
+def _items(part: Batch) -> int:
+    "How many there are in a member's batch, whose arrays may be in the whole one"
+    if isinstance(part, MixedBatch): return sum(_items(inner) for _, inner in part._parts)
+    return len(part._slots)
 
-def _mixed(parts: list[tuple[int, Batch]], schema: Schema, among: int, into: Any, rows: Rows) -> MixedBatch:
-    "The batches of some members as one"
-    rest = {"schema": schema, "_parts": parts, "_among": among, "_rows": None, "_long": False}
-    if into is not None and _laid(parts, into if into.base is None else into.base):
-        transition, rest["_rows"], _ = rows.arrange(None, into)
-        return MixedBatch(transition, rest)
-    axes = {part[2].ndim - len(schema.block("reward").shape) for _, part in parts}
+def _joint(fours: Sequence[tuple], rest: dict[str, Any]) -> MixedBatch:
+    "The arrays of some members as one batch"
+    axes = {four[2].ndim - len(rest["schema"].block("reward").shape) for four in fours}
     rest["_long"] = long = axes == {2}
-    if len(axes) > 1 or len({part[0].shape[1 + long:] for _, part in parts}) > 1:
-        told = ", ".join(f"member {i} gives states {part[0].shape}" for i, part in parts)
+    if len(axes) > 1 or len({four[0].shape[1 + long:] for four in fours}) > 1:
+        told = ", ".join(f"member {i} gives states {four[0].shape}" for (i, _), four in zip(rest["_parts"], fours))
         raise QueryError(f"items of one shape can be mixed, got others: {told}; "
                          "give the members the same kind of sampler")
-    return MixedBatch([_joined(arrays, long) for arrays in zip(*(part for _, part in parts))], rest)
+    return MixedBatch([_joined(arrays, long) for arrays in zip(*fours)], rest)
 
 # %% ../../../nbs/storage/buffer/mixture.ipynb #4da31ae5
 class Agreement:
@@ -419,15 +414,19 @@ def _sources(plan: Plan) -> list[tuple[int, Rows]]:
 def _drawn(self: Mixture, n: int, plan: Plan, into: Optional[np.ndarray] = None) -> MixedBatch:
     found = _sources(plan)
     schema, layout, _ = self._agreement.of(found)
-    if into is None and layout is not None: into = np.empty((n, 2) if found[0][1].once else n, layout)
-    parts, at = [], 0
+    whole, parts, rooms, at = into, [], [], 0
+    if into is None and layout is not None: whole = np.empty((n, 2) if found[0][1].once else n, layout)
     for i, member, k, its in plan:
-        try: parts.append((i, member._drawn(k, its, None if into is None else into[at:at + k])))
+        rooms.append(None if whole is None else whole[at:at + k])
+        try: parts.append((i, member._drawn(k, its, rooms[-1])))
         except NotEnoughData as e:
             raise NotEnoughData(f"member {i}: {e}; until there is some, its share is to be 0") from e
         at += k
     self._draws += 1
-    return _mixed(parts, schema, len(self.members), into, found[0][1])
+    rest, arrange = {"schema": schema, "_parts": parts, "_among": len(self.members)}, found[0][1].arrange
+    if whole is None or any([part for _, part in parts]):  # some have arrays of their own
+        return _joint([part or arrange(None, room).transition for (_, part), room in zip(parts, rooms)], rest)
+    return MixedBatch(() if into is not None else arrange(None, whole).transition, {**rest, "_long": False})
 
 # %% ../../../nbs/storage/buffer/mixture.ipynb #c3ed86e2
 @patch

@@ -543,8 +543,8 @@ class RowReader(RowLog):
     def take(self,
         rows: np.ndarray, # `(n,)` int64 logical row numbers, which must exist
         found: Optional[np.ndarray] = None, # What `fetch` gave for them, if it was asked already
-        into: Optional[np.ndarray] = None, # Where to, as of `fetch`
-    ) -> Taken:
+        into: Optional[np.ndarray] = None, # Where to, as of `fetch`; whoever gives it arranges what is there
+    ) -> Taken: # Without arrays where they went into something
         """Rows for a batch, copied
 
         Parameters
@@ -554,15 +554,17 @@ class RowReader(RowLog):
         found : Optional[np.ndarray], default None
             What `fetch` gave for them, if it was asked already
         into : Optional[np.ndarray], default None
-            Where to, as of `fetch`
+            Where to, as of `fetch`; whoever gives it arranges what is there
 
         Returns
         -------
         Taken
+            Without arrays where they went into something
         """
         slots = self.slots(rows)
-        if found is None: found = self.fetch(slots) if into is None else self.fetch(slots, into)
-        return self.arrange(slots, found)
+        if into is None or found is not None: return self.arrange(slots, self.fetch(slots) if found is None else found)
+        found = self.fetch(slots, into)
+        return Taken((), found[:, 0] if self.once else found, slots)
 
     def slots(self,
         rows: np.ndarray, # `(n,)` int64 logical row numbers, which must exist
@@ -627,7 +629,7 @@ class RowReader(RowLog):
         rows, states, each = found[..., 0], found["state"], (slice(None),) * (found.ndim - 1)
         return Taken((states[(*each, 0)], rows["action"], rows["reward"], states[(*each, 1)]), rows, slots)
 
-# %% ../../../nbs/storage/buffer/rows.ipynb #e53bc510
+# %% ../../../nbs/storage/buffer/rows.ipynb #d656b458
 @lru_cache(64)
 def _last_piece(dtype: np.dtype) -> tuple[np.dtype, int]:
     "The smallest piece of a packed row that has next state and flags at its end, and how many make a row"
