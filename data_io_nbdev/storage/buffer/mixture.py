@@ -423,10 +423,11 @@ def _drawn(self: Mixture, n: int, plan: Plan, into: Optional[np.ndarray] = None)
             raise NotEnoughData(f"member {i}: {e}; until there is some, its share is to be 0") from e
         at += k
     self._draws += 1
-    rest, arrange = {"schema": schema, "_parts": parts, "_among": len(self.members)}, found[0][1].arrange
+    rest = {"schema": schema, "_parts": parts, "_among": len(self.members), "_long": False}
+    arrange = found[0][1].arrange
     if whole is None or any([part for _, part in parts]):  # some have arrays of their own
         return _joint([part or arrange(None, room).transition for (_, part), room in zip(parts, rooms)], rest)
-    return MixedBatch(() if into is not None else arrange(None, whole).transition, {**rest, "_long": False})
+    return MixedBatch(() if into is not None else arrange(None, whole).transition, rest)
 
 # %% ../../../nbs/storage/buffer/mixture.ipynb #c3ed86e2
 @patch
