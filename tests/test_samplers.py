@@ -17,7 +17,7 @@ from data_io_nbdev.storage.buffer.chances import Balanced, Epoch, Fresh, Once, P
 from data_io_nbdev.storage.buffer.dask import DaskBuffer
 from data_io_nbdev.storage.buffer.nstep import NStep
 from data_io_nbdev.storage.buffer.relabel import Relabel
-from data_io_nbdev.storage.buffer.sampler import Blocks, Sums, Tally, sampler_state
+from data_io_nbdev.storage.buffer.sampler import Blocks, Draw, Sums, Tally, sampler_state
 from data_io_nbdev.storage.buffer.state import same_state
 from data_io_nbdev.storage.buffer.windows import Stack, Windows
 from data_io_nbdev.testing import batch_facts, drive, errand, through_json
@@ -227,7 +227,7 @@ def test_shared(make):
     "Buffers that share a sampler draw as if each had its own; nothing is asked again for that, and nothing is kept for rows that are gone"
     ours = make()
     both, apart = ([MemoryBuffer(batch_size=5, seed=seed, sampler=s) for seed, s in enumerate(samplers)] for samplers in ([ours] * 2, [make(), make()]))
-    kept = lambda: getattr(ours, "_kept", None) or ours._tally
+    kept = lambda: ours._kept[1] if isinstance(ours, NStep) else ours._tally
     for hour in range(6):
         for buffers in (both, apart): buffers[hour % 2].store(drive(9, hour=hour))
         if hour: assert all(batch_facts(a.sample()) == batch_facts(b.sample()) for a, b in zip(both, apart))
@@ -239,6 +239,57 @@ def test_shared(make):
     both[0].sample()
     gc.collect()
     assert len(kept()._of) == 2
+
+
+def test_options_changed():
+    "What a learner changes on the way counts from the next draw on, also where it is kept of every row"
+    sampler = NStep(3, 0.9)
+    buffer = MemoryBuffer(batch_size=200, seed=0, sampler=sampler)
+    buffer.store(drive(30))
+    for hour, (n, gamma) in enumerate(((3, 0.9), (1, 0.9), (2, 0.5)), 1):
+        sampler.n, sampler.gamma = n, gamma
+        buffer.store(drive(30, hour=hour))
+        batch = buffer.sample()
+        last = np.minimum(batch.step + n, 30)
+        assert np.allclose(batch.discount, gamma ** (last - batch.step))
+
+
+def test_arrays_of_a_batch_apart():
+    "Who writes to one array of a batch changes no other"
+    for sampler in (Prioritized(), Balanced("driver"), NStep(2, 0.9), Epoch(), Windows(2), Prioritized(over=Windows(2))):
+        buffer = MemoryBuffer(batch_size=5, seed=0, sampler=sampler)
+        buffer.store(drive(30))
+        batch = buffer.sample()
+        batch.anchor[...] += 1
+        for array in batch: array[...] = 0
+        index = batch.index
+        assert (np.where(index < 0, 0, index) < 30).all() and np.array_equal(index, batch.step)
+
+
+def test_sequences_without_a_mask():
+    "Sequences all of whose steps are real have a mask of their shape"
+    class Two(Uniform):
+        every = False
+        def anchors(self, at, rows): return rows.places(at)[1] > 0
+        def around(self, at, rows): return Draw(rows.beside(at[:, None], np.arange(2)), anchor=at)
+    buffer = MemoryBuffer(batch_size=5, seed=0, sampler=Two())
+    buffer.store(drive(30))
+    batch = buffer.sample()
+    assert batch.mask.shape == batch.learn.shape == (5, 2) and batch.mask.all() and batch.weight.shape == (5,)
+    assert len(batch.frames()[0]) == 10 and batch._repr_html_()
+
+
+def test_half_lives_interrupted(monkeypatch):
+    "A draw that breaks off while rows are weighed anew leaves none that is weighed against another moment"
+    sampler = Recent("1s")
+    buffer = MemoryBuffer(batch_size=200, seed=0, sampler=sampler)
+    buffer.store(drive(40))
+    buffer.sample()
+    buffer.store(drive(20, hour=1))
+    with monkeypatch.context() as m:
+        m.setattr(Recent, "_of_anchors", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt): buffer.sample()
+    assert (buffer.sample().index >= 40).all()
 
 
 @pytest.mark.parametrize("reward", ["float64", "int32", (2,)], ids=str)

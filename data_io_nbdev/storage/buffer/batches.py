@@ -199,6 +199,7 @@ def take(self: Ahead) -> Any:
     while True:
         buffer._catch_up()
         self.hungry = not self.waiting
+        if self.hungry and self.size: self.asked.put(None)
         if (found := buffer._still(self._hand_out)) is not None: return found[0]
         with self.filling:
             if not self.waiting: self.fill(mine=True)

@@ -213,16 +213,17 @@ def make_batch(
     mask, discount = draw.mask, None
     if draw.rows.ndim == 1 and mask is None:
         fits = into is not None and not draw.fold and draw.ends is None and len(into) == len(draw.rows)
-        transition, rest, slots = rows.take(draw.rows, found, into if fits else None)
-    else: transition, rest, slots = _sequences(rows, draw.rows, mask, found)
-    if draw.fold: transition, rest, slots, mask, discount = draw.fold(Sequences(transition, rest, slots, mask))
-    if draw.ends is None: flags = rest
+        transition, steps, slots = rows.take(draw.rows, found, into if fits else None)
+    else: transition, steps, slots = _sequences(rows, draw.rows, mask, found)
+    if draw.fold: transition, steps, slots, mask, discount = draw.fold(Sequences(transition, steps, slots, mask))
+    if draw.ends is None: flags = steps
     else:
         last, reward, discount = draw.ends
         nstate, flags = rows.endings(last)
         transition = (*transition[:2], reward, nstate)
     anchor = None if draw.anchor is None else rows.serials(draw.anchor)
-    return Batch(transition, {"schema": rows.schema, "_rows": rest, "_flags": flags, "_mask": mask,
+    if anchor is not None and anchor is draw.anchor: anchor = anchor.copy()  # a user's, to change
+    return Batch(transition, {"schema": rows.schema, "_rows": steps, "_flags": flags, "_mask": mask,
                               "_weight": draw.weight, "_learn": draw.learn, "_anchor": anchor,
                               "_discount": discount, "_slots": slots, "_ledger": rows.ledger})
 
@@ -232,13 +233,14 @@ def _look_up(self: Batch, name: str) -> dict[str, np.ndarray]:
     "An attribute beyond the four arrays, and what is found with it"
     if name in _TRACED: return self._trace()
     if name == "learn": return {name: self.mask if self._learn is None else self._learn}
-    if name == "anchor": return {name: self.index if self._anchor is None else self._anchor}
+    if name == "anchor": return {name: self.index.copy() if self._anchor is None else self._anchor}
     if name == "discount":
         if (given := self.__dict__.get("_discount")) is not None: return {name: given}
         raise AttributeError("the sampler of this batch gives no discount; NStep does")
     if name in _ONES:
         given = self.__dict__[f"_{name}"]
-        return {name: np.ones(len(self._slots), _ONES[name]) if given is None else given}
+        shape = self._slots.shape if name == "mask" else len(self._slots)
+        return {name: np.ones(shape, _ONES[name]) if given is None else given}
     if name not in self.schema.roles: raise AttributeError(f"the schema of this batch has no {name!r}")
     return {name: (self._flags if name in FLAGS else self._rows)[name]}
 
@@ -252,10 +254,11 @@ def _names(self: Batch) -> list[str]:
 @patch
 def _trace(self: Batch) -> dict[str, np.ndarray]:
     "Where the rows came from"
-    if self._mask is None: return self._ledger.trace(self._slots)
-    found = self._ledger.trace(self._slots[self._mask])
+    if self._mask is None and self._slots.ndim == 1: return self._ledger.trace(self._slots)
+    mask = self.mask
+    found = self._ledger.trace(self._slots[mask])
     blank = dict(index=-1, episode="", step=-1, timestamp=np.datetime64("NaT", "us"))
-    return {name: _spread(values, self._mask, blank[name]) for name, values in found.items()}
+    return {name: _spread(values, mask, blank[name]) for name, values in found.items()}
 
 # %% ../../../nbs/storage/buffer/buffer.ipynb #c86f5784
 @patch

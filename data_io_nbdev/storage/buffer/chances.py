@@ -275,14 +275,17 @@ class Recent(Chances):
 
     def _weigh(self, at: np.ndarray, rows: Drawable) -> np.ndarray:
         lives, rest = np.divmod(rows.times(at), self._us)
-        if len(at) and (self._since is None or lives.max() > self._since + 500): self._since = int(lives.max())
+        if len(at) and (self._since is None or lives.max() > self._since + 500):
+            vars(self).update(_since=int(lives.max()), _tally=Tally(self.over.reach))  # all count in one way
         return self._of_anchors(np.ldexp(np.exp2(rest / self._us), lives - (self._since or 0)), at, rows)
 
     def _follow(self, rows: Drawable) -> Weights:
-        since, weights = self._since, self._tally.follow(rows, self._weigh)
-        if self._since == since and weights.total: return weights
-        if not weights.total: self._since = None
-        self._tally = Tally(self.over.reach)  # the others must count in the same way
+        tally = self._tally
+        weights = tally.follow(rows, self._weigh)
+        if self._tally is tally:
+            if weights.total: return weights
+            vars(self).update(_since=None, _tally=Tally(self.over.reach))
+            self._tally.follow(rows, self._weigh)
         return self._tally.follow(rows, self._weigh)
 
     def draw(self, n: int, rng: np.random.Generator, rows: Drawable) -> Draw:

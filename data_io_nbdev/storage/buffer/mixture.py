@@ -414,11 +414,11 @@ def _sources(plan: Plan) -> list[tuple[int, Rows]]:
 def _drawn(self: Mixture, n: int, plan: Plan, into: Optional[np.ndarray] = None) -> MixedBatch:
     found = _sources(plan)
     schema, layout, _ = self._agreement.of(found)
-    whole, parts, rooms, at = into, [], [], 0
+    whole, parts, places, at = into, [], [], 0
     if into is None and layout is not None: whole = np.empty((n, 2) if found[0][1].once else n, layout)
     for i, member, k, its in plan:
-        rooms.append(None if whole is None else whole[at:at + k])
-        try: parts.append((i, member._drawn(k, its, rooms[-1])))
+        places.append(None if whole is None else whole[at:at + k])
+        try: parts.append((i, member._drawn(k, its, places[-1])))
         except NotEnoughData as e:
             raise NotEnoughData(f"member {i}: {e}; until there is some, its share is to be 0") from e
         at += k
@@ -426,7 +426,7 @@ def _drawn(self: Mixture, n: int, plan: Plan, into: Optional[np.ndarray] = None)
     rest = {"schema": schema, "_parts": parts, "_among": len(self.members), "_long": False}
     arrange = found[0][1].arrange
     if whole is None or any([part for _, part in parts]):  # some have arrays of their own
-        return _joint([part or arrange(None, room).transition for (_, part), room in zip(parts, rooms)], rest)
+        return _joint([part or arrange(None, place).transition for (_, part), place in zip(parts, places)], rest)
     return MixedBatch(() if into is not None else arrange(None, whole).transition, rest)
 
 # %% ../../../nbs/storage/buffer/mixture.ipynb #c3ed86e2

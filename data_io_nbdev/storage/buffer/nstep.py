@@ -125,15 +125,15 @@ class NStep(Around):
         if not is_number(gamma) or not 0 <= gamma <= 1:
             raise QueryError(f"gamma: expected a number from 0 to 1, got {brief(gamma)}")
         self._states = getattr(_items(over), "k", 0)  # side by side; 0 for single ones
-        self.n, self.gamma, self.over, self._kept = n, float(gamma), over, Kept((n - 1, 0), Column)
+        self.n, self.gamma, self.over, self._kept = n, float(gamma), over, (None, None)
         self.in_range, self.in_one_step = over.in_range, over.in_one_step
 
     def draw(self, n: int, rng: np.random.Generator, rows: Drawable) -> Draw:
         drawn = self.over.draw(n, rng, rows)
         if self._states: return self.whole(drawn, rows)
-        at, known = drawn.anchors, rows.at_hand and self.n <= _FEW
-        found = self._kept.follow(rows, self._returns).of(rows.serials(at)) if known else self._returns(at, rows)
-        if found is None: return self.whole(drawn, rows)
+        at = drawn.anchors
+        if rows.at_hand and self.n <= _FEW: found = self._column(rows).of(rows.serials(at))
+        elif (found := self._returns(at, rows)) is None: return self.whole(drawn, rows)
         return Draw(at, None, drawn.weight, ends=Ending(at + found["on"], found["reward"], found["discount"]))
 
     def whole(self,
@@ -161,6 +161,13 @@ class NStep(Around):
         return Draw(np.maximum(found, 0), mask, drawn.weight, anchor=at, fold=Returns(self.gamma, self._states))
 
 # %% ../../../nbs/storage/buffer/nstep.ipynb #0d3fb7d9
+@patch
+def _column(self: NStep, rows: Drawable) -> Column:
+    "The returns of all rows, by what `n` and `gamma` are now"
+    asked = self.n, self.gamma
+    if self._kept[0] != asked: self._kept = asked, Kept((self.n - 1, 0), Column)
+    return self._kept[1].follow(rows, self._returns)
+
 @patch
 def _returns(self: NStep, at: np.ndarray, rows: Drawable) -> Optional[np.ndarray]:
     "Return and discount, and how many rows on the last step is; `None` where they cannot be looked up in place"

@@ -672,7 +672,7 @@ class Kept:
     def follow(self,
         rows: Drawable, # The rows that there are
         tell: Callable[[np.ndarray, Drawable], np.ndarray], # Gives what is to be kept of some of them
-        also: Optional[np.ndarray] = None, # Serial numbers of rows of which that changed by itself
+        also: Optional[np.ndarray] = None, # Serial numbers of rows to ask for, besides those that came or left
     ) -> Any: # What `make` gave; a row's place is its serial number, counted around
         """What is kept, as the rows are now
 
@@ -683,7 +683,7 @@ class Kept:
         tell : Callable[[np.ndarray, Drawable], np.ndarray]
             Gives what is to be kept of some of them
         also : Optional[np.ndarray], default None
-            Serial numbers of rows of which that changed by itself
+            Serial numbers of rows to ask for, besides those that came or left
 
         Returns
         -------
@@ -774,7 +774,7 @@ class Weights(NamedTuple):
     def select(self,
         sums: np.ndarray, # `(n,)` from 0, below `total`
     ) -> np.ndarray: # `(n,)` int64
-        """Serial numbers of rows; as many numbers lead to a row as it weighs, and the smallest to the oldest
+        """Serial numbers of rows: as many numbers lead to a row as it weighs; in their order where all weigh 0 or 1
 
         Parameters
         ----------
