@@ -175,8 +175,8 @@ def _sequences(rows: Rows, wanted: np.ndarray, mask: Optional[np.ndarray], found
     "Rows `(batch, length)` for a batch, zeros where the mask hides them"
     slots = rows.slots(wanted)
     if found is None: found = rows.fetch(slots.ravel())
-    if mask is None or len(found) == mask.size: found = found.reshape(*slots.shape, *found.shape[1:])
-    else: found, mask = _spread(found, mask), None
+    if mask is not None and len(found) < mask.size: return rows.arrange(slots, _spread(found, mask))
+    found = found.reshape(*slots.shape, *found.shape[1:])
     if mask is not None:
         whole = found.view(_void(found.nbytes // found.size))  # to numpy a row is bytes then, and quickly blank
         whole[~mask] = np.zeros(1, whole.dtype)
@@ -222,7 +222,6 @@ def make_batch(
         nstate, flags = rows.endings(last)
         transition = (*transition[:2], reward, nstate)
     anchor = None if draw.anchor is None else rows.serials(draw.anchor)
-    if anchor is not None and anchor is draw.anchor: anchor = anchor.copy()  # a user's, to change
     return Batch(transition, {"schema": rows.schema, "_rows": steps, "_flags": flags, "_mask": mask,
                               "_weight": draw.weight, "_learn": draw.learn, "_anchor": anchor,
                               "_discount": discount, "_slots": slots, "_ledger": rows.ledger})

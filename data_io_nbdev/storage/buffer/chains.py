@@ -212,8 +212,7 @@ def serials(self: Rows,
     np.ndarray
         Of the same shape
     """
-    if self._serials is not None: return self._serials.values.take(at)
-    return at + oldest if (oldest := self.oldest()) else at
+    return at + self.oldest() if self._serials is None else self._serials.values.take(at)
 
 @patch
 def find(self: Rows,
@@ -407,8 +406,7 @@ def ahead(self: Rows,
         Last rows `(n,)`, returns `(n, *reward)`, discounts `(n,)`
     """
     found = self.beside(at[:, None], np.arange(len(gammas) - 1))
-    real, slots = found >= 0, self.slots(np.maximum(found, 0))
-    if self.capacity: slots = slots % len(self.data)
+    real, slots = found >= 0, self.places_of(self.slots(np.maximum(found, 0)))
     steps, rewards = real.sum(1), self.data["reward"][slots]
     weights = np.where(real, gammas[:-1], 0).reshape(*real.shape, *[1] * (rewards.ndim - 2))
     rewards[~real] = 0

@@ -263,7 +263,8 @@ class Recent(Chances):
         over: Items = Uniform(), # What is drawn
     ):
         super().__init__(over)
-        self.half_life, self._us, self._since = half_life, None, None  # half-lives since 1970 that count 1
+        self.half_life, self._us = half_life, None
+        self._count_from(None)
         if not is_number(half_life):
             text = re.sub(r"(\d\s*)d\b", r"\1D", half_life) if isinstance(half_life, str) else half_life
             try: self._us = pd.Timedelta(text).value // 1000  # pandas wants days in capitals
@@ -271,12 +272,19 @@ class Recent(Chances):
         if not 0 < (half_life if self._us is None else self._us) < np.inf:
             raise QueryError(f"half_life: expected a number of items above 0, or a duration such as '30d', "
                              f"got {brief(half_life)}")
-        self._tally = Tally(over.reach)
+
+    def _count_from(self, since: Optional[int]) -> None:  # half-lives since 1970 that count 1; all are weighed anew
+        """Returns
+        -------
+        None
+            half-lives since 1970 that count 1; all are weighed anew
+        """
+        vars(self).update(_since=since, _tally=Tally(self.over.reach))
 
     def _weigh(self, at: np.ndarray, rows: Drawable) -> np.ndarray:
         lives, rest = np.divmod(rows.times(at), self._us)
         if len(at) and (self._since is None or lives.max() > self._since + 500):
-            vars(self).update(_since=int(lives.max()), _tally=Tally(self.over.reach))  # all count in one way
+            self._count_from(int(lives.max()))
         return self._of_anchors(np.ldexp(np.exp2(rest / self._us), lives - (self._since or 0)), at, rows)
 
     def _follow(self, rows: Drawable) -> Weights:
@@ -284,7 +292,7 @@ class Recent(Chances):
         weights = tally.follow(rows, self._weigh)
         if self._tally is tally:
             if weights.total: return weights
-            vars(self).update(_since=None, _tally=Tally(self.over.reach))
+            self._count_from(None)
             self._tally.follow(rows, self._weigh)
         return self._tally.follow(rows, self._weigh)
 

@@ -584,6 +584,23 @@ class RowReader(RowLog):
         if self._slots is not None: return self._slots.values.take(rows)
         return rows + self.oldest() if self.capacity else rows
 
+    def places_of(self,
+        slots: np.ndarray, # int64
+    ) -> np.ndarray: # Of the same shape
+        """Where in the array slots are: a ring goes around
+
+        Parameters
+        ----------
+        slots : np.ndarray
+            int64
+
+        Returns
+        -------
+        np.ndarray
+            Of the same shape
+        """
+        return slots % len(self.data) if self.capacity else slots
+
     def fetch(self,
         slots: np.ndarray, # `(n,)` int64
         into: Optional[np.ndarray] = None, # Where to; by default a new array
@@ -602,8 +619,7 @@ class RowReader(RowLog):
         np.ndarray
             `(n,)` structured; where states are kept once `(n, 2)`: rows, and those behind
         """
-        if self.once: slots = slots[:, None] + _PAIR
-        if self.capacity: slots = slots % len(self.data)
+        slots = self.places_of(slots[:, None] + _PAIR if self.once else slots)
         return self.data.take(slots) if into is None else self.data.take(slots, None, into, "clip")  # unbuffered
 
     def arrange(self,
@@ -659,9 +675,8 @@ def endings(self: RowReader,
     if self.once:
         (*_, nstate), flags, _ = self.take(rows)
         return nstate, flags
-    (piece, number), slots = _last_piece(self.dtype), self.slots(rows)
-    if self.capacity: slots = slots % len(self.data)
-    found = self.data.view(piece).take(slots * number + (number - 1))
+    piece, number = _last_piece(self.dtype)
+    found = self.data.view(piece).take(self.places_of(self.slots(rows)) * number + (number - 1))
     return found["nstate"], found
 
 # %% ../../../nbs/storage/buffer/rows.ipynb #966f6c00

@@ -392,19 +392,6 @@ def set(self: Sums,
     np.cumsum(self.nodes[self.begins[-2]:], out=self.running)
 
 @patch
-def clear(self: Sums,
-    leaves: np.ndarray, # `(n,)` int64
-) -> None:
-    """Let leaves have no weight
-
-    Parameters
-    ----------
-    leaves : np.ndarray
-        `(n,)` int64
-    """
-    self.set(leaves, np.zeros(len(leaves)))
-
-@patch
 def _add_up(self: Sums, at: np.ndarray) -> None:
     "Make the sums above some leaves"
     many = 8 * len(at) >= self.size
@@ -565,18 +552,6 @@ class Blocks:
         self.least[at] = some.min(1)
         self.sums.set(at, some.sum(1))
 
-    def clear(self,
-        leaves: np.ndarray, # `(n,)` int64
-    ) -> None:
-        """Let leaves have no weight
-
-        Parameters
-        ----------
-        leaves : np.ndarray
-            `(n,)` int64
-        """
-        self.set(leaves, np.zeros(len(leaves)))
-
     def select(self,
         sums: np.ndarray, # `(n,)` from 0, below `total`
     ) -> np.ndarray: # `(n,)` int64 leaves, each with a weight above 0
@@ -659,11 +634,11 @@ class Kept:
     reach : tuple[int, int]
         As of `Items`
     make : Callable[[int], Any]
-        Gives a place for so many rows, with `size`, `set` and `clear`
+        Gives a place for so many rows, with `size` and `set`
     """
     def __init__(self,
         reach: tuple[int, int], # As of `Items`
-        make: Callable[[int], Any], # Gives a place for so many rows, with `size`, `set` and `clear`
+        make: Callable[[int], Any], # Gives a place for so many rows, with `size` and `set`
     ):
         self.reach, self.make, self._of = reach, make, weakref.WeakKeyDictionary()  # of each numbering of rows
 
@@ -698,13 +673,15 @@ class Kept:
         if serials is None: serials, kept = rows.serials(np.arange(len(rows))), self.make(size)
         else:
             gone = np.arange(low, min(oldest, low + size)) % size
-            if len(gone): kept.clear(gone)
+            if len(gone): self._let_go(kept, gone)
             if also is not None and not same: serials = np.union1d(serials, also)
         at = rows.find(serials)
         here = at >= 0
         kept.set(serials[here] % size, tell(at[here], rows))
         self._of[rows.line] = now, kept
         return kept
+
+    def _let_go(self, kept: Any, gone: np.ndarray) -> None: pass  # nobody asks for what left
 
 # %% ../../../nbs/storage/buffer/sampler.ipynb #fa7aa13b
 class Column:
@@ -736,7 +713,6 @@ class Column:
         if not len(self.values): self.values = np.zeros(self.size, values.dtype)
         self.values[at] = values
 
-    def clear(self, at: np.ndarray) -> None: pass  # nobody asks for what left
     def of(self,
         serials: np.ndarray, # `(n,)` int64, of rows that are here
     ) -> np.ndarray: # `(n,)`, a copy
@@ -853,6 +829,8 @@ class Tally(Kept):
         Weights
         """
         return Weights(rows.oldest(), super().follow(rows, weigh, also))
+
+    def _let_go(self, kept: Sums | Blocks, gone: np.ndarray) -> None: kept.set(gone, np.zeros(len(gone)))
 
 # %% ../../../nbs/storage/buffer/sampler.ipynb #2395f796
 class Uniform(Items):
